@@ -1,0 +1,47 @@
+// dyndepth._C: importing it registers the ops of csrc/cpu under torch.ops.dyndepth_cpp (static initialisers in those
+// files); the module itself only tells how it was built.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+// What DYN_MULTIVERSION (csrc/common/vector.h) picks on this machine.
+std::string instruction_set() {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
+  return "x86-64 baseline (SSE2)";
+#else
+  return "baseline of the build target";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "C++ providers of dyndepth's ops (torch.ops.dyndepth_cpp) and facts about this build.";
+  module.def("build_facts", [] {
+    py::dict facts;
+    facts["compiler"] = compiler();
+    facts["instruction_set"] = instruction_set();
+    facts["torch_built_with"] = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + "." +
+                                std::to_string(TORCH_VERSION_PATCH);
+    facts["torch_abi_target"] = "2.10 (stable ABI)";
+    return facts;
+  });
+}

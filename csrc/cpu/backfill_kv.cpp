@@ -1,0 +1,62 @@
+// K,V of every skipped layer from one residual: normalise once, one library GEMM with the stacked maps, rotate,
+// scatter.
+#include "../common/linear.h"
+#include "../common/normalise.h"
+#include "store_kv.h"
+
+namespace dyndepth {
+
+namespace {
+
+void backfill_kv(const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& bias, int64_t norm,
+                 double eps, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                 const std::optional<Tensor>& variant, const Tensor& pos, const Tensor& slots, const Tensor& pages,
+                 int64_t first_layer, const std::optional<Tensor>& section) {
+  int64_t begin = 0, rows = residual.size(0);
+  if (section.has_value()) {
+    begin = std::clamp<int64_t>(section->const_data_ptr<int32_t>()[0], 0, rows);
+    rows = std::clamp<int64_t>(section->const_data_ptr<int32_t>()[1], 0, rows - begin);
+  }
+  if (rows == 0) return;
+  const int64_t layers = weight.size(0), kv_heads = pages.size(4), head_dim = pages.size(5), kv = kv_heads * head_dim;
+  const int32_t* at = pos.const_data_ptr<int32_t>() + begin;
+  const int32_t* slot = slots.const_data_ptr<int32_t>() + begin;
+  Rotary whole{nullptr, nullptr, 0, 0};
+  if (cos.has_value()) whole = {cos->const_data_ptr<float>(), sin->const_data_ptr<float>(), cos->size(1), cos->size(2)};
+  check_rows("backfill_kv", at, slot, rows, pages.size(2) * pages.size(3), whole);
+  dispatch_float(residual.scalar_type(), "backfill_kv", [&](auto element) {
+    using T = decltype(element);
+    // Gain and bias of the norm are folded into the maps.
+    const Tensor x =
+        normalised<T>(rows_of(residual, begin, rows), static_cast<Norm>(norm), static_cast<float>(eps), nullptr);
+    std::optional<Tensor> flat_bias;
+    if (bias.has_value()) flat_bias = torch::stable::view(*bias, {layers * 2 * kv});
+    const Tensor y = linear(x, torch::stable::view(weight, {layers * 2 * kv, weight.size(3)}), flat_bias);
+    const T* from = y.const_data_ptr<T>();
+    torch::stable::parallel_for(0, rows * layers, 16384 / (2 * kv + 1) + 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t row = i / layers, layer = i % layers;
+        Rotary table = whole;
+        if (variant.has_value()) {
+          table.cos += variant->const_data_ptr<int32_t>()[layer] * whole.positions * whole.rotary;
+          table.sin += variant->const_data_ptr<int32_t>()[layer] * whole.positions * whole.rotary;
+        }
+        const T* source = from + (row * layers + layer) * 2 * kv;
+        const HeadsView<T> k{source, 0, head_dim, kv_heads, head_dim}, v{source + kv, 0, head_dim, kv_heads, head_dim};
+        T* key_pages = pages.mutable_data_ptr<T>() + (first_layer + layer) * pages.stride(0);
+        store_row(k, v, 0, table, at[row], slot[row], key_pages, key_pages + pages.stride(1));
+      }
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dyndepth_cpp, library) {
+  library.def(
+      "backfill_kv(Tensor residual, Tensor weight, Tensor? bias, int norm, float eps, Tensor? cos, Tensor? sin, "
+      "Tensor? variant, Tensor pos, Tensor slots, Tensor(a!) pages, int first_layer, Tensor? section) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(dyndepth_cpp, CPU, library) { library.impl("backfill_kv", TORCH_BOX(&backfill_kv)); }
+
+}  // namespace dyndepth

@@ -1,0 +1,55 @@
+"""dyndepth: dynamic-depth batched inference.
+
+Every token of a batch leaves the network at its own depth, and the machine does exactly the work that is left.
+
+    out = model.generate(**inputs, custom_generate=dyndepth.generate, exits=exits)   # one call
+    dyndepth.convert(model, exits)                                                    # or in place; dyndepth.revert(model)
+
+Importing dyndepth loads neither Triton nor CuPy nor transformers and creates no CUDA context.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Names are loaded on first use: the ops alone do not need transformers.
+_LAZY = {
+    "backend": "dyndepth.op",
+    "Exits": "dyndepth.exits",
+    "Band": "dyndepth.exits",
+    "generate": "dyndepth.runtime.entry",
+    "convert": "dyndepth.runtime.convert",
+    "revert": "dyndepth.runtime.convert",
+    "fit": "dyndepth.closed_form",
+}
+_MODULES = ("ops", "exits", "errors", "demo")
+
+if TYPE_CHECKING:
+    from dyndepth import demo, errors, exits, ops
+    from dyndepth.closed_form import fit
+    from dyndepth.exits import Band, Exits
+    from dyndepth.op import backend
+    from dyndepth.runtime.convert import convert, revert
+    from dyndepth.runtime.entry import generate
+
+__all__ = [
+    "Band", "Exits", "__version__", "backend", "convert", "demo", "errors", "exits", "fit", "generate", "ops", "revert",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"dyndepth.{name}")
+    raise AttributeError(f"module 'dyndepth' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY, *_MODULES])

@@ -1,0 +1,163 @@
+"""The command line: `dyndepth info | demo | fit | generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dyndepth.errors import (
+    ArgumentError,
+    BackendError,
+    ExitsError,
+    NotEnoughDataError,
+    PagesFullError,
+    UnsupportedModelError,
+)
+
+app = typer.Typer(
+    help="Dynamic-depth batched inference.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+_ERRORS = (
+    ArgumentError,
+    BackendError,
+    ExitsError,
+    NotEnoughDataError,
+    PagesFullError,
+    UnsupportedModelError,
+    OSError,
+    ModuleNotFoundError,
+)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False) -> None:
+    """Versions, instruction sets, and per op which providers can run here, or why not."""
+    from dyndepth.info import collect
+
+    facts = collect()
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+        return
+    console = Console()
+    extension = facts["extension"]
+    console.print(f"dyndepth {facts['dyndepth']}, Python {facts['python']}, {facts['platform']}", highlight=False)
+    console.print(", ".join(f"{name} {version or '(absent)'}" for name, version in facts["packages"].items()), highlight=False)
+    console.print(f"CPU: torch uses {facts['cpu']['capability']}, {facts['threads']} threads", highlight=False)
+    console.print(f"CUDA devices: {', '.join(facts['cuda']) or 'none'}", highlight=False)
+    console.print("extension: " + ", ".join(f"{key} {value}" for key, value in extension.items()), highlight=False)
+    names = list(next(iter(facts["ops"].values())))
+    table = Table("op", *names)
+    reasons: list[str] = []
+    for op, providers in facts["ops"].items():
+        cells = []
+        for answer in providers.values():
+            if answer in ("ok", "none"):
+                cells.append("ok" if answer == "ok" else "-")
+                continue
+            if answer not in reasons:
+                reasons.append(answer)
+            cells.append(f"no ({reasons.index(answer) + 1})")
+        table.add_row(op, *cells)
+    console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"({number}) {reason}", highlight=False)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where demo.json and demo.png go.")] = Path("build"),
+    new_tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 64,
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed repetitions of the batch of 16.")] = 4,
+) -> None:
+    """SmolLM2-135M with every token leaving at its own depth, beside full depth and transformers."""
+    from dyndepth.demo.run import run
+
+    run(folder, new_tokens=new_tokens, repetitions=repetitions)
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="A transformers checkpoint: folder or hub name.")],
+    texts: Annotated[list[Path], typer.Argument(help="Text files to learn from.")],
+    output: Annotated[Path, typer.Option(help="Folder for the exits.")],
+    agreement: Annotated[float, typer.Option(help="Wanted share of tokens that equal full depth's.")] = 0.95,
+    tokens: Annotated[int, typer.Option(help="Tokens to learn from.")] = 16384,
+    own: Annotated[float, typer.Option(help="Share of them that the model continues itself.")] = 0.5,
+    bands: Annotated[int, typer.Option(help="At most this many bands.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Shuffling of the texts.")] = 0,
+) -> None:
+    """Make exits for a model in closed form and save them."""
+    from dyndepth.closed_form import fit as run
+
+    causal_lm, tokenizer = _load(model, dtype)
+    contents = [path.read_text(errors="replace") for path in texts]
+    exits = run(causal_lm, contents, tokenizer, agreement=agreement, tokens=tokens, own=own, bands=bands, seed=seed)
+    exits.save_pretrained(output)
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A transformers checkpoint: folder or hub name.")],
+    prompts: Annotated[list[str], typer.Argument(help="Prompts, decoded as one batch.")],
+    exits: Annotated[Path | None, typer.Option(help="Exits folder; none runs at full depth.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    chat: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template.")] = False,
+    kv: Annotated[str | None, typer.Option(help="predict, propagate or none.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Continue prompts with dynamic depth, every token coloured by the layers it ran."""
+    import dyndepth
+    from dyndepth.demo import show
+    from dyndepth.demo.weights import chat as templated
+
+    causal_lm, tokenizer = _load(model, dtype)
+    loaded = None if exits is None else dyndepth.Exits.from_pretrained(exits)
+    texts = [templated(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
+    out = causal_lm.generate(
+        **inputs, custom_generate=dyndepth.generate, exits=loaded, kv=kv, max_new_tokens=max_new_tokens, do_sample=False,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    console = Console()
+    width, depth = inputs["input_ids"].shape[1], causal_lm.config.num_hidden_layers
+    show.continuations(console, tokenizer, list(prompts), out, width, depth, len(prompts))
+    console.print(
+        f"{out.work.run} of {out.work.possible} rows x layers ({out.work.fraction:.1%}), K,V policy {out.kv}",
+        highlight=False,
+    )
+
+
+def _load(name: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise ArgumentError(f"dtype must be one of {', '.join(kinds)}, got {dtype!r}")
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype])
+    return model.eval(), tokenizer
+
+
+def main() -> None:
+    """Entry point: our own errors are one line, not a traceback."""
+    try:
+        app()
+    except _ERRORS as error:
+        typer.secho(f"dyndepth: {error}", fg="red", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

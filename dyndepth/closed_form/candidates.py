@@ -1,0 +1,129 @@
+"""Candidate bands and their closed-form maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyndepth.closed_form.ridge import NormalEquations, solve_best
+from dyndepth.closed_form.trace import Chunk
+from dyndepth.exits import Band, JumpMap, KVMap, TranslatorHead
+from dyndepth.exits.maps import EPS
+from dyndepth.ops._math import rms_normalise
+from dyndepth.runtime.bind import Model
+
+Span = tuple[int, int]
+
+
+def candidate_spans(layers: int) -> list[Span]:
+    """Bands worth measuring: a tenth and a sixth of the depth on a grid of a tenth, exits of a tenth to a third.
+
+    The first tenth of the layers is left alone: residuals there are still little more than the embedding.
+    """
+    grid = max(1, round(layers / 10))
+    spans = {
+        (leave, leave + length) for length in (grid, max(1, round(layers / 6))) for leave in range(grid, layers - length, grid)
+    }
+    spans |= {(layers - max(1, round(layers * share)), layers) for share in (1 / 10, 1 / 6, 1 / 4, 1 / 3)}
+    return sorted((leave, resume) for leave, resume in spans if leave >= 1)
+
+
+@dataclass
+class Boundary:
+    """Accumulators of one boundary: rms-normed residual there -> everything that bands leaving there need."""
+
+    leave: int
+    #: Boundaries where bands from here resume; the model's depth stands for "leaves for good".
+    resumes: list[int]
+    fitting: NormalEquations
+    held_out: NormalEquations
+    #: Columns of each target: ("jump", resume), ("head", 0), ("kv", layer).
+    columns: dict[tuple[str, int], slice]
+    _solved: dict[tuple[str, int], tuple[Tensor, float]] | None = None
+
+    def solved(self) -> dict[tuple[str, int], tuple[Tensor, float]]:
+        if self._solved is None:
+            self._solved = solve_best(self.fitting, self.held_out, self.columns)
+        return self._solved
+
+
+class MapFitter:
+    """Accumulates normal equations for all candidate bands in one streaming pass, then solves for their maps."""
+
+    def __init__(self, model: Model, spans: Sequence[Span]) -> None:
+        self.model = model
+        self.boundaries = [
+            self._boundary(leave, sorted(r for e, r in spans if e == leave)) for leave in sorted({e for e, _ in spans})
+        ]
+
+    @staticmethod
+    def memory(model: Model, spans: Sequence[Span]) -> int:
+        """Bytes of the accumulators."""
+        kv = 2 * model.layers[0].kv_heads * model.layers[0].head_dim
+        total = 0
+        for leave in {e for e, _ in spans}:
+            resumes = [r for e, r in spans if e == leave]
+            targets = sum(model.ready_size if r == model.depth else model.hidden_size for r in resumes) + kv * (
+                max(resumes) - leave
+            )
+            total += 2 * NormalEquations.bytes(model.hidden_size, targets)
+        return total
+
+    def needs(self) -> tuple[list[int], list[int]]:
+        """(boundaries, layers) to ask `trace` for."""
+        boundaries = {b.leave for b in self.boundaries} | {r for b in self.boundaries for r in b.resumes}
+        layers = {layer for b in self.boundaries for layer in range(b.leave, max(b.resumes))}
+        return sorted(boundaries), sorted(layers)
+
+    def add(self, chunk: Chunk, held_out: Tensor) -> None:
+        """Take in a chunk; rows where `held_out` (bool) is true only judge penalties."""
+        for boundary in self.boundaries:
+            residual = chunk.residual[boundary.leave]
+            x = rms_normalise(residual, EPS).cpu()
+            y = torch.cat([self._target(kind, at, boundary, chunk) for kind, at in boundary.columns], dim=1)
+            for accumulator, mask in ((boundary.fitting, ~held_out), (boundary.held_out, held_out)):
+                if bool(mask.any()):
+                    accumulator.add(x[mask], y[mask])
+
+    def band(self, span: Span) -> tuple[Band, dict[str, float]]:
+        """The closed band of a span with its maps, and their relative squared errors on held-out rows."""
+        leave, resume = span
+        boundary = next(b for b in self.boundaries if b.leave == leave)
+        solved = boundary.solved()
+        top = resume == self.model.depth
+        weights, error = solved["head", 0] if top else solved["jump", resume]
+        layers = [solved["kv", layer] for layer in range(leave, resume)]
+        kv = KVMap(resume - leave, layers[0][0].shape[1] // 2, self.model.hidden_size)
+        kv.weight.data = torch.stack([w[:-1].T.unflatten(0, (2, -1)) for w, _ in layers]).contiguous()
+        kv.bias.data = torch.stack([w[-1].unflatten(0, (2, -1)) for w, _ in layers]).contiguous()
+        head = jump = None
+        if top:
+            head = TranslatorHead(self.model.hidden_size, self.model.ready_size, rank=None)
+            head.up.data, head.bias.data = weights[:-1].T.contiguous(), weights[-1].contiguous()
+        else:
+            jump = JumpMap(self.model.hidden_size)
+            jump.weight.data, jump.bias.data = weights[:-1].T.contiguous(), weights[-1].contiguous()
+        errors = {"head" if top else "jump": error, "kv": sum(e for _, e in layers) / len(layers)}
+        return Band(leave, resume, head=head, jump=jump, kv=kv), errors
+
+    def _boundary(self, leave: int, resumes: list[int]) -> Boundary:
+        model, columns, at = self.model, {}, 0
+        kv = 2 * model.layers[0].kv_heads * model.layers[0].head_dim
+        targets = [("head", 0, model.ready_size) if r == model.depth else ("jump", r, model.hidden_size) for r in resumes]
+        targets += [("kv", layer, kv) for layer in range(leave, max(resumes))]
+        for kind, number, width in targets:
+            columns[kind, number] = slice(at, at + width)
+            at += width
+        fitting, held_out = NormalEquations(model.hidden_size, at), NormalEquations(model.hidden_size, at)
+        return Boundary(leave, resumes, fitting, held_out, columns)
+
+    def _target(self, kind: str, at: int, boundary: Boundary, chunk: Chunk) -> Tensor:
+        residual = chunk.residual[boundary.leave]
+        if kind == "kv":
+            return chunk.kv[at].flatten(1).float().cpu()
+        if kind == "jump":
+            return (chunk.residual[at].float() - residual.float()).cpu()
+        return (chunk.ready.float() - self.model.finish(residual).float()).cpu()

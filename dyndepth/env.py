@@ -1,0 +1,21 @@
+"""The only file that reads environment variables.
+
+`DYNDEPTH_BACKEND`  providers to use, like the argument of `dyndepth.backend`: "torch", "cpp,torch", "exit_stats=torch".
+`DYNDEPTH_CACHE`    folder for converted demo weights and fitted exits; default `$XDG_CACHE_HOME/dyndepth`, `~/.cache/dyndepth`.
+"""
+
+import os
+from pathlib import Path
+
+
+def backend() -> str | None:
+    """`DYNDEPTH_BACKEND`, or None when unset or empty."""
+    return os.environ.get("DYNDEPTH_BACKEND") or None
+
+
+def cache_folder() -> Path:
+    """`DYNDEPTH_CACHE` with its defaults. The folder may not exist yet."""
+    chosen = os.environ.get("DYNDEPTH_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyndepth"

@@ -1,0 +1,115 @@
+"""Bands to and from JSON: structure here, weights in the tensors beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyndepth.errors import ExitsError
+from dyndepth.exits.band import Band
+from dyndepth.exits.criteria import CRITERIA, Criterion, Decay, RouterScore
+from dyndepth.exits.heads import BlockHead, Head, MlpHead, NormHead, StoredBlock, TranslatorHead
+from dyndepth.exits.maps import JumpMap, KVMap
+from dyndepth.exits.router import Router
+
+
+def band_to_json(band: Band) -> dict[str, Any]:
+    criterion: dict[str, Any] = {"kind": band.criterion.kind}
+    criterion.update(
+        {f.name: getattr(band.criterion, f.name) for f in dataclasses.fields(band.criterion) if f.name != "router"}
+    )
+    if band.router is not None:
+        criterion["router"] = {
+            "neurons": band.router.weight1.shape[0],
+            "width": band.router.weight1.shape[1],
+            "silu": band.router.silu,
+            "cosine": band.router.cosine_weight is not None,
+            "stats": band.router.stats_weight is not None,
+        }
+    return {
+        "leave": band.leave,
+        "resume": band.resume,
+        "criterion": criterion,
+        "threshold": band.threshold if math.isfinite(band.threshold) else str(band.threshold),
+        "decay": None if band.decay is None else dataclasses.asdict(band.decay),
+        "head": None if band.head is None else _head_to_json(band.head),
+        "shortlist": None if band.shortlist is None else band.shortlist.shape[0],
+        "jump": None if band.jump is None else {"width": band.jump.weight.shape[0]},
+        "kv": None if band.kv is None else _kv_to_json(band.kv),
+    }  # fmt: skip
+
+
+def _kv_to_json(kv: KVMap) -> dict[str, int]:
+    layers, _, kv_width, width = kv.weight.shape
+    return {"layers": layers, "kv_width": kv_width, "width": width}
+
+
+def _head_to_json(head: Any) -> dict[str, Any]:
+    if isinstance(head, TranslatorHead):
+        rank, width = (None, head.up.shape[1]) if head.down is None else head.down.shape
+        return {"kind": head.kind, "rank": rank, "width": width, "ready": head.up.shape[0]}
+    if isinstance(head, MlpHead):
+        return {"kind": head.kind, "inner": head.up.shape[0], "width": head.up.shape[1]}
+    if isinstance(head, BlockHead | StoredBlock):
+        return {"kind": head.kind, "source": head.source}
+    return {"kind": head.kind}
+
+
+def band_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Band:
+    """Rebuild a band. Raises ExitsError, KeyError, TypeError or RuntimeError when entry and tensors do not fit."""
+    criterion = _criterion(dict(entry["criterion"]))
+    jump, kv = entry["jump"], entry["kv"]
+    head = None if entry["head"] is None else _head(entry["head"], tensors)
+    band = Band(
+        entry["leave"],
+        entry["resume"],
+        criterion,
+        threshold=float(entry["threshold"]),
+        head=head,
+        jump=None if jump is None else JumpMap(jump["width"]),
+        kv=None if kv is None else KVMap(kv["layers"], kv["kv_width"], kv["width"]),
+        decay=None if entry["decay"] is None else Decay(**entry["decay"]),
+        shortlist=None if entry["shortlist"] is None else tensors["shortlist"],
+    )
+    if isinstance(head, StoredBlock):  # it holds its own tensors
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    # assign keeps the dtype of the file.
+    band.load_state_dict({name: nn.Parameter(value, requires_grad=False) for name, value in tensors.items()}, assign=True)
+    _check_finite(band)
+    return band
+
+
+def _criterion(entry: dict[str, Any]) -> Criterion:
+    kind, router = entry.pop("kind"), entry.pop("router", None)
+    if kind not in CRITERIA:
+        raise ExitsError(f"exits: criterion must be one of {', '.join(CRITERIA)}, got {kind!r}")
+    if kind == RouterScore.kind:
+        if router is None:
+            raise ExitsError("exits: criterion router without a router")
+        options = {name: router[name] for name in ("silu", "cosine", "stats")}
+        return RouterScore(Router(router["width"], router["neurons"], **options))
+    return CRITERIA[kind](**entry)
+
+
+def _head(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
+    kind = entry["kind"]
+    if kind == NormHead.kind:
+        return NormHead()
+    if kind == TranslatorHead.kind:
+        return TranslatorHead(entry["width"], entry["ready"], entry["rank"])
+    if kind == MlpHead.kind:
+        return MlpHead(entry["width"], entry["inner"])
+    if kind == BlockHead.kind:
+        stored = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+        return StoredBlock(stored, entry["source"])
+    raise ExitsError(f"exits: head must be norm, translator, mlp or block, got {kind!r}")
+
+
+def _check_finite(band: Band) -> None:
+    for name, value in band.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ExitsError(f"exits: band [{band.leave}, {band.resume}): {name} holds NaN or infinity")

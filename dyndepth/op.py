@@ -1,0 +1,156 @@
+"""The op pattern: one contract, one reference, one fake, several ranked providers.
+
+An op is registered once under `torch.ops.dyndepth`, so it works inside `torch.compile`, under FakeTensor and in other
+people's graphs. At run time its Python kernel checks the arguments and picks a provider: the highest-ranked one whose
+`why_not(arguments)` answers None. A provider's answer depends on the arguments and the hardware only, so the same call
+takes the same path every time; `dyndepth info` prints the table of answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dyndepth import env
+from dyndepth.errors import BackendError
+
+# Order in which providers are tried. The reference is last: it runs anywhere.
+RANK = ("cuda", "triton", "cpp", "torch")
+
+REGISTRY: dict[str, Op] = {}
+
+_library = torch.library.Library("dyndepth", "DEF")
+_forced: ContextVar[str | None] = ContextVar("dyndepth_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of an op."""
+
+    name: str
+    run: Callable[..., Any]
+    #: Reason why it can never run on this machine (not built, not installed, no device), or None.
+    missing: Callable[[], str | None]
+    #: Reason why it cannot take these arguments, or None. Called with the op's arguments.
+    declines: Callable[..., str | None]
+
+    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
+        return self.missing() or self.declines(*args, **kwargs)
+
+
+def _never(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+class Op:
+    """Contract (schema, checks, fake), reference and providers of one operation.
+
+    `schema` follows the operator name as in `torch.library.Library.define`. `reference`, `fake` and `check` share its
+    signature, defaults included (the dispatcher drops arguments equal to their defaults). `check` raises
+    `dyndepth.errors.ArgumentError` and must not read values of tensors that are not on the CPU.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        check: Callable[..., None],
+    ) -> None:
+        self.name = name
+        self.schema = schema
+        self.reference = reference
+        self.check = check
+        self.providers: dict[str, Provider] = {"torch": Provider("torch", reference, _never, _never)}
+        _library.define(name + schema)
+        _library.impl(name, self._run, "CompositeExplicitAutograd")
+
+        def checked_fake(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"dyndepth::{name}", checked_fake, lib=_library)
+        self.overload = getattr(torch.ops.dyndepth, name).default
+        REGISTRY[name] = self
+
+    def provider(
+        self,
+        name: str,
+        *,
+        missing: Callable[[], str | None] = _never,
+        declines: Callable[..., str | None] = _never,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator that adds an implementation; it takes the op's arguments after they passed `check`."""
+        if name not in RANK:
+            raise ValueError(f"provider name must be one of {RANK}, got {name!r}")
+
+        def add(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.providers[name] = Provider(name, run, missing, declines)
+            self.providers = {key: self.providers[key] for key in RANK if key in self.providers}
+            return run
+
+        return add
+
+    def choose(self, *args: Any, **kwargs: Any) -> Provider:
+        """The provider that a call with these arguments uses."""
+        wanted = forced_providers(self.name)
+        reasons = {}
+        for name in wanted or self.providers:
+            candidate = self.providers.get(name)
+            reason = "this op has no such provider" if candidate is None else candidate.why_not(*args, **kwargs)
+            if reason is None and candidate is not None:
+                return candidate
+            reasons[name] = reason
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise BackendError(f"{self.name}: no usable provider among those {'forced' if wanted else 'known'} ({listed})")
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self.check(*args, **kwargs)
+        return self.choose(*args, **kwargs).run(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.overload(*args, **kwargs)
+
+
+def forced_providers(op: str) -> tuple[str, ...] | None:
+    """Providers the user allows for `op`, in order of preference, or None when nothing is forced."""
+    choice = _forced.get() or env.backend()
+    if choice is None:
+        return None
+    common: list[str] = []
+    own: list[str] = []
+    for part in choice.split(","):
+        target, _, name = part.strip().rpartition("=")
+        if not target:
+            common.append(name)
+        elif target == op:
+            own.append(name)
+    return tuple(own or common) or None
+
+
+@contextmanager
+def backend(choice: str) -> Iterator[None]:
+    """Force providers inside a `with` block.
+
+    `choice` is a comma-separated list in order of preference: `"torch"` uses the reference everywhere, `"cpp,torch"` the
+    first of the two that can run, `"exit_stats=torch"` forces one op and leaves the rest automatic. A forced provider
+    that cannot run raises `BackendError` with its reason. Overrides the environment variable `DYNDEPTH_BACKEND`.
+    """
+    for part in choice.split(","):
+        target, _, name = part.strip().rpartition("=")
+        if name not in RANK:
+            raise BackendError(f"backend: providers are {', '.join(RANK)}, got {name!r}")
+        if target and target not in REGISTRY:
+            raise BackendError(f"backend: ops are {', '.join(sorted(REGISTRY))}, got {target!r}")
+    token = _forced.set(choice)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

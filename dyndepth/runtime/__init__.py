@@ -1,0 +1,1 @@
+"""The runtime: rows, pages, families, the pass and generation."""

@@ -1,0 +1,102 @@
+"""`dyndepth.generate`: the callable that transformers' `custom_generate` takes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.exits import Exits
+from dyndepth.runtime.generate import decode
+from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE
+
+
+class Generate:
+    """`model.generate(**inputs, custom_generate=dyndepth.generate, exits=exits)`: generation with dynamic depth.
+
+    Everything of transformers' generate that is not beam search works: left padding, EOS, stop strings, logits processors,
+    stopping criteria, sampling, streamers, `output_scores`, `output_logits`, `inputs_embeds`. Extra arguments:
+
+    Args:
+        exits: dyndepth.Exits made for this model; None runs at full depth.
+        kv: how rows that leave get K,V in the layers they skip: `predict` (fitted maps), `propagate` (CALM) or `none`.
+            None takes `predict` where the exits have maps, else `propagate`.
+        depth: exit point for all requests (int) or per request; None entries let the criteria decide.
+        prompt: `full` runs prompts at full depth (all but their last token, which produces the first new token);
+            `dynamic` lets prompt tokens leave too.
+        page_size, pages: geometry of the paged K,V; by default as many pages as the call can need.
+        prefill_chunk: prompt rows per pass.
+        generator: torch.Generator for sampling.
+
+    Returns transformers' output; with `return_dict_in_generate=True` a `DynamicDepthOutput`, which adds `exit_layers`,
+    `layers_run` and `work` (rows x layers really run).
+    """
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        *,
+        exits: Exits | None = None,
+        kv: str | None = None,
+        depth: int | Sequence[int | None] | None = None,
+        prompt: str = "full",
+        page_size: int = DEFAULT_PAGE_SIZE,
+        pages: int | None = None,
+        prefill_chunk: int = DEFAULT_CHUNK,
+        generator: torch.Generator | None = None,
+        tokenizer: Any = None,
+        token_streamer: Any = None,
+        streamer: Any = None,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        if generation_config is None or logits_processor is None or stopping_criteria is None:
+            raise TypeError(
+                "transformers calls dyndepth.generate: model.generate(..., custom_generate=dyndepth.generate, exits=exits)"
+            )
+        return decode(
+            model, input_ids, logits_processor, stopping_criteria, generation_config,
+            exits=exits, kv=kv, depth=depth, prompt=prompt, page_size=page_size, pages=pages, prefill_chunk=prefill_chunk,
+            generator=generator, streamer=streamer if token_streamer is None else token_streamer, **model_kwargs,
+        )  # fmt: skip
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        _hand_over_dropped_arguments()
+        return inspect.signature(self.__call__)
+
+
+def _hand_over_dropped_arguments() -> None:
+    """Keep `streamer` and `tokenizer` from being lost between transformers' generate and a `custom_generate` callable.
+
+    transformers (seen in 5.17 to 5.23) collects both into a dictionary and, when `custom_generate` is a callable,
+    replaces that dictionary by the arguments named in the callable's signature: a TextIteratorStreamer would wait for
+    ever, and `stop_strings` would fail for want of a tokenizer. The signature is asked for in that very function, while
+    `kwargs` can still take them. Where transformers works differently nothing happens here.
+    """
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame is None or frame.f_code.co_name == "_extract_generation_mode_kwargs":
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or frame.f_code.co_name != "_extract_generation_mode_kwargs":
+        return
+    names = frame.f_locals
+    kwargs, collected = names.get("kwargs"), names.get("generation_mode_kwargs")
+    if not isinstance(kwargs, dict) or not isinstance(collected, dict):
+        return
+    if names.get("streamer") is not None:
+        kwargs.setdefault("token_streamer", names["streamer"])
+    if collected.get("tokenizer") is not None:
+        kwargs.setdefault("tokenizer", collected["tokenizer"])
+
+
+generate = Generate()

@@ -1,0 +1,242 @@
+"""The pass: rows go up the layers as a live prefix; at boundaries some leave, some resume; one head serves all at the end."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dyndepth.errors import ExitsError
+from dyndepth.exits import Band, Exits
+from dyndepth.exits.criteria import HOLE_FREE, View
+from dyndepth.ops import ExitStats, backfill_kv, exit_stats
+from dyndepth.ops.compact_rows import AWAY, RUN
+from dyndepth.ops.exit_stats import stats_of_logits
+from dyndepth.runtime.bind import Model
+from dyndepth.runtime.block import Block
+from dyndepth.runtime.layer import Context
+from dyndepth.runtime.propagate import Propagation
+from dyndepth.runtime.rows import Rows
+
+#: How rows that skip layers get K,V there: fitted maps, the skipped layers' own projections of the exit residual (CALM),
+#: or nothing (only where no later row reads the holes).
+KV_POLICIES = ("predict", "propagate", "none")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a pass needs that does not change between passes."""
+
+    model: Model
+    exits: Exits | None
+    kv_policy: str
+    #: Bound block heads by boundary.
+    blocks: dict[int, Block]
+    propagation: Propagation
+    #: int32 [sequences] on the device, -1 for none: depth asked for per request; None when nobody asked.
+    depth: Tensor | None = None
+    #: Criteria may decide; False keeps every row to the top (block heads still store their K,V).
+    open: bool = True
+    #: Rows of the LM head that a band's shortlist names, by boundary; filled on first use.
+    shortlists: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+    def bands(self) -> dict[int, Band]:
+        return {} if self.exits is None else {band.leave: band for band in self.exits}
+
+    def stats(self, band: Band, ready: Tensor) -> ExitStats:
+        """exit_stats of head-ready rows over the band's shortlist; a head that is no plain linear runs as its module."""
+        model, ids = self.model, band.shortlist
+        plain = model.plain_head()
+        if plain is None:
+            logits = model.logits(ready)
+            found = stats_of_logits(logits if ids is None else logits[:, ids])
+        elif ids is None:
+            return exit_stats(ready.contiguous(), plain[0], head_bias=plain[1], softcap=model.logit_softcap)
+        else:
+            if band.leave not in self.shortlists:  # gathered once: exit_stats would gather these rows on every call
+                self.shortlists[band.leave] = plain[0][ids], None if plain[1] is None else plain[1][ids]
+            weight, bias = self.shortlists[band.leave]
+            found = exit_stats(ready.contiguous(), weight, head_bias=bias, softcap=model.logit_softcap)
+        return found if ids is None else found._replace(argmax=ids[found.argmax])
+
+
+@dataclass
+class Result:
+    """What a pass produced, in the caller's row order."""
+
+    #: Head-ready rows [n, ready].
+    ready: Tensor
+    #: int32 [n]: boundary where a row left for good, the number of layers if it reached the top.
+    exit_layer: Tensor
+    #: int32 [n]: layers that the row ran.
+    layers_run: Tensor
+    #: int64 [n]: bit i is set if the row took the i-th band of the exits.
+    bands_taken: Tensor
+    #: Rows that ran each layer.
+    work: list[int]
+    #: Rows that ran an exit block (one layer each), by boundary.
+    block_work: dict[int, int]
+
+
+@dataclass
+class _Away:
+    """Rows that left together: consecutive in the buffers, behind the live prefix, latest group first."""
+
+    band: Band
+    count: int
+
+
+def check_policy(exits: Exits | None, kv_policy: str) -> None:
+    """Raise unless every band can run under this policy."""
+    if kv_policy not in KV_POLICIES:
+        raise ExitsError(f"kv must be one of {', '.join(KV_POLICIES)}, got {kv_policy!r}")
+    for band in exits or ():
+        name = f"band [{band.leave}, {band.resume})"
+        if kv_policy == "predict" and band.kv is None and band.criterion.kind != "never":
+            raise ExitsError(f"{name} has no K,V maps for kv='predict'; fit them or use kv='propagate'")
+        if kv_policy == "none" and band.criterion.kind not in HOLE_FREE:
+            raise ExitsError(
+                f"kv='none' leaves holes that later rows of a sequence would read under criterion {band.criterion.kind} of "
+                f"{name}; it works with {', '.join(HOLE_FREE)}"
+            )
+
+
+@torch.no_grad()
+def forward(plan: Plan, rows: Rows, context: Context) -> Result:
+    """Run one pass over `rows` (their buffers are consumed)."""
+    return _Pass(plan, rows, context).run()
+
+
+@dataclass
+class _Pass:
+    plan: Plan
+    rows: Rows
+    context: Context
+    away: list[_Away] = field(default_factory=list)
+
+    def run(self) -> Result:
+        model, rows = self.plan.model, self.rows
+        total = len(rows)
+        self.ready = rows.hidden.new_empty(total, model.ready_size)
+        self.exit_layer = torch.full((total,), model.depth, dtype=torch.int32, device=rows.hidden.device)
+        self.layers_run = self.exit_layer.clone()
+        self.bands_taken = torch.zeros(total, dtype=torch.int64, device=rows.hidden.device)
+        self.work = [0] * model.depth
+        self.block_work: dict[int, int] = {}
+        bands = self.plan.bands()
+        self.numbers = {leave: number for number, leave in enumerate(bands)}
+        propagate = self.plan.kv_policy == "propagate"
+        idle_until = 0
+        for number, layer in enumerate(model.layers):
+            self._resume(number)
+            if number in bands:
+                self._boundary(bands[number])
+            if rows.live == 0:
+                # Nobody reads the weights of the next layers: the away rows get their K,V there all at once.
+                if propagate and number >= idle_until:
+                    idle_until = min((group.band.resume for group in self.away), default=model.depth)
+                    self.plan.propagation.store(rows.hidden, rows.pos, rows.slots, number, idle_until, self.context)
+                continue
+            carried, counter = (len(rows), rows.counter) if propagate else (rows.live, None)
+            layer.run(rows.hidden, rows.live, carried, rows.seq, rows.pos, rows.slots, self.context, counter)
+            self.work[number] = rows.live
+        if rows.live:
+            self.ready[rows.index[: rows.live].long()] = model.finish(rows.hidden[: rows.live])
+        return Result(self.ready, self.exit_layer, self.layers_run, self.bands_taken, self.work, self.block_work)
+
+    # -- boundaries -----------------------------------------------------------------------------------------------------
+
+    def _resume(self, boundary: int) -> None:
+        """Rows whose band ends here become runners again, with the residual their jump map gives them."""
+        returning = [group.band.resume == boundary and boundary < self.plan.model.depth for group in self.away]
+        if not any(returning):
+            return
+        rows, before = self.rows, self.rows.live
+        if returning != sorted(returning, reverse=True):  # otherwise they already lie right behind the live prefix
+            state = torch.zeros(len(rows), dtype=torch.int8)
+            at = before
+            for group, back in zip(self.away, returning, strict=True):
+                state[at : at + group.count] = RUN if back else AWAY
+                at += group.count
+            rows.partition(state.to(rows.hidden.device))
+        groups = [group for group, back in zip(self.away, returning, strict=True) if back]
+        self.away = [group for group, back in zip(self.away, returning, strict=True) if not back]
+        rows.set_live(before + sum(group.count for group in groups))
+        at = before
+        for group in groups:
+            if group.band.jump is not None:
+                stream = rows.hidden[at : at + group.count]
+                stream.copy_(group.band.jump(stream))
+            at += group.count
+
+    def _boundary(self, band: Band) -> None:
+        """Judge the live rows; those that leave go behind the live prefix and get their K,V and, if for good, their head."""
+        rows, plan = self.rows, self.plan
+        block = plan.blocks.get(band.leave)
+        if block is not None:
+            block.store(rows, self.context)
+        if not plan.open or rows.live == 0:
+            return
+        leaves, ready = self._judge(band, block)
+        if not bool(leaves.any()):
+            return
+        state = torch.full((len(rows),), AWAY, dtype=torch.int8, device=rows.hidden.device)
+        state[: rows.live] = leaves  # True is LEAVING, False is RUN
+        if ready is not None:
+            rows.carry("ready", ready)
+        live, left = rows.partition(state)
+        ready = rows.carried.pop("ready", None)
+        self.away.insert(0, _Away(band, left))
+        leaving = slice(live, live + left)
+        index = rows.index[leaving].long()
+        self.layers_run[index] -= band.resume - band.leave
+        self.bands_taken[index] |= 1 << self.numbers[band.leave]
+        if band.resume == plan.model.depth:
+            self.exit_layer[index] = band.leave
+            self.ready[index] = self._head(band, block, leaving) if ready is None else ready[leaving]
+        if plan.kv_policy == "predict" and band.kv is not None:
+            backfill_kv(
+                rows.hidden[leaving], band.kv.weight, rows.pos[leaving], rows.slots[leaving], self.context.pages, band.leave,
+                bias=band.kv.bias, cos=self.context.cos, sin=self.context.sin,
+                variant=plan.propagation.variants(band.leave, band.resume),
+            )  # fmt: skip
+
+    def _judge(self, band: Band, block: Block | None) -> tuple[Tensor, Tensor | None]:
+        """bool [live] and, when the criterion had to read the exit head of every live row, their head-ready rows."""
+        rows, plan, live = self.rows, self.plan, self.rows.live
+        hidden = rows.hidden[:live]
+        heads: list[Tensor] = []
+
+        @functools.cache
+        def stats() -> ExitStats:
+            heads.append(self._head(band, block, slice(0, live)))
+            return plan.stats(band, heads[0])
+
+        carried = {name: value[:live] for name, value in rows.carried.items()}
+        previous = carried.pop("previous", None)
+        view = View(
+            hidden=hidden, seq=rows.seq[:live], step=rows.step[:live], previous=previous, stats=stats, depth=plan.depth,
+            leave=band.leave, layers=plan.model.depth, carried=carried,
+        )  # fmt: skip
+        leaves = band.criterion.leaves(view, band.thresholds(view.step))
+        if plan.depth is not None:
+            # A request that names its depth is not judged by anything else.
+            asked = plan.depth[view.seq.long()]
+            leaves = torch.where(asked >= 0, (asked == band.leave) & (band.resume == plan.model.depth), leaves)
+        leaves = leaves & rows.may_leave[:live]
+        for name, value in view.carried.items():
+            rows.carry(name, value)
+        if any(other.criterion.needs_previous for other in plan.exits or ()):
+            rows.carry("previous", hidden)
+        return leaves, heads[0] if heads else None
+
+    def _head(self, band: Band, block: Block | None, which: slice) -> Tensor:
+        """Head-ready rows of a slice of the buffers."""
+        rows = self.rows
+        if block is not None:
+            count = which.stop - which.start
+            self.block_work[band.leave] = self.block_work.get(band.leave, 0) + count
+            return block.ready(rows.hidden[which], rows, which.start, which.stop, self.context)
+        return band.head_or_norm()(rows.hidden[which], self.plan.model.finish)

@@ -1,0 +1,197 @@
+"""The decoding loop, shaped like transformers' own so that processors, criteria and streamers mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.errors import ArgumentError
+from dyndepth.exits import Exits
+from dyndepth.runtime.bind import Model, bind
+from dyndepth.runtime.inputs import real_tokens
+from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, Session, Work
+
+PROMPTS = ("full", "dynamic")
+
+
+def decode(
+    causal_lm: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    exits: Exits | None,
+    kv: str | None = None,
+    depth: int | Sequence[int | None] | None = None,
+    prompt: str = "full",
+    page_size: int = DEFAULT_PAGE_SIZE,
+    pages: int | None = None,
+    prefill_chunk: int = DEFAULT_CHUNK,
+    generator: torch.Generator | None = None,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Greedy search or sampling with dynamic depth; arguments are prepared by transformers (see `dyndepth.generate`)."""
+    _refuse(generation_config, model_kwargs, prompt)
+    model = bind(causal_lm)
+    batch, width = input_ids.shape
+    prompts, embedded = _prompts(input_ids, model_kwargs)
+    limit = generation_config.max_length - width
+    depths = [depth] * batch if isinstance(depth, int) else depth
+    session = Session(
+        model,
+        [prompt_rows.shape[0] + max(limit, 1) for prompt_rows in prompts],
+        exits,
+        kv=kv,
+        depth=depths,
+        page_size=page_size,
+        pages=pages,
+        chunk=prefill_chunk,
+    )
+    prompt_work, work = session.work(), session.work()
+    # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
+    session.prefill([rows[:-1] for rows in prompts], prompt_work, embeds=embedded, may_leave=prompt == "dynamic")
+    loop = _Loop(model, session, generation_config, logits_processor, stopping_criteria, generator, streamer, work)
+    return loop.run(input_ids, prompts, embedded, prompt_work)
+
+
+class _Loop:
+    """State of one generation: which sequences still run, what was recorded."""
+
+    def __init__(
+        self,
+        model: Model,
+        session: Session,
+        config: Any,
+        processor: Any,
+        criteria: Any,
+        generator: torch.Generator | None,
+        streamer: Any,
+        work: Work,
+    ) -> None:
+        self.model, self.session, self.config = model, session, config
+        self.processor, self.criteria, self.generator, self.streamer = processor, criteria, generator, streamer
+        self.work = work
+        self.keep = bool(config.return_dict_in_generate)
+
+    def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
+        config, session = self.config, self.session
+        batch = input_ids.shape[0]
+        pad = config._pad_token_tensor
+        has_eos = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+        unfinished = torch.ones(batch, dtype=torch.long, device=input_ids.device)
+        lengths = [rows.shape[0] for rows in prompts]
+        content = torch.stack([rows[-1] for rows in prompts]) if batch else input_ids.new_empty(0)
+        scores: list[Tensor] = []
+        raw_logits: list[Tensor] = []
+        depths: list[Tensor] = []
+        step = 0
+        while True:
+            running = unfinished.nonzero()[:, 0].cpu()
+            logits, went = self._pass(running, lengths, content, embedded and step == 0, step, batch)
+            next_scores = self.processor(input_ids, logits.to(input_ids.device))
+            if self.keep:
+                depths.append(went)
+                if config.output_scores:
+                    scores.append(next_scores)
+                if config.output_logits:
+                    raw_logits.append(logits.to(input_ids.device))
+            if config.do_sample:
+                probabilities = torch.softmax(next_scores, dim=-1)
+                tokens = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+            else:
+                tokens = next_scores.argmax(-1)
+            if has_eos:
+                tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+            stopped = self.criteria(input_ids, tuple(scores) if self.keep and config.output_scores else None)
+            unfinished = unfinished & ~stopped
+            for sequence in running.tolist():
+                lengths[sequence] += 1
+                if not unfinished[sequence]:
+                    session.pages.release(sequence)
+            content = tokens
+            step += 1
+            if not bool(unfinished.any()):
+                break
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.keep:
+            return input_ids
+        from dyndepth.runtime.output import DynamicDepthOutput
+
+        exit_layers, layers_run, bands_taken = torch.stack(depths, dim=-1)
+        return DynamicDepthOutput(
+            sequences=input_ids,  # type: ignore[arg-type]
+            scores=tuple(scores) if config.output_scores else None,  # type: ignore[arg-type]
+            logits=tuple(raw_logits) if config.output_logits else None,  # type: ignore[arg-type]
+            exit_layers=exit_layers.int(),
+            layers_run=layers_run.int(),
+            bands_taken=bands_taken,
+            work=self.work,
+            prompt_work=prompt_work,
+            kv=session.kv_policy,
+        )
+
+    def _pass(
+        self, running: Tensor, lengths: list[int], content: Tensor, embedded: bool, step: int, batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits fp32 [batch, V] and int64 [3, batch] = (exit layer, layers run, bands taken).
+
+        Sequences that have ended have logits of zero and (-1, -1, 0).
+        """
+        positions = [lengths[sequence] - 1 for sequence in running.tolist()]
+        mine = content[running.to(content.device)]
+        source = {"embeds": mine} if embedded else {"tokens": mine}
+        result = self.session.run(running, positions, step=torch.full_like(running, step), **source)
+        self.work.add(result, running.shape[0])
+        logits = self.model.logits(result.ready)
+        went = torch.stack([result.exit_layer.long(), result.layers_run.long(), result.bands_taken]).cpu()
+        if running.shape[0] == batch:
+            return logits, went
+        everyone = logits.new_zeros(batch, logits.shape[1])
+        everyone[running.to(logits.device)] = logits
+        all_went = torch.tensor([-1, -1, 0])[:, None].repeat(1, batch)
+        all_went[:, running] = went
+        return everyone, all_went
+
+
+def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
+    """Per sequence, its token ids [t] or (True) embeddings [t, d], padding removed."""
+    embeds = model_kwargs.get("inputs_embeds")
+    content = input_ids if embeds is None else embeds
+    sequences, kept = real_tokens("generate", content, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+    if not bool(kept[:, -1:].all()):
+        raise ArgumentError("generate: attention_mask must be 1 in the last column (pad on the left), got a masked last token")
+    return sequences, embeds is not None
+
+
+def _refuse(config: Any, model_kwargs: dict[str, Any], prompt: str) -> None:
+    if (config.num_beams or 1) > 1:
+        raise ArgumentError(f"generate: beam search is not supported (num_beams must be 1, got {config.num_beams})")
+    if prompt not in PROMPTS:
+        raise ArgumentError(f"generate: prompt must be one of {', '.join(PROMPTS)}, got {prompt!r}")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, False):
+            raise ArgumentError(f"generate: {name} is not supported: rows that left have none in the layers they skipped")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ArgumentError("generate: past_key_values with content is not supported; pass the whole prompt")
+    known = {
+        "attention_mask",
+        "position_ids",
+        "inputs_embeds",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "cache_position",
+    }
+    unknown = [name for name, value in model_kwargs.items() if name not in known and value is not None]
+    if unknown:
+        raise ArgumentError(f"generate: model arguments {', '.join(sorted(unknown))} are not supported")

@@ -1,0 +1,119 @@
+"""Paged K,V: one tensor for all layers, a free list of pages, a block table per sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dyndepth.errors import ArgumentError, PagesFullError
+
+
+class Pages:
+    """K,V of many sequences in pages of `page_size` positions.
+
+    `kv` is [layers, 2, pages, page_size, kv_heads, head_dim]; a layer's slice is the NHD layout of vLLM and FlashInfer. A
+    page holds the same positions for all layers, so there is one block table. Position p of sequence s lives in slot
+    `block_table[s, p // page_size] * page_size + p % page_size`. Allocation is bookkeeping on the host and never moves
+    data; a released page may hold old values, which no sequence can see.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        sequences: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_pages: int | None = None,
+    ) -> None:
+        """`max_pages` bounds the pages of one sequence (width of the block table), by default all of them."""
+        sizes = {"layers": layers, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ArgumentError(f"Pages: {name} must be at least 1, got {value}")
+        if pages < 0 or sequences < 0:
+            raise ArgumentError(f"Pages: pages and sequences must be at least 0, got {pages} and {sequences}")
+        if pages * page_size >= 2**31:
+            raise ArgumentError(f"Pages: slots are int32, so pages * page_size must be below 2**31, got {pages * page_size}")
+        self.page_size = page_size
+        self.kv = torch.empty(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
+        width = pages if max_pages is None else max_pages
+        # The table is edited on the host and copied to the device when a page was added: once per page_size tokens.
+        self._table = torch.full((sequences, width), -1, dtype=torch.int32)
+        self._device_table: Tensor | None = None
+        self._owned: list[list[int]] = [[] for _ in range(sequences)]
+        self._length = [0] * sequences
+        self._free = list(range(pages - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        """Number of pages nobody owns."""
+        return len(self._free)
+
+    @property
+    def total(self) -> int:
+        return self.kv.shape[2]
+
+    def length(self, sequence: int) -> int:
+        """Positions reserved for a sequence."""
+        return self._length[sequence]
+
+    def block_table(self, reach: int | None = None) -> Tensor:
+        """int32 [sequences, max_pages] on the device of the pages, or its first columns, enough for `reach` positions."""
+        if self._device_table is None:
+            self._device_table = self._table.to(self.kv.device)
+        if reach is None:
+            return self._device_table
+        return self._device_table[:, : max(1, self._pages_for(reach))].contiguous()
+
+    def reserve(self, sequence: int, length: int) -> None:
+        """Make positions [0, length) of a sequence writable. Takes nothing if the pages do not suffice."""
+        missing = self._pages_for(length) - len(self._owned[sequence])
+        if self._pages_for(length) > self._table.shape[1]:
+            raise PagesFullError(
+                f"Pages: sequence {sequence} wants {length} positions, a block table row reaches "
+                f"{self._table.shape[1] * self.page_size} ({self._table.shape[1]} pages of {self.page_size})"
+            )
+        if missing > len(self._free):
+            raise PagesFullError(
+                f"Pages: sequence {sequence} wants {missing} more pages for {length} positions, {len(self._free)} of "
+                f"{self.total} pages of {self.page_size} are free"
+            )
+        for _ in range(missing):
+            page = self._free.pop()
+            self._table[sequence, len(self._owned[sequence])] = page
+            self._owned[sequence].append(page)
+        if missing > 0:
+            self._device_table = None
+        self._length[sequence] = max(self._length[sequence], length)
+
+    def release(self, sequence: int) -> None:
+        """Give all pages of a sequence back. Releasing twice is harmless."""
+        self._free.extend(reversed(self._owned[sequence]))
+        if self._owned[sequence]:
+            self._owned[sequence] = []
+            self._table[sequence] = -1
+            self._device_table = None
+        self._length[sequence] = 0
+
+    def slots(self, sequences: Sequence[int] | Tensor, positions: Sequence[int] | Tensor) -> Tensor:
+        """int32 slots of (sequence, position) pairs, on the device of the pages. Positions must be reserved."""
+        at = torch.as_tensor(sequences, dtype=torch.int64)
+        pos = torch.as_tensor(positions, dtype=torch.int64)
+        if at.numel() == 0:
+            return torch.empty(0, dtype=torch.int32, device=self.kv.device)
+        if int(pos.min()) < 0 or int(pos.max()) >= self._table.shape[1] * self.page_size:
+            raise ArgumentError(f"Pages: positions must be in [0, {self._table.shape[1] * self.page_size}), got {pos.tolist()}")
+        page = self._table[at, pos // self.page_size]
+        if bool((page < 0).any()):
+            raise ArgumentError("Pages: slots asked for positions that were not reserved")
+        return (page * self.page_size + pos % self.page_size).to(torch.int32).to(self.kv.device)
+
+    def _pages_for(self, length: int) -> int:
+        return -(-length // self.page_size)

@@ -1,0 +1,66 @@
+"""Rows: tokens being computed, kept as a live prefix that compact_rows maintains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dyndepth.ops import compact_rows
+
+
+@dataclass
+class Rows:
+    """Buffers of n rows. Rows `[0, live)` run on; behind them lie the rows that left, latest first.
+
+    Away rows keep the residual they left with: propagation reads it at every layer they skip, a jump map reads it when
+    they resume.
+    """
+
+    hidden: Tensor  # [n, d]
+    seq: Tensor  # int32 [n], sequence in the block table
+    pos: Tensor  # int32 [n], position in the sequence
+    slots: Tensor  # int32 [n], where its K,V go; -1 nowhere
+    step: Tensor  # int32 [n], how many tokens were generated before this one (decay of CALM, schedules)
+    may_leave: Tensor  # bool [n]; prompt rows of a full-depth prefill may not
+    index: Tensor = field(init=False)  # int32 [n], place in the caller's order
+    #: Per-row state that criteria carry from boundary to boundary, by name; moved with the rows.
+    carried: dict[str, Tensor] = field(init=False)
+    live: int = field(init=False)
+    #: `live` as int32 [1] on the device, for ops that read it there; None while every row is live.
+    counter: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.live = len(self)
+        self.index = torch.arange(len(self), dtype=torch.int32, device=self.hidden.device)
+        self.carried = {}
+        self.counter = None
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def partition(self, state: Tensor) -> tuple[int, int]:
+        """compact_rows over every buffer; returns (live, left) and makes `live` the new prefix."""
+        names = list(self.carried)
+        payloads = [self.hidden, self.seq, self.pos, self.slots, self.step, self.may_leave, self.index]
+        moved, _, counts = compact_rows(state, payloads + [self.carried[name] for name in names])
+        self.hidden, self.seq, self.pos, self.slots, self.step, self.may_leave, self.index = moved[: len(payloads)]
+        self.carried = dict(zip(names, moved[len(payloads) :], strict=True))
+        live, left = counts.tolist()
+        self.set_live(live, counts[:1])
+        return live, left
+
+    def carry(self, name: str, value: Tensor) -> None:
+        """Let state of the live rows travel with them; rows that are away keep what they had, NaN or -1 at first."""
+        if name not in self.carried:
+            nothing = torch.nan if value.is_floating_point() else -1
+            self.carried[name] = value.new_full((len(self), *value.shape[1:]), nothing)
+        self.carried[name][: self.live] = value
+
+    def set_live(self, live: int, counter: Tensor | None = None) -> None:
+        self.live = live
+        if live == len(self):
+            self.counter = None
+        else:
+            self.counter = torch.tensor([live], dtype=torch.int32, device=self.hidden.device) if counter is None else counter

@@ -1,0 +1,230 @@
+"""A session: sequences with their pages, and passes over their rows. Generation, scoring and fitting all stand on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dyndepth.errors import ArgumentError, ExitsError
+from dyndepth.exits import Exits
+from dyndepth.exits.heads import StoredBlock
+from dyndepth.runtime.bind import Model
+from dyndepth.runtime.block import Block, bind_block, restore
+from dyndepth.runtime.fingerprint import check_exits
+from dyndepth.runtime.forward import Plan, Result, check_policy, forward
+from dyndepth.runtime.layer import Context
+from dyndepth.runtime.pages import Pages
+from dyndepth.runtime.propagate import Propagation
+from dyndepth.runtime.rows import Rows
+
+DEFAULT_PAGE_SIZE = 16
+#: Rows per pass of a prefill: enough to be compute-bound, few enough that a long prompt's activations stay small.
+DEFAULT_CHUNK = 512
+
+
+@dataclass
+class Work:
+    """Rows x layers really run. `layers[i]` rows ran layer i, out of `rows` that could have."""
+
+    layers: list[int]
+    rows: int = 0
+    #: Rows that ran an exit block, by boundary; not part of `layers`.
+    blocks: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def run(self) -> int:
+        return sum(self.layers)
+
+    @property
+    def possible(self) -> int:
+        return self.rows * len(self.layers)
+
+    @property
+    def fraction(self) -> float:
+        """Share of rows x layers that was run; NaN before anything ran."""
+        return self.run / self.possible if self.possible else math.nan
+
+    def add(self, result: Result, rows: int, full: int = 0) -> None:
+        """Count a pass of `rows` rows, leaving out `full` of them that ran every layer (prompt rows of a scoring pass)."""
+        self.layers = [a + b - full for a, b in zip(self.layers, result.work, strict=True)]
+        self.rows += rows - full
+        for boundary, count in result.block_work.items():
+            self.blocks[boundary] = self.blocks.get(boundary, 0) + count
+
+
+class Session:
+    """Pages, rotary tables and the plan for a fixed set of sequences.
+
+    Args:
+        model: a bound model.
+        capacity: positions that each sequence can grow to; one entry per sequence.
+        exits: bands to use, None for full depth.
+        kv: K,V policy (dyndepth.runtime.forward.KV_POLICIES); None takes `predict` where every open band has maps, else
+            `propagate`.
+        depth: per sequence, the exit point its tokens leave at (number of layers for the top, None for "let criteria
+            decide"); None for all.
+        page_size, pages: geometry of the K,V pages; `pages` defaults to what all sequences need at capacity.
+        chunk: rows per pass of a prefill.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        capacity: Sequence[int],
+        exits: Exits | None = None,
+        *,
+        kv: str | None = None,
+        depth: Sequence[int | None] | None = None,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        pages: int | None = None,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        if chunk < 1:
+            raise ArgumentError(f"chunk must be at least 1, got {chunk}")
+        self.model = model
+        self.chunk = chunk
+        exits = None if exits is None else self._fitting(exits)
+        self.kv_policy = default_policy(exits) if kv is None else kv
+        check_policy(exits, self.kv_policy)
+        blocks = self._blocks(exits)
+        reach = max([*capacity, 1])
+        needed = [-(-positions // page_size) for positions in capacity] if page_size > 0 else []
+        self.pages = Pages(
+            layers=model.depth + len(blocks),
+            pages=sum(needed) if pages is None else pages,
+            page_size=page_size,
+            kv_heads=model.layers[0].kv_heads,
+            head_dim=model.layers[0].head_dim,
+            sequences=len(capacity),
+            dtype=model.dtype,
+            device=model.device,
+            max_pages=max([*needed, 1]),
+        )
+        self.cos, self.sin = model.rotary_tables(reach)
+        asked = _depths(depth, exits, model.depth, len(capacity))
+        self.plan = Plan(
+            model=model,
+            exits=exits,
+            kv_policy=self.kv_policy,
+            blocks=blocks,
+            propagation=Propagation(model),
+            depth=None if asked is None else asked.to(model.device),
+        )
+        self._closed = Plan(**{**self.plan.__dict__, "open": False})
+
+    def work(self) -> Work:
+        """A fresh counter for this model."""
+        return Work([0] * self.model.depth)
+
+    def run(
+        self,
+        seq: Sequence[int] | Tensor,
+        pos: Sequence[int] | Tensor,
+        *,
+        tokens: Tensor | None = None,
+        embeds: Tensor | None = None,
+        step: Sequence[int] | Tensor | None = None,
+        may_leave: Tensor | bool = True,
+    ) -> Result:
+        """One pass. Rows of a sequence must be consecutive and ascending, and earlier positions must have been run.
+
+        Args:
+            seq, pos: per row, its sequence and position; positions must fit the capacity.
+            tokens: int64 [n] ids, or `embeds` [n, d] token embeddings.
+            step: per row, tokens generated before it (0 by default).
+            may_leave: bool [n] or one bool for all rows.
+        """
+        rows, context = self.rows(seq, pos, tokens=tokens, embeds=embeds, step=step, may_leave=may_leave)
+        closed = isinstance(may_leave, bool) and not may_leave
+        return forward(self._closed if closed else self.plan, rows, context)
+
+    def rows(
+        self,
+        seq: Sequence[int] | Tensor,
+        pos: Sequence[int] | Tensor,
+        *,
+        tokens: Tensor | None = None,
+        embeds: Tensor | None = None,
+        step: Sequence[int] | Tensor | None = None,
+        may_leave: Tensor | bool = True,
+    ) -> tuple[Rows, Context]:
+        """Embedded rows with their pages reserved: what a pass starts from. Arguments as for `run`."""
+        seq = torch.as_tensor(seq, dtype=torch.int64)
+        pos = torch.as_tensor(pos, dtype=torch.int64)
+        count = seq.shape[0]
+        device = self.model.device
+        lengths = torch.zeros(int(seq.max()) + 1 if count else 0, dtype=torch.int64).scatter_reduce(0, seq, pos + 1, "amax")
+        for sequence in seq.unique().tolist():
+            self.pages.reserve(sequence, int(lengths[sequence]))
+        reach = int(pos.max()) + 1 if count else 1
+        positions = pos.to(device=device, dtype=torch.int32)
+        if embeds is None:
+            assert tokens is not None
+            hidden = self.model.embed(tokens.to(device), positions)
+        else:
+            hidden = self.model.embed_positions(embeds.to(device), positions)
+        rows = Rows(
+            hidden=hidden.contiguous(),
+            seq=seq.to(device=device, dtype=torch.int32),
+            pos=positions,
+            slots=self.pages.slots(seq, pos),
+            step=torch.zeros_like(positions) if step is None else torch.as_tensor(step).to(device=device, dtype=torch.int32),
+            may_leave=torch.full((count,), may_leave, device=device) if isinstance(may_leave, bool) else may_leave.to(device),
+        )
+        return rows, Context(self.pages.kv, self.pages.block_table(reach), self.cos, self.sin)
+
+    def prefill(
+        self, prompts: Sequence[Tensor], work: Work, *, embeds: bool = False, may_leave: bool = False, first: int = 0
+    ) -> None:
+        """Run prompt rows (token ids [t], or embeddings [t, d] if `embeds`) of sequences `first`, `first` + 1, ... in chunks.
+
+        At full depth unless `may_leave`; nothing is returned, the K,V are in the pages.
+        """
+        lengths = [prompt.shape[0] for prompt in prompts]
+        if sum(lengths) == 0:
+            return
+        seq = torch.repeat_interleave(torch.arange(first, first + len(prompts)), torch.tensor(lengths))
+        pos = torch.cat([torch.arange(length) for length in lengths])
+        content = torch.cat(list(prompts))
+        for begin in range(0, seq.shape[0], self.chunk):
+            part = slice(begin, begin + self.chunk)
+            source = {"embeds": content[part]} if embeds else {"tokens": content[part]}
+            result = self.run(seq[part], pos[part], may_leave=may_leave, **source)
+            work.add(result, result.ready.shape[0])
+
+    def _fitting(self, exits: Exits) -> Exits:
+        """The exits in the model's dtype and device, block heads built from its modules."""
+        check_exits(exits, self.model)
+        prepared = exits.prepared(self.model.device, self.model.dtype)
+        for band in prepared:
+            if isinstance(band.head, StoredBlock):
+                head = restore(band.head, self.model, band.leave)
+                band.head = head.to(device=self.model.device, dtype=self.model.dtype)
+        return prepared
+
+    def _blocks(self, exits: Exits | None) -> dict[int, Block]:
+        bands = [band for band in exits or () if band.has_block]
+        return {band.leave: bind_block(band, self.model, self.model.depth + at) for at, band in enumerate(bands)}
+
+
+def default_policy(exits: Exits | None) -> str:
+    """`predict` if every band that can open has K,V maps, else `propagate`."""
+    open_bands = [band for band in exits or () if band.criterion.kind != "never"]
+    return "predict" if all(band.kv is not None for band in open_bands) else "propagate"
+
+
+def _depths(depth: Sequence[int | None] | None, exits: Exits | None, layers: int, sequences: int) -> Tensor | None:
+    if depth is None:
+        return None
+    values = list(depth)
+    if len(values) != sequences:
+        raise ArgumentError(f"depth must have one entry per sequence ({sequences}), got {len(values)}")
+    points = [band.leave for band in exits or () if band.resume == layers]
+    for value in values:
+        if value is not None and value != layers and value not in points:
+            raise ExitsError(f"depth must name an exit point {points} or the top ({layers}), got {value}")
+    return torch.tensor([-1 if value is None else value for value in values], dtype=torch.int32)

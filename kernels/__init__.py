@@ -1,0 +1,1 @@
+"""Triton providers, installed as dyndepth.kernels; one file per op, named like the op."""
