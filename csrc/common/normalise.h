@@ -16,13 +16,17 @@ void normalise_rows(const T* from, T* to, int64_t rows, int64_t width, Norm norm
     for (int64_t row = begin; row < end; ++row) {
       const T* x = from + row * width;
       T* y = to + row * width;
-      float mean = 0, square = 0;
-      if (norm == Norm::layer) {
-        for (int64_t i = 0; i < width; ++i) mean += to_float(x[i]);
-        mean /= static_cast<float>(width);
+      // Sums in double: an error here scales every output of the row, and a row has a few thousand entries at most.
+      double sum = 0, square = 0;
+      if (norm == Norm::layer)
+        for (int64_t i = 0; i < width; ++i) sum += to_float(x[i]);
+      const float mean = static_cast<float>(sum / static_cast<double>(width));
+      for (int64_t i = 0; i < width; ++i) {
+        const double centred = to_float(x[i]) - mean;
+        square += centred * centred;
       }
-      for (int64_t i = 0; i < width; ++i) square += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
-      const float inverse = norm == Norm::none ? 1.f : 1.f / std::sqrt(square / static_cast<float>(width) + eps);
+      const float variance = static_cast<float>(square / static_cast<double>(width));
+      const float inverse = norm == Norm::none ? 1.f : 1.f / std::sqrt(variance + eps);
       for (int64_t i = 0; i < width; ++i)
         y[i] = static_cast<T>((to_float(x[i]) - mean) * inverse * (gain == nullptr ? 1.f : gain[i]));
     }

@@ -155,7 +155,7 @@ def _expected_saving(bands: Sequence[Candidate], chances: Sequence[Tensor], budg
 
 
 def _walk(bands: Sequence[Candidate], chances: Sequence[Tensor], limits: Sequence[float]) -> tuple[float, float]:
-    """Rows go up past `bands` and leave where their chance allows: (expected disagreements, layers saved net of judging) per row."""
+    """Rows go up and leave where their chance allows: (expected disagreements, layers saved net of judging) per row."""
     rows = chances[0].shape[0]
     away_until = torch.zeros(rows, dtype=torch.int64)
     loss = saved = 0.0

@@ -73,7 +73,7 @@ def _check(
     check.contiguous(name, "residual", residual)
     rows, width = residual.shape
     check.tensor(
-        name, "pages", pages, [None, 2, None, None, None, None], floats, device, "layers, K|V, pages, page_size, heads, head_dim"
+        name, "pages", pages, [None, 2, None, None, None, None], floats, device, "layers, K|V, pages, page_size, heads, dim"
     )  # fmt: skip
     check.contiguous(name, "pages", pages)
     kv = pages.shape[4] * pages.shape[5]

@@ -1,0 +1,106 @@
+"""What every op's test file does the same way: run a provider on a case, compare with the oracle, check the contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dyndepth import ops  # noqa: F401  (registers the ops)
+from dyndepth.op import REGISTRY, backend
+from dyndepth.testing import CASES, Case, assert_as_exact_as, assert_same
+from dyndepth.testing.cases import Arguments, widened
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Names of the outputs, in order; `pages` is written in place.
+OUTPUTS = {
+    "exit_stats": ["argmax", "top1", "top2", "logsumexp", "entropy", "entropy_half"],
+    "router_score": ["score"],
+    "ragged_attention": ["out"],
+    "store_kv": ["q"],
+    "project_qkv": ["q"],
+    "backfill_kv": [],
+}
+ROW_COUNTED = ("exit_stats", "router_score", "ragged_attention", "project_qkv")
+
+
+def cases(op: str) -> list[Any]:
+    return [pytest.param(case, id=case.name) for case in CASES[op] if not case.large]
+
+
+def providers(op: str) -> list[str]:
+    """Providers to compare with the reference. The cpp provider must be there: the build is part of what is tested."""
+    return [name for name in REGISTRY[op].providers if name != "torch" and REGISTRY[op].providers[name].missing() is None]
+
+
+def copied(arguments: Arguments) -> Arguments:
+    def copy(value: Any) -> Any:
+        if isinstance(value, list):
+            return [copy(item) for item in value]
+        return value.clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
+
+    return {name: copy(value) for name, value in arguments.items()}
+
+
+def outcome(op: str, arguments: Arguments, provider: str | None = None) -> dict[str, Tensor]:
+    """Outputs by name, pages after the call among them; rows at or past `live` are cut off (they are unspecified).
+
+    `provider` None calls the reference function itself, which also takes float64.
+    """
+    arguments = copied(arguments)
+    if provider is None:
+        returned = REGISTRY[op].reference(**arguments)
+    else:
+        with backend(provider):
+            returned = REGISTRY[op](**arguments)
+    values = [] if returned is None else list(returned) if isinstance(returned, tuple | list) else [returned]
+    live = arguments.get("live")
+    if live is not None:
+        values = [value[: int(live)] for value in values]
+    found = dict(zip(OUTPUTS[op], values, strict=True))
+    if "pages" in arguments and op != "ragged_attention":
+        found["pages"] = arguments["pages"]
+    return found
+
+
+def check_against_oracle(op: str, case: Case, dtype: torch.dtype, provider: str) -> None:
+    """Integers are exact; floats as exact as PyTorch's own arithmetic in the working dtype."""
+    arguments = case.build(dtype)
+    truth = outcome(op, widened(arguments))
+    reference = outcome(op, arguments)
+    actual = outcome(op, arguments, provider)
+    for name, value in actual.items():
+        if value.dtype.is_floating_point:
+            assert_as_exact_as(value, reference[name], truth[name], what=f"{op} {case.name} {provider}: {name}")
+        else:
+            assert_same(value, reference[name], f"{op} {case.name} {provider}: {name}")
+
+
+def check_contract(op: str, arguments: Arguments) -> None:
+    """Schema, fake and dispatch agree (opcheck), and the op survives torch.compile(fullgraph=True)."""
+    assert arguments.get("live") is None, "rows past live are unspecified, so there is nothing to compare"
+    overload = REGISTRY[op].overload
+    torch.library.opcheck(overload, (), copied(arguments))
+
+    torch._dynamo.reset()  # every case is a new shape; the recompile limit is not what is tested
+
+    def call(given: Arguments) -> Any:
+        return overload(**given)
+
+    eager_arguments, compiled_arguments = copied(arguments), copied(arguments)
+    eager = call(eager_arguments)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(compiled_arguments)
+    for a, b in zip(_flat(eager), _flat(compiled), strict=True):
+        assert_same(b, a, f"{op} compiled")
+    if "pages" in arguments:
+        assert_same(compiled_arguments["pages"], eager_arguments["pages"], f"{op} compiled: pages")
+
+
+def _flat(value: Any) -> list[Tensor]:
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _flat(item)]
