@@ -100,7 +100,9 @@ class Oracle:
             return stats_of_logits(logits if band.shortlist is None else logits[:, band.shortlist])
 
         step = torch.tensor([position - self.start], dtype=torch.int32)
-        view = View(h, torch.zeros(1, dtype=torch.int32), step, previous, stats, None, band.leave, len(self.model.model.layers), carried)
+        view = View(
+            h, torch.zeros(1, dtype=torch.int32), step, previous, stats, None, band.leave, len(self.model.model.layers), carried
+        )
         return bool(band.criterion.leaves(view, band.thresholds(step)))
 
     def angles(self, number: int, position: int, h: torch.Tensor) -> Any:

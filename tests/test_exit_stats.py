@@ -33,14 +33,23 @@ def test_as_exact_as_pytorch(case: Case, dtype: torch.dtype, provider: str) -> N
         return
     # In half precision the two largest logits may round to the same number: the choice must be as good as the best.
     best, chosen = truth["top1"], _logit_of(arguments, actual["argmax"])
-    slack = 2 * (reference["top1"].double() - truth["top1"]).abs().max() + torch.finfo(dtype).eps * best.abs().max() if len(best) else 0
+    slack = (
+        2 * (reference["top1"].double() - truth["top1"]).abs().max() + torch.finfo(dtype).eps * best.abs().max()
+        if len(best)
+        else 0
+    )
     assert bool((chosen >= best - slack).all())
 
 
 def _logit_of(arguments: dict, ids: torch.Tensor) -> torch.Tensor:
     """float64 logit of one id per row."""
     wide = widened(arguments)
-    only = [op_harness.REGISTRY[OP].reference(**{**wide, "hidden": wide["hidden"][row : row + 1], "vocab_ids": ids[row : row + 1], "live": None})[1] for row in range(len(ids))]
+    only = [
+        op_harness.REGISTRY[OP].reference(
+            **{**wide, "hidden": wide["hidden"][row : row + 1], "vocab_ids": ids[row : row + 1], "live": None}
+        )[1]
+        for row in range(len(ids))
+    ]
     return torch.cat(only) if only else torch.empty(0, dtype=torch.float64)
 
 
@@ -137,7 +146,10 @@ def test_a_row_does_not_depend_on_its_neighbours(provider: str) -> None:
 def test_logits_are_never_whole() -> None:
     """Peak memory of the cpp provider stays far below [n, V]: the largest allocation is one block."""
     hidden, head = torch.randn(64, 16), torch.randn(200_000, 16)
-    with backend("cpp"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        backend("cpp"),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         exit_stats(hidden, head)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 64 * 8192 * 4

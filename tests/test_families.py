@@ -109,7 +109,9 @@ def test_unsupported_model_is_named() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UnsupportedModelError, match=r"'bloom' has no family spec; supported: gemma2, .*qwen3"):
         bind(model)
-    assert {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2", "opt", "gpt_neox"} <= set(supported())
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2", "opt", "gpt_neox"} <= set(
+        supported()
+    )
 
 
 def test_not_a_causal_lm() -> None:

@@ -225,7 +225,9 @@ def test_folded_propagation_equals_the_modules(family: str) -> None:
             rows, context = session.rows(seq, pos, tokens=torch.ones(9, dtype=torch.long))
             Propagation(model, fold=fold).store(hidden, rows.pos, rows.slots, 1, 5, context)
             pages[dtype, fold] = session.pages.kv[1:5, :, :, :].flatten(2, 3)[:, :, rows.slots.long()]
-    assert_as_exact_as(pages[torch.float32, True], pages[torch.float32, False], pages[torch.float64, False], what=family, factor=3)
+    assert_as_exact_as(
+        pages[torch.float32, True], pages[torch.float32, False], pages[torch.float64, False], what=family, factor=3
+    )
 
 
 def _propagated_in_float64(model: Any, hidden: torch.Tensor, session: Session) -> torch.Tensor:
@@ -243,7 +245,9 @@ def _propagated_in_float64(model: Any, hidden: torch.Tensor, session: Session) -
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_bias", "mistral", "qwen2", "gemma2", "phi3", "gpt2", "opt", "opt_post_norm", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama_bias", "mistral", "qwen2", "gemma2", "phi3", "gpt2", "opt", "opt_post_norm", "gpt_neox"]
+)
 def test_families_that_fold(family: str) -> None:
     """Folding is not silently lost: these families have no norm on K, so propagation is one product."""
     assert Propagation(bind(tiny_models.shared(family)))._maps(1, 5) is not None
@@ -266,7 +270,9 @@ def test_rows_x_layers_equal_what_hooks_count(family: str, kv: str) -> None:
     counted = [0] * bound.depth
     for number, layer in enumerate(bound.layers):
         first = layer.module.get_submodule(bound.family.mlp[0])
-        first.register_forward_hook(lambda _, args, __, number=number: counted.__setitem__(number, counted[number] + args[0].shape[0]))
+        first.register_forward_hook(
+            lambda _, args, __, number=number: counted.__setitem__(number, counted[number] + args[0].shape[0])
+        )
     out = _generate(model, inputs, exits, kv=kv)
     assert counted == [a + b for a, b in zip(out.work.layers, out.prompt_work.layers, strict=True)]
     assert out.work.run == int(out.layers_run[out.layers_run >= 0].sum())

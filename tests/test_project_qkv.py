@@ -29,9 +29,16 @@ def test_by_hand(provider: str) -> None:
     pages = torch.zeros(2, 1, 2, 1, 2)
     with backend(provider):
         q = project_qkv(
-            x, 2 * torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.eye(2), torch.tensor([0, 1], dtype=torch.int32),
-            torch.tensor([1, 0], dtype=torch.int32), pages, v_bias=torch.tensor([0.5, -0.5]), live=torch.tensor([1], dtype=torch.int32),
-        )  # fmt: skip
+            x,
+            2 * torch.eye(2),
+            torch.tensor([[0.0, 1.0], [1.0, 0.0]]),
+            torch.eye(2),
+            torch.tensor([0, 1], dtype=torch.int32),
+            torch.tensor([1, 0], dtype=torch.int32),
+            pages,
+            v_bias=torch.tensor([0.5, -0.5]),
+            live=torch.tensor([1], dtype=torch.int32),
+        )
     assert q[0, 0].tolist() == [2.0, 4.0]
     assert pages[0, 0, :, 0].tolist() == [[4.0, 3.0], [2.0, 1.0]]
     assert pages[1, 0, :, 0].tolist() == [[3.5, 3.5], [1.5, 1.5]]
@@ -111,9 +118,14 @@ def test_contract(name: str) -> None:
 )
 def test_wrong_arguments(change: dict, message: str) -> None:
     arguments = {
-        "x": torch.zeros(3, 5), "q_weight": torch.zeros(16, 5), "k_weight": torch.zeros(8, 5), "v_weight": torch.zeros(8, 5),
-        "pos": torch.zeros(3, dtype=torch.int32), "slots": torch.arange(3, dtype=torch.int32), "pages": torch.zeros(2, 3, 2, 2, 4),
+        "x": torch.zeros(3, 5),
+        "q_weight": torch.zeros(16, 5),
+        "k_weight": torch.zeros(8, 5),
+        "v_weight": torch.zeros(8, 5),
+        "pos": torch.zeros(3, dtype=torch.int32),
+        "slots": torch.arange(3, dtype=torch.int32),
+        "pages": torch.zeros(2, 3, 2, 2, 4),
         **change,
-    }  # fmt: skip
+    }
     with pytest.raises(ArgumentError, match=message):
         project_qkv(**arguments)

@@ -133,8 +133,13 @@ def test_contract(name: str) -> None:
 @pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
 def test_wrong_arguments(change: dict, message: str, provider: str) -> None:
     arguments = {
-        "q": torch.zeros(2, 4, 4), "pages": torch.zeros(2, 3, 2, 2, 4), "block_table": torch.tensor([[0, -1]], dtype=torch.int32),
-        "seq": torch.zeros(2, dtype=torch.int32), "pos": torch.ones(2, dtype=torch.int32), "scale": 1.0, **change,
-    }  # fmt: skip
+        "q": torch.zeros(2, 4, 4),
+        "pages": torch.zeros(2, 3, 2, 2, 4),
+        "block_table": torch.tensor([[0, -1]], dtype=torch.int32),
+        "seq": torch.zeros(2, dtype=torch.int32),
+        "pos": torch.ones(2, dtype=torch.int32),
+        "scale": 1.0,
+        **change,
+    }
     with backend(provider), pytest.raises((ArgumentError, RuntimeError), match=message):
         ragged_attention(**arguments)

@@ -33,9 +33,17 @@ def test_by_hand(provider: str) -> None:
     with backend(provider):
         linear = router_score(hidden, weight1, bias1, weight2, bias2, silu=False, eps=0.0)
         rich = router_score(
-            hidden, weight1, bias1, weight2, bias2, eps=0.0, previous=torch.tensor([[4.0, 3.0]]), cosine_weight=torch.tensor([2.0]),
-            extra=torch.tensor([[1.0, 10.0]]), extra_weight=torch.tensor([[0.1, -0.01]]),
-        )  # fmt: skip
+            hidden,
+            weight1,
+            bias1,
+            weight2,
+            bias2,
+            eps=0.0,
+            previous=torch.tensor([[4.0, 3.0]]),
+            cosine_weight=torch.tensor([2.0]),
+            extra=torch.tensor([[1.0, 10.0]]),
+            extra_weight=torch.tensor([[0.1, -0.01]]),
+        )
     assert linear.item() == pytest.approx(1 / (1 + math.exp(-(2 * z + 0.25))), rel=1e-6)
     z += 2.0 * 24 / 25 + 0.1 - 0.1
     assert rich.item() == pytest.approx(1 / (1 + math.exp(-(2 * z / (1 + math.exp(-z)) + 0.25))), rel=1e-6)
@@ -75,7 +83,8 @@ def test_a_row_does_not_depend_on_its_neighbours(provider: str) -> None:
     together = op_harness.outcome(OP, arguments, provider)["score"]
     for row in range(len(together)):
         alone = {
-            name: value[row : row + 1] if name in ("hidden", "previous", "extra") else value for name, value in arguments.items()
+            name: value[row : row + 1] if name in ("hidden", "previous", "extra") else value
+            for name, value in arguments.items()
         }
         assert op_harness.outcome(OP, alone, provider)["score"].item() == together[row].item()
 
@@ -101,8 +110,12 @@ def test_contract(name: str) -> None:
 )
 def test_wrong_arguments(change: dict, message: str) -> None:
     arguments = {
-        "hidden": torch.zeros(2, 3), "weight1": torch.zeros(2, 3), "bias1": torch.zeros(2), "weight2": torch.zeros(2),
-        "bias2": torch.zeros(1), **change,
-    }  # fmt: skip
+        "hidden": torch.zeros(2, 3),
+        "weight1": torch.zeros(2, 3),
+        "bias1": torch.zeros(2),
+        "weight2": torch.zeros(2),
+        "bias2": torch.zeros(1),
+        **change,
+    }
     with pytest.raises(ArgumentError, match=message):
         router_score(**arguments)

@@ -50,7 +50,14 @@ def test_by_hand(provider: str) -> None:
     pages = torch.zeros(2, 2, 2, 1, 3)
     with backend(provider):
         turned = store_kv(
-            q, q * 10, q * 100, cos, sin, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32), pages
+            q,
+            q * 10,
+            q * 100,
+            cos,
+            sin,
+            torch.tensor([0, 1], dtype=torch.int32),
+            torch.tensor([2, 1], dtype=torch.int32),
+            pages,
         )
     assert turned[:, 0].tolist() == [[1.0, 2.0, 3.0], [-2.0, 1.0, 3.0]]
     assert pages[0, 1, 0, 0].tolist() == [10.0, 20.0, 30.0]
@@ -65,7 +72,12 @@ def test_padding_next_to_slot_zero(provider: str) -> None:
     """Rows with slot -1 must not disturb slot 0, written in the same call or not."""
     k = torch.arange(1.0, 4.0).view(3, 1, 1)
     pos = torch.zeros(3, dtype=torch.int32)
-    for slots, expected in (([-1, 0, -1], [2.0, 9.0]), ([-1, 1, -1], [9.0, 2.0]), ([-1, -1, -1], [9.0, 9.0]), ([0, 1, -1], [1.0, 2.0])):
+    for slots, expected in (
+        ([-1, 0, -1], [2.0, 9.0]),
+        ([-1, 1, -1], [9.0, 2.0]),
+        ([-1, -1, -1], [9.0, 9.0]),
+        ([0, 1, -1], [1.0, 2.0]),
+    ):
         pages = torch.full((2, 1, 2, 1, 1), 9.0)
         with backend(provider):
             store_kv(k, k, k, None, None, pos, torch.tensor(slots, dtype=torch.int32), pages)
@@ -98,7 +110,15 @@ def test_every_promised_element_is_written(provider: str) -> None:
 def test_angles_of_the_last_position() -> None:
     """The last row of the table is reachable, the one behind it is not."""
     cos, sin = torch.ones(3, 1), torch.zeros(3, 1)
-    arguments = {"q": torch.ones(1, 1, 2), "k": torch.ones(1, 1, 2), "v": torch.ones(1, 1, 2), "cos": cos, "sin": sin, "slots": torch.zeros(1, dtype=torch.int32), "pages": torch.zeros(2, 1, 1, 1, 2)}  # fmt: skip
+    arguments = {
+        "q": torch.ones(1, 1, 2),
+        "k": torch.ones(1, 1, 2),
+        "v": torch.ones(1, 1, 2),
+        "cos": cos,
+        "sin": sin,
+        "slots": torch.zeros(1, dtype=torch.int32),
+        "pages": torch.zeros(2, 1, 1, 1, 2),
+    }
     for provider in ["torch", *PROVIDERS]:
         with backend(provider):
             assert math.isfinite(float(store_kv(pos=torch.tensor([2], dtype=torch.int32), **arguments).sum()))
@@ -135,9 +155,15 @@ def test_contract(name: str) -> None:
 @pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
 def test_wrong_arguments(change: dict, message: str, provider: str) -> None:
     arguments = {
-        "q": torch.zeros(3, 4, 6), "k": torch.zeros(3, 2, 6), "v": torch.zeros(3, 2, 6), "cos": torch.zeros(5, 3),
-        "sin": torch.zeros(5, 3), "pos": torch.zeros(3, dtype=torch.int32), "slots": torch.arange(3, dtype=torch.int32),
-        "pages": torch.zeros(2, 2, 2, 2, 6), **change,
-    }  # fmt: skip
+        "q": torch.zeros(3, 4, 6),
+        "k": torch.zeros(3, 2, 6),
+        "v": torch.zeros(3, 2, 6),
+        "cos": torch.zeros(5, 3),
+        "sin": torch.zeros(5, 3),
+        "pos": torch.zeros(3, dtype=torch.int32),
+        "slots": torch.arange(3, dtype=torch.int32),
+        "pages": torch.zeros(2, 2, 2, 2, 6),
+        **change,
+    }
     with backend(provider), pytest.raises((ArgumentError, RuntimeError), match=message):
         store_kv(**arguments)

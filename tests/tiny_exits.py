@@ -38,7 +38,14 @@ def head_of(kind: str, width: int, ready: int, generator: torch.Generator) -> An
 
 
 def band(
-    model: Any, leave: int, resume: int, criterion: Criterion | None = None, *, head: str = "translator", seed: int = 0, **options: Any
+    model: Any,
+    leave: int,
+    resume: int,
+    criterion: Criterion | None = None,
+    *,
+    head: str = "translator",
+    seed: int = 0,
+    **options: Any,
 ) -> Band:
     """A band with random maps; by default a random router decides."""
     bound = bind(model)

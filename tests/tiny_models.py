@@ -49,7 +49,8 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3": (t.Qwen3Config, _COMMON),
     "gemma2": (
         t.Gemma2Config,
-        _COMMON | {"sliding_window": 7, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+        _COMMON
+        | {"sliding_window": 7, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
     ),
     "gemma3": (t.Gemma3TextConfig, _COMMON | {"sliding_window": 7, "query_pre_attn_scalar": 20, "layer_types": _LAYER_TYPES}),
     "phi3": (t.Phi3Config, _COMMON | {"sliding_window": 11}),

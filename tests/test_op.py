@@ -1,0 +1,148 @@
+"""The op pattern: registry, ranking, forcing, and one name in every folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dyndepth import ops
+from dyndepth.errors import ArgumentError, BackendError
+from dyndepth.op import RANK, REGISTRY, backend, forced_providers
+
+ROOT = Path(__file__).parent.parent
+STATE = torch.tensor([1, 0], dtype=torch.int8)
+
+
+def test_the_registry_is_the_public_list() -> None:
+    assert sorted(REGISTRY) == sorted(name for name in ops.__all__ if name.islower())
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_one_name_in_every_folder(name: str) -> None:
+    """The kernel, the contract, the test and the benchmark of an op are found by its name."""
+    wanted = [f"dyndepth/ops/{name}.py", f"tests/test_{name}.py", f"benchmarks/bench_{name}.py"]
+    providers = REGISTRY[name].providers
+    wanted += [f"csrc/cpu/{name}.cpp"] if "cpp" in providers else []
+    wanted += [f"kernels/{name}.py"] if "triton" in providers else []
+    wanted += [f"csrc/cuda/{name}.cu"] if "cuda" in providers else []
+    assert [path for path in wanted if not (ROOT / path).exists()] == []
+    assert list(providers)[-1] == "torch"
+    assert [RANK.index(provider) for provider in providers] == sorted(RANK.index(provider) for provider in providers)
+
+
+@pytest.mark.parametrize("folder", ["dyndepth", "kernels", "csrc", "benchmarks", "tests"])
+def test_files_stay_small(folder: str) -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for pattern in ("*.py", "*.cpp", "*.h", "*.cu")
+        for path in (ROOT / folder).rglob(pattern)
+        if (lines := len(path.read_text().splitlines())) > 440
+    }
+    assert not long, "a file is a room with one purpose"
+
+
+LAYERS = {  # a package may import those of smaller number
+    "errors": 0, "env": 0, "files": 0, "check": 1, "op": 1, "ops": 2, "testing": 3, "exits": 3, "runtime": 4, "closed_form": 5,
+    "demo": 6, "info": 6, "cli": 7,
+}  # fmt: skip
+
+
+def test_nothing_imports_upwards() -> None:
+    wrong = []
+    for path in (ROOT / "dyndepth").rglob("*.py"):
+        own = path.relative_to(ROOT / "dyndepth").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if len(words) > 3 and words[0] == "from" and words[1].startswith("dyndepth."):
+                target = words[1].split(".")[1]
+                if LAYERS[target] > LAYERS[own]:
+                    wrong.append(f"{path.name}: {line.strip()}")
+    assert not wrong
+
+
+def test_import_is_free() -> None:
+    """Importing dyndepth and its ops loads neither Triton, CuPy nor transformers, and creates no CUDA context."""
+    code = (
+        "import sys, dyndepth, dyndepth.ops, torch\n"
+        "loaded = [m for m in ('triton', 'cupy', 'transformers', 'matplotlib', 'dyndepth.kernels') if m in sys.modules]\n"
+        "assert not loaded, loaded\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_highest_ranked_provider_that_can() -> None:
+    assert REGISTRY["compact_rows"].choose(STATE, []).name == "cpp"
+    meta = torch.zeros(2, dtype=torch.int8, device="meta")
+    assert REGISTRY["compact_rows"].choose(meta, []).name == "torch"
+
+
+def test_forcing_by_context_manager() -> None:
+    op = REGISTRY["compact_rows"]
+    with backend("torch"):
+        assert op.choose(STATE, []).name == "torch"
+        with backend("cpp,torch"):
+            assert op.choose(STATE, []).name == "cpp"
+        assert op.choose(STATE, []).name == "torch"
+    with backend("exit_stats=torch"):
+        assert op.choose(STATE, []).name == "cpp"
+        assert forced_providers("exit_stats") == ("torch",)
+    assert forced_providers("exit_stats") is None
+
+
+def test_forcing_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNDEPTH_BACKEND", "compact_rows=torch,cpp")
+    assert REGISTRY["compact_rows"].choose(STATE, []).name == "torch"
+    assert forced_providers("exit_stats") == ("cpp",)
+    with backend("cpp"):
+        assert REGISTRY["compact_rows"].choose(STATE, []).name == "cpp"
+
+
+def test_a_forced_provider_that_cannot_run_says_why() -> None:
+    with (
+        backend("triton"),
+        pytest.raises(BackendError, match=r"compact_rows: no usable provider among those forced \(triton: "),
+    ):
+        ops.compact_rows(STATE, [])
+    meta = torch.zeros(2, dtype=torch.int8, device="meta")
+    with backend("cpp"), pytest.raises(BackendError, match="cpp: tensors are on meta, cpp runs on the CPU"):
+        REGISTRY["compact_rows"].choose(meta, [])
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"), [("gpu", "providers are cuda, triton, cpp, torch"), ("sort=cpp", "ops are backfill_kv")]
+)
+def test_unknown_names(choice: str, message: str) -> None:
+    with pytest.raises(BackendError, match=message), backend(choice):
+        pass
+
+
+def test_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNDEPTH_BACKEND", "fast")
+    with pytest.raises(BackendError, match="fast: this op has no such provider"):
+        ops.compact_rows(STATE, [])
+
+
+def test_checks_also_guard_the_dispatcher() -> None:
+    """People call torch.ops.dyndepth too."""
+    with pytest.raises(ArgumentError, match="compact_rows: state must be int8"):
+        torch.ops.dyndepth.compact_rows(torch.zeros(2), [])
+
+
+def test_every_provider_shares_the_signature() -> None:
+    import inspect
+
+    for op in REGISTRY.values():
+        wanted = [argument.name for argument in op.overload._schema.arguments]
+        for function in (op.reference, op.check, *(provider.run for provider in op.providers.values())):
+            parameters = list(inspect.signature(function).parameters.values())
+            assert [p.name for p in parameters] == wanted, (op.name, function)
+            for parameter, argument in zip(parameters, op.overload._schema.arguments, strict=True):
+                if argument.has_default_value():
+                    assert parameter.default == argument.default_value, (op.name, function, parameter.name)
