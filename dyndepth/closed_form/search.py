@@ -127,7 +127,8 @@ def _boundaries_apart(candidates: Sequence[Candidate]) -> list[list[int]]:
 def choose(candidates: Sequence[Candidate], chances: Sequence[Tensor], agreement: float, most: int) -> list[int]:
     """The set of at most `most` bands expected to save most layers at the wanted agreement; one per boundary.
 
-    `chances[i]` [rows] is what candidate i's router says of every judged row. A band more must earn 2 % for its weights.
+    `chances[i]` [rows] is what candidate i's router says of every judged row. A band more must earn 2 % for its weights. If
+    no set is expected to save anything, the candidate that loses least per layer: its threshold will close it.
     """
     best: tuple[float, tuple[int, ...]] = (0.0, ())
     for size in range(1, most + 1):
@@ -137,7 +138,7 @@ def choose(candidates: Sequence[Candidate], chances: Sequence[Tensor], agreement
             saved = _expected_saving([candidates[i] for i in chosen], [chances[i] for i in chosen], 1 - agreement)
             if saved > best[0] * 1.02:
                 best = (saved, chosen)
-    return list(best[1])
+    return list(best[1]) or [min(range(len(candidates)), key=lambda i: candidates[i].loss_per_layer)]
 
 
 def _expected_saving(bands: Sequence[Candidate], chances: Sequence[Tensor], budget: float) -> float:

@@ -1,0 +1,129 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+import transformers
+
+from dyndepth.exits import Exits
+from dyndepth.op import REGISTRY
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-m", "dyndepth.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=300,
+        cwd="/",
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def test_info_json() -> None:
+    facts = json.loads(run("info", "--json").stdout)
+    assert set(facts["ops"]) == set(REGISTRY)
+    for providers in facts["ops"].values():
+        assert list(providers) == ["cuda", "triton", "cpp", "torch"]
+        assert providers["torch"] == providers["cpp"] == "ok"
+    assert facts["packages"]["torch"] == torch.__version__
+    assert "instruction_set" in facts["extension"]
+
+
+def test_info_table_gives_reasons() -> None:
+    forced = run("info", DYNDEPTH_BACKEND="torch").stdout
+    assert "not among the forced providers (torch)" in forced
+    assert "compact_rows" in run("info").stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer of bytes, and texts to fit on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_models.tiny("llama", vocab_size=300).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: i + 3 for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(
+        folder
+    )
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog. " * (20 + number))
+    return folder
+
+
+def test_fit_then_generate(checkpoint: Path, tmp_path: Path) -> None:
+    texts = [str(path) for path in sorted(checkpoint.glob("*.txt"))]
+    made = run(
+        "fit",
+        str(checkpoint),
+        *texts,
+        "--output",
+        str(tmp_path / "exits"),
+        "--tokens",
+        "2500",
+        "--own",
+        "0.1",
+        "--agreement",
+        "0.7",
+        "--dtype",
+        "float32",
+    )
+    assert f"wrote {tmp_path / 'exits'}" in made.stdout
+    assert "MiB beside the model" in made.stderr
+    assert len(Exits.from_pretrained(tmp_path / "exits")) >= 1
+    out = run(
+        "generate",
+        str(checkpoint),
+        "hello",
+        "what",
+        "--exits",
+        str(tmp_path / "exits"),
+        "--max-new-tokens",
+        "5",
+        "--dtype",
+        "float32",
+    )
+    assert "rows x layers" in out.stdout
+    assert "> hello" in out.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{model}", "hi", "--exits", "/nowhere", "--dtype", "float32"], "exits.json does not exist"),
+        (["generate", "{model}", "hi", "--dtype", "float8"], "dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        (["generate", "{model}", "hi", "--kv", "copy"], "kv must be one of predict, propagate, none, got 'copy'"),
+        (["fit", "{model}", "{model}/0.txt", "--output", "/tmp/x", "--tokens", "50"], "fit: wanted at least 256 tokens"),
+        (["fit", "{model}", "/no/text.txt", "--output", "/tmp/x"], "No such file or directory: '/no/text.txt'"),
+    ],
+)
+def test_errors_are_one_line(checkpoint: Path, arguments: list[str], message: str) -> None:
+    done = run(*(argument.format(model=checkpoint) for argument in arguments), expect=1)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_version_is_one() -> None:
+    import tomllib
+
+    import dyndepth
+
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == dyndepth.__version__

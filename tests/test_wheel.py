@@ -1,0 +1,68 @@
+"""The wheel: built here, installed into an empty environment, used there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CODE = """
+import torch, dyndepth, dyndepth.kernels
+from dyndepth.op import REGISTRY
+from dyndepth.ops import compact_rows
+assert dyndepth.__file__.startswith({site!r}), dyndepth.__file__
+state = torch.tensor([1, 0], dtype=torch.int8)
+assert REGISTRY["compact_rows"].choose(state, []).name == "cpp"
+print(compact_rows(state, [torch.tensor([10, 20])])[0][0].tolist())
+"""
+
+
+@pytest.mark.wheel
+def test_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, timeout=600)
+    wheel = next(tmp_path.glob("dyndepth-*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "dyndepth/py.typed" in names
+    assert "dyndepth/kernels/__init__.py" in names
+    assert any(name.startswith("dyndepth/_C.") for name in names)
+    assert not [name for name in names if name.split("/")[0] in ("kernels", "tests", "benchmarks")]
+
+    folder = tmp_path / "empty"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    site = next((folder / "lib").glob("python*/site-packages"))
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--no-deps", str(wheel)], check=True, timeout=600)
+    # Its dependencies are this environment's: installing torch again would only test pip. The package itself is not.
+    (site / "dependencies.pth").write_text(_dependencies())
+    done = subprocess.run(
+        [str(python), "-c", CODE.format(site=str(site))], check=True, timeout=120, capture_output=True, text=True, cwd="/"
+    )
+    assert done.stdout.strip() == "[20, 10]"
+    command = folder / "bin" / "dyndepth"
+    assert (
+        "compact_rows" in subprocess.run([str(command), "info"], check=True, timeout=120, capture_output=True, text=True).stdout
+    )
+
+
+def _dependencies() -> str:
+    import torch
+
+    return str(Path(torch.__file__).parent.parent) + "\n"
