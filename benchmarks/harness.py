@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ from dyndepth.testing import CASES, Case
 from dyndepth.testing.cases import Arguments
 
 _ROUNDS = 30
+_Benchmark = TypeVar("_Benchmark", bound=Callable[..., None])
 
 
-def cases(op: str) -> Any:
+def cases(op: str) -> Callable[[_Benchmark], _Benchmark]:
     """Parametrisation over the case list that the tests use, dtypes and providers."""
     dtypes = [torch.float32, torch.bfloat16]
     names = [name for name in REGISTRY[op].providers if REGISTRY[op].providers[name].missing() is None]
