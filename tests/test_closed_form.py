@@ -19,7 +19,7 @@ from dyndepth.closed_form.heads import exit_argmax, exit_statistics, frequent
 from dyndepth.closed_form.measure import Lottery, Sample, draw
 from dyndepth.closed_form.ridge import NormalEquations, solve_best
 from dyndepth.closed_form.router import _auc, fit_router
-from dyndepth.closed_form.search import Candidate, choose, label, thresholds
+from dyndepth.closed_form.search import Candidate, _walk, choose, label, thresholds
 from dyndepth.closed_form.trace import trace
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits import Band, Exits
@@ -127,8 +127,16 @@ def test_trace_shows_what_transformers_computes(family: str) -> None:
         found = torch.cat([chunk.residual[boundary] for chunk in chunks])
         torch.testing.assert_close(found, torch.cat([s[boundary][0] for s in states]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat([c.ready for c in chunks]), torch.cat([s[6][0] for s in states]), rtol=1e-4, atol=1e-4)
-    # K before rotation and V are what the session wrote, up to rotation: position 0 is not turned at all.
-    assert chunks[0].kv[3].shape == (13, 2, bound.layers[0].kv_heads * bound.layers[0].head_dim)
+    # V is what transformers caches; K is before rotation, so it equals the cache at position 0, which is not turned.
+    caches = [model(input_ids=tokens[None], use_cache=True).past_key_values for tokens in sequences]
+    for layer in range(6):
+        if bound.layers[layer].window:
+            continue  # transformers' cache keeps no more than the window
+        found = torch.cat([chunk.kv[layer] for chunk in chunks])
+        values = torch.cat([cache.layers[layer].values[0].movedim(1, 0).flatten(1) for cache in caches])
+        torch.testing.assert_close(found[:, 1], values, rtol=1e-4, atol=1e-4)
+        keys = torch.stack([cache.layers[layer].keys[0, :, 0].flatten() for cache in caches])
+        torch.testing.assert_close(found[[0, 9, 13], 0], keys, rtol=1e-4, atol=1e-4)
 
 
 # -- routers ----------------------------------------------------------------------------------------------------------------
@@ -238,11 +246,34 @@ def test_labels_are_the_rows_that_skipped() -> None:
     assert found[2].agrees.tolist() == list(expected.values())
 
 
+@pytest.mark.parametrize("price", [0.05, 0.2, 0.5])
+def test_walking_past_overlapping_bands(price: float) -> None:
+    """Expected loss and saving of a policy, against plain Python: a row that is away passes no other band."""
+    candidates, chances = _three()
+    limits = thresholds(candidates, price)
+    loss = saved = 0.0
+    for row in range(300):
+        away = 0
+        for band, chance, limit in sorted(zip(candidates, chances, limits, strict=True), key=lambda e: e[0].band.leave):
+            if away > band.band.leave:
+                continue
+            saved -= band.judging
+            if float(chance[row]) >= limit:
+                away = band.band.resume
+                loss += 1 - float(chance[row]) + band.harm
+                saved += band.saved
+    assert _walk(candidates, chances, limits) == pytest.approx((loss / 300, saved / 300), rel=1e-4)
+
+
+def _three() -> tuple[list[Candidate], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(6)
+    candidates = [Candidate(Band(a, b), {}, harm=0.01, judging=0.1) for a, b in ((1, 3), (2, 6), (4, 6))]
+    return candidates, [torch.rand(300, generator=generator) ** power for power in (0.3, 0.5, 0.1)]
+
+
 def test_choose_equals_brute_force() -> None:
     """Bands of equal routers: the expected saving is what walking row by row gives."""
-    generator = torch.Generator().manual_seed(6)
-    candidates = [Candidate(Band(a, b), {}, harm=0.01) for a, b in ((1, 3), (2, 6), (4, 6))]
-    chances = [torch.rand(300, generator=generator) ** power for power in (0.3, 0.5, 0.1)]
+    candidates, chances = _three()
     best = (0.0, ())
     for size in (1, 2):
         for chosen in itertools.combinations(range(3), size):
@@ -253,19 +284,12 @@ def test_choose_equals_brute_force() -> None:
 
 
 def _saving(bands: list[Candidate], chances: list[torch.Tensor], budget: float) -> float:
-    """Row by row in plain Python, over a fine grid of prices."""
+    """Over a fine grid of prices instead of a bisection."""
     best = 0.0
     for price in [i / 400 for i in range(401)]:
-        limits, loss, saved = thresholds(bands, price), 0.0, 0.0
-        for row in range(len(chances[0])):
-            away = 0
-            for band, chance, limit in sorted(zip(bands, chances, limits, strict=True), key=lambda e: e[0].band.leave):
-                if away <= band.band.leave and float(chance[row]) >= limit:
-                    away = band.band.resume
-                    loss += 1 - float(chance[row]) + band.harm
-                    saved += band.saved
-        if loss / len(chances[0]) <= budget:
-            best = max(best, saved / len(chances[0]))
+        loss, saved = _walk(bands, chances, thresholds(bands, price))
+        if loss <= budget:
+            best = max(best, saved)
     return best
 
 

@@ -115,11 +115,12 @@ def test_extreme_logits(provider: str) -> None:
     assert masked.top2.item() == -math.inf
 
 
+@pytest.mark.parametrize("dtype", op_harness.DTYPES, ids=str)
 @pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
-def test_nan_spoils_its_row_only(provider: str) -> None:
-    hidden = torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [2.0, 0.0]])
+def test_nan_spoils_its_row_only(provider: str, dtype: torch.dtype) -> None:
+    hidden = torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [2.0, 0.0]], dtype=dtype)
     with backend(provider):
-        stats = exit_stats(hidden, torch.randn(40, 2))
+        stats = exit_stats(hidden, torch.randn(40, 2).to(dtype))
     for name, values in zip(ExitStats._fields[1:], stats[1:], strict=True):
         assert values.isnan().tolist() == [False, True, False], name
 

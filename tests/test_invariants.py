@@ -133,6 +133,41 @@ def test_criteria_equal_the_oracle(criterion: str, kv: str) -> None:
     assert mixed, "at some threshold some rows, but not all, must leave"
 
 
+@pytest.mark.parametrize("criterion", ["Patience", "Saturation"])
+def test_state_survives_a_skipped_boundary(criterion: str) -> None:
+    """A row judged below a band and above it is compared with itself, also if others were judged while it was away."""
+    from dyndepth import exits as parts
+
+    model = tiny_models.shared("llama")
+    judged = [tiny_exits.band(model, leave, 6, getattr(parts, criterion)(), head="norm") for leave in (1, 3, 5)]
+    tokens = torch.randint(3, tiny_models.VOCABULARY, (40,))
+    kinds = set()
+    for threshold in (1.0, 2.0) if criterion == "Patience" else (0.5, 0.8, 0.95):
+        bands = [*judged, tiny_exits.band(model, 2, 4)]
+        exits = tiny_exits.exits_of(model, *bands).with_thresholds([threshold, 0.5, threshold, threshold])
+        scored, told = score(model, [tokens], exits), oracle.Oracle(model, exits, "predict", 0).run(tokens)
+        assert scored.bands_taken.tolist() == told.bands
+        kinds |= set(told.bands)
+    assert {2, 8} & kinds
+    assert 10 in kinds or criterion == "Patience", "some row skips [2, 4) and then leaves at 5"
+
+
+def test_idle_layers_are_filled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nobody is live, propagation is one call per gap, not one per layer."""
+    calls: list[tuple[int, int]] = []
+    original = Propagation.store
+
+    def counted(self: Any, hidden: Any, pos: Any, slots: Any, begin: int, end: int, context: Any) -> None:
+        calls.append((begin, end))
+        original(self, hidden, pos, slots, begin, end, context)
+
+    monkeypatch.setattr(Propagation, "store", counted)
+    model = tiny_models.shared("llama")
+    exits = tiny_exits.exits_of(model, *(tiny_exits.band(model, *span, threshold=-1.0) for span in ((1, 3), (4, 6))))
+    score(model, [torch.arange(3, 10)], exits, kv="propagate")
+    assert calls == [(1, 3), (4, 6)]
+
+
 def test_decoding_equals_scoring() -> None:
     """Rows decoded one pass at a time leave where they leave when the same tokens go up together."""
     model, inputs = tiny_models.shared("llama"), tiny_models.prompts(4)

@@ -95,6 +95,20 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str, provider: str) -> No
     assert_same(op_harness.outcome(OP, {**arguments, **shuffled}, provider)["out"], together[order])
 
 
+@pytest.mark.parametrize("dtype", op_harness.DTYPES, ids=str)
+@pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
+def test_a_visible_nan_or_infinity_is_not_hidden(provider: str, dtype: torch.dtype) -> None:
+    """What a model computed wrong must show, in the rows that see it and only there."""
+    arguments = _case("gqa3").build(dtype)
+    seq, pos = int(arguments["seq"][-1]), int(arguments["pos"][-1])
+    size = arguments["pages"].shape[2]
+    arguments["pages"][1, arguments["block_table"][seq, pos // size], pos % size, 0, :2] = torch.tensor([torch.nan, torch.inf])
+    out = op_harness.outcome(OP, arguments, provider)["out"]
+    assert bool(out[-1, 0, 0].isnan())
+    assert bool(out[-1, 0, 1].isinf())
+    assert bool(torch.isfinite(out[:-1]).all())
+
+
 @pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
 def test_large_scores_do_not_overflow(provider: str) -> None:
     arguments = _case("gqa3").build()

@@ -67,7 +67,7 @@ class Pages:
     def block_table(self, reach: int | None = None) -> Tensor:
         """int32 [sequences, max_pages] on the device of the pages, or its first columns, enough for `reach` positions."""
         if self._device_table is None:
-            self._device_table = self._table.to(self.kv.device)
+            self._device_table = self._table.clone().to(self.kv.device)  # never the host's own, which goes on changing
         if reach is None:
             return self._device_table
         return self._device_table[:, : max(1, self._pages_for(reach))].contiguous()

@@ -68,6 +68,7 @@ def _compact(rows: int, width: int, shares: tuple[float, float, float] = (0.5, 0
             torch.arange(rows, dtype=torch.int64) * 7,
             torch.arange(rows) % 2 == 0,
             _normal(generator, dtype, rows, 3, 5).transpose(1, 2),  # rows that are not dense
+            _normal(generator, dtype, rows, width + 5)[:, 2 : 2 + width],  # dense rows that lie apart
         ]
         return {"state": state.to(torch.int8), "payloads": payloads}
 

@@ -1,0 +1,140 @@
+"""Launch choice: pure functions from a problem to a frozen record. Printable, testable without a GPU.
+
+A batch size is never part of a choice, only buckets of row counts: an engine that pads to powers of two must not meet a new
+kernel at every step.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+#: Above this many rows the head product is compute-bound and the library's job.
+EXIT_STATS_HANDOVER = 128
+#: Words per library product (logits of 512 rows in bf16: 16 MiB) and per program of the pass over them; the first is a
+#: multiple of the second.
+EXIT_STATS_CHUNK, EXIT_STATS_BLOCK = 16384, 2048
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice may depend on."""
+
+    #: Streaming multiprocessors (compute units).
+    processors: int = 132
+
+    @staticmethod
+    @functools.cache
+    def of(index: int) -> Device:
+        import torch
+
+        return Device(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """A kernel's grid and tile sizes; sizes a kernel does not have stay 1."""
+
+    grid: tuple[int, ...]
+    num_warps: int
+    num_stages: int = 2
+    block_rows: int = 1
+    block_columns: int = 1
+    block_inner: int = 1
+    splits: int = 1
+
+
+def power_of_two(value: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `value` and `least`."""
+    return max(least, 1 << max(0, value - 1).bit_length())
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def row_bucket(rows: int, most: int = 64) -> int:
+    """Rows per tile: 16 (the least a tensor core takes), 32 or 64."""
+    return min(most, power_of_two(rows, 16))
+
+
+def exit_stats(rows: int, width: int, words: int, device: Device) -> LaunchConfig:
+    """One program per block of words for all rows of a tile: the head is read once per tile of 64 rows."""
+    block_rows = row_bucket(rows)
+    block_columns = 128 if block_rows <= 32 else 64
+    if ceil_div(words, block_columns) < 2 * device.processors:
+        block_columns = max(32, block_columns // 2)
+    return LaunchConfig(
+        grid=(ceil_div(rows, block_rows), ceil_div(words, block_columns)),
+        num_warps=4 if block_columns <= 64 else 8,
+        num_stages=4,
+        block_rows=block_rows,
+        block_columns=block_columns,
+        block_inner=min(128, power_of_two(width, 16)),
+    )
+
+
+def projection(rows: int, width: int, heads: int, half: int, whole_head: bool, device: Device) -> LaunchConfig:
+    """Tiles of rotary pairs: channels i and i + half of a head meet in one program. `half` is head_dim / 2 rounded up.
+
+    `whole_head` (a norm over each head follows) forbids splitting a head's pairs over programs.
+    """
+    block_rows = row_bucket(rows)
+    pairs = power_of_two(half, 16)
+    while not whole_head and pairs > 16 and heads * ceil_div(half, pairs) < 2 * device.processors:
+        pairs //= 2
+    return LaunchConfig(
+        grid=(heads * ceil_div(half, pairs), ceil_div(rows, block_rows)),
+        num_warps=4,
+        num_stages=4,
+        block_rows=block_rows,
+        block_columns=pairs,
+        block_inner=min(128, power_of_two(width, 16)),
+    )
+
+
+def ragged_attention(rows: int, kv_heads: int, group: int, head_dim: int, reach: int, device: Device) -> LaunchConfig:
+    """One program per row, K,V head and split of the context; splits fill the machine when rows are few.
+
+    `reach` is how far the block table reaches: contexts are read on the device, so the split count comes from the bound.
+    """
+    block_columns = 64 if head_dim <= 128 else 32
+    most = max(1, ceil_div(reach, 4 * block_columns))
+    wanted = ceil_div(4 * device.processors, max(1, rows * kv_heads))
+    splits = max(1, min(most, wanted, 64))
+    return LaunchConfig(
+        grid=(rows, kv_heads, splits),
+        num_warps=4,
+        num_stages=3,
+        block_rows=power_of_two(group, 16),
+        block_columns=block_columns,
+        block_inner=power_of_two(head_dim, 16),
+        splits=splits,
+    )
+
+
+def router_score(rows: int, width: int, neurons: int) -> LaunchConfig:
+    """One program per row; the weights are small and stay in cache."""
+    block_columns = power_of_two(neurons)
+    return LaunchConfig(
+        grid=(rows,),
+        num_warps=4,
+        block_columns=block_columns,
+        block_inner=max(16, min(power_of_two(width), 8192 // block_columns)),
+    )
+
+
+def store_kv(rows: int, heads: int, kv_heads: int, head_dim: int) -> LaunchConfig:
+    """One small program per row and head."""
+    return LaunchConfig(grid=(rows, heads + kv_heads), num_warps=1, block_columns=power_of_two(head_dim))
+
+
+def compact_rows(rows: int) -> LaunchConfig:
+    """The partition is one program's work at any row count: state is one byte per row."""
+    return LaunchConfig(grid=(1,), num_warps=4 if rows <= 1024 else 8, block_rows=min(1024, power_of_two(rows, 16)))
+
+
+def move_rows(rows: int, row_words: int) -> LaunchConfig:
+    """Rows of 4-byte words, one program per row and chunk of 2048 words."""
+    block = min(2048, power_of_two(row_words, 32))
+    return LaunchConfig(grid=(rows, ceil_div(row_words, block)), num_warps=4 if block > 256 else 1, block_columns=block)

@@ -1,0 +1,143 @@
+"""project_qkv in Triton: the L-shape. Query tiles past `live` return before they read a weight; K,V tiles cover all rows.
+
+A program owns some rotary pairs of one head (channels i and i + head_dim / 2), so the head norm, the rotation and the page
+write happen in its registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .projection import dot_pairs
+from .store_kv import rotate_pair
+
+
+@triton.jit
+def _project_qkv(
+    x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, eps, cos, sin, pos, slots, pages, live, out,
+    rows, plane, q_row, k_row, v_row,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROTARY: tl.constexpr,
+    HAS_LIVE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) // TILES
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    count = rows
+    if head < HEADS:
+        if HAS_LIVE:
+            count = tl.minimum(tl.load(live), rows)
+    if tl.program_id(1) * BLOCK_ROWS >= count:
+        return
+    DIM: tl.constexpr = 2 * HALF
+    pair = (tl.program_id(0) % TILES) * PAIRS + tl.arange(0, PAIRS)
+    row_mask, pair_mask = row < count, pair < HALF
+    if head < HEADS:
+        first, second = _head(
+            x, q_weight, q_bias, q_gain, eps, head, row, row_mask, pair, pair_mask, q_row,
+            WIDTH, HALF, BLOCK_ROWS, PAIRS, BLOCK_INNER, EXACT,
+        )  # fmt: skip
+    elif head < HEADS + KV_HEADS:
+        first, second = _head(
+            x, k_weight, k_bias, k_gain, eps, head - HEADS, row, row_mask, pair, pair_mask, k_row,
+            WIDTH, HALF, BLOCK_ROWS, PAIRS, BLOCK_INNER, EXACT,
+        )  # fmt: skip
+    else:
+        first, second = _head(
+            x, v_weight, v_bias, None, eps, head - HEADS - KV_HEADS, row, row_mask, pair, pair_mask, v_row,
+            WIDTH, HALF, BLOCK_ROWS, PAIRS, BLOCK_INNER, EXACT,
+        )  # fmt: skip
+    mask = row_mask[:, None] & pair_mask[None, :]
+    if head < HEADS + KV_HEADS:
+        if ROTARY:
+            angle = tl.load(pos + row, mask=row_mask, other=0)[:, None] * HALF + pair[None, :]
+            first, second = rotate_pair(first, second, tl.load(cos + angle, mask=mask), tl.load(sin + angle, mask=mask))
+    if head < HEADS:
+        target = out + (row[:, None].to(tl.int64) * HEADS + head) * DIM + pair[None, :]
+    else:
+        slot = tl.load(slots + row, mask=row_mask, other=-1).to(tl.int64)
+        mask = mask & (slot >= 0)[:, None]
+        kv_head = (head - HEADS) % KV_HEADS
+        target = pages + (slot[:, None] * KV_HEADS + kv_head) * DIM + pair[None, :]
+        if head >= HEADS + KV_HEADS:
+            target += plane
+    tl.store(target, first.to(out.dtype.element_ty), mask=mask)
+    tl.store(target + HALF, second.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _head(
+    x, weight, bias, gain, eps, head, row, row_mask, pair, pair_mask, weight_row,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Pairs of one head: product, bias, and the norm over the head if there is a gain (PAIRS then covers the head)."""
+    base = head * 2 * HALF
+    first, second, _ = dot_pairs(
+        x, weight + base.to(tl.int64) * weight_row, row_mask, row, pair, pair_mask, WIDTH, weight_row, WIDTH, HALF,
+        BLOCK_ROWS, PAIRS, BLOCK_INNER, False, EXACT,
+    )  # fmt: skip
+    if bias is not None:
+        first += tl.load(bias + base + pair, mask=pair_mask, other=0.0).to(tl.float32)[None, :]
+        second += tl.load(bias + base + HALF + pair, mask=pair_mask, other=0.0).to(tl.float32)[None, :]
+    if gain is not None:
+        # Rounded first, as the model's own projection would round before its norm.
+        first = first.to(x.dtype.element_ty).to(tl.float32)
+        second = second.to(x.dtype.element_ty).to(tl.float32)
+        square = tl.sum(first * first + second * second, axis=1) / (2 * HALF)
+        scale = 1.0 / tl.sqrt(square + eps)
+        first = first * scale[:, None] * tl.load(gain + pair, mask=pair_mask, other=0.0)[None, :]
+        second = second * scale[:, None] * tl.load(gain + HALF + pair, mask=pair_mask, other=0.0)[None, :]
+    return first, second
+
+
+def declines(head_dim: int, rotary: int, weights: tuple[Tensor, ...]) -> str | None:
+    """Why this kernel cannot take the shapes, or None."""
+    if head_dim % 2:
+        return f"head_dim must be even, got {head_dim}"
+    if rotary not in (0, head_dim // 2):
+        return f"partial rotary embedding ({2 * rotary} of {head_dim} channels) needs another pairing"
+    if any(weight.stride(1) != 1 for weight in weights):
+        return "weight rows must be dense"
+    return None
+
+
+def project_qkv(
+    x: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    v_bias: Tensor | None,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    norm_eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pos: Tensor,
+    slots: Tensor,
+    pages: Tensor,
+    live: Tensor | None = None,
+) -> Tensor:
+    """Host side; arguments as in dyndepth.ops.project_qkv, already checked and not declined."""
+    rows, width = x.shape
+    kv_heads, head_dim = pages.shape[3:]
+    heads = q_weight.shape[0] // head_dim
+    out = torch.empty(rows, heads, head_dim, dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return out
+    half = head_dim // 2
+    normed = q_gain is not None or k_gain is not None
+    config = launch.projection(rows, width, heads + 2 * kv_heads, half, normed, launch.Device.of(x.device.index or 0))
+    _project_qkv[config.grid](
+        x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, norm_eps, cos, sin, pos, slots, pages,
+        live, out, rows, pages.stride(0), q_weight.stride(0), k_weight.stride(0), v_weight.stride(0),
+        WIDTH=width, HEADS=heads, KV_HEADS=kv_heads, HALF=half, TILES=launch.ceil_div(half, config.block_columns),
+        BLOCK_ROWS=config.block_rows, PAIRS=config.block_columns, BLOCK_INNER=config.block_inner, ROTARY=cos is not None,
+        HAS_LIVE=live is not None, EXACT=x.dtype == torch.float32, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
