@@ -6,13 +6,29 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test test-wheel lint format bench wheel clean
+.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu wheel clean
+
+OPS := compact_rows exit_stats router_score ragged_attention store_kv project_qkv backfill_kv
 
 demo: $(VENV)/.built
 	$(BIN)/dyndepth demo --folder build
 
 test: $(VENV)/.built
 	$(BIN)/pytest tests
+	$(MAKE) test-interpreted
+
+# The Triton kernels on the CPU. A process of its own: Triton decides between compiler and interpreter when it is imported.
+test-interpreted: $(VENV)/.built
+	TRITON_INTERPRET=1 $(BIN)/pytest $(OPS:%=tests/test_%.py) -k triton
+
+# On a machine with a GPU and torch, triton, cupy for it already installed: PYTHON's own packages are used.
+test-gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m pytest tests/test_gpu.py
+
+bench-gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PYTHONPATH=benchmarks $(PYTHON) benchmarks/gpu_ops.py
 
 bench: $(VENV)/.built
 	$(BIN)/pytest benchmarks --benchmark-columns=median,iqr,min,rounds --benchmark-sort=name

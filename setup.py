@@ -30,9 +30,9 @@ extension = CppExtension(
 )
 
 setup(
-    packages=[*find_packages(include=["dyndepth", "dyndepth.*"]), "dyndepth.kernels"],
+    packages=[*find_packages(include=["dyndepth", "dyndepth.*"]), "dyndepth.kernels", "dyndepth._cuda_sources"],
     # `kernels/` is installed as dyndepth.kernels: a top-level `kernels` belongs to another project on PyPI.
-    package_dir={"dyndepth": "dyndepth", "dyndepth.kernels": "kernels"},
+    package_dir={"dyndepth": "dyndepth", "dyndepth.kernels": "kernels", "dyndepth._cuda_sources": "csrc/cuda"},
     ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
 )

@@ -1,6 +1,7 @@
 """The only file that reads environment variables.
 
 `DYNDEPTH_BACKEND`  providers to use, like the argument of `dyndepth.backend`: "torch", "cpp,torch", "exit_stats=torch".
+`TRITON_INTERPRET`  Triton's own switch; set to 1, its kernels run on the CPU under an interpreter.
 `DYNDEPTH_CACHE`    folder for converted demo weights and fitted exits; default `$XDG_CACHE_HOME/dyndepth`, `~/.cache/dyndepth`.
 """
 
@@ -13,8 +14,14 @@ def backend() -> str | None:
     return os.environ.get("DYNDEPTH_BACKEND") or None
 
 
+def triton_interpret() -> bool:
+    """Whether Triton kernels run under its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def cache_folder() -> Path:
-    """`DYNDEPTH_CACHE` with its defaults. The folder may not exist yet."""
+    """`TRITON_INTERPRET`  Triton's own switch; set to 1, its kernels run on the CPU under an interpreter.
+    `DYNDEPTH_CACHE` with its defaults. The folder may not exist yet."""
     chosen = os.environ.get("DYNDEPTH_CACHE")
     if chosen:
         return Path(chosen)

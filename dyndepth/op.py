@@ -8,6 +8,7 @@ takes the same path every time; `dyndepth info` prints the table of answers.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,6 +39,8 @@ class Provider:
     missing: Callable[[], str | None]
     #: Reason why it cannot take these arguments, or None. Called with the op's arguments.
     declines: Callable[..., str | None]
+    #: Module that is imported when it first runs, None when `run` is the implementation itself.
+    module: str | None = None
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         return self.missing() or self.declines(*args, **kwargs)
@@ -86,17 +89,33 @@ class Op:
         *,
         missing: Callable[[], str | None] = _never,
         declines: Callable[..., str | None] = _never,
+        module: str | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator that adds an implementation; it takes the op's arguments after they passed `check`."""
         if name not in RANK:
             raise ValueError(f"provider name must be one of {RANK}, got {name!r}")
 
         def add(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.providers[name] = Provider(name, run, missing, declines)
+            self.providers[name] = Provider(name, run, missing, declines, module)
             self.providers = {key: self.providers[key] for key in RANK if key in self.providers}
             return run
 
         return add
+
+    def provider_in(
+        self,
+        name: str,
+        module: str,
+        *,
+        missing: Callable[[], str | None] = _never,
+        declines: Callable[..., str | None] = _never,
+    ) -> None:
+        """Add the implementation `module.<op name>`, imported when it first runs."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(module), self.name)(*args, **kwargs)
+
+        self.provider(name, missing=missing, declines=declines, module=module)(run)
 
     def choose(self, *args: Any, **kwargs: Any) -> Provider:
         """The provider that a call with these arguments uses."""

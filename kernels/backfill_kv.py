@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .project_qkv import fits
 from .projection import dot_pairs
-from .store_kv import rotate_pair
+from .store_kv import rotate_pair, store_kv
 
 
 @triton.jit
@@ -64,15 +65,6 @@ def _backfill_kv(
     tl.store(target + HALF, second.to(pages.dtype.element_ty), mask=mask)
 
 
-def declines(head_dim: int, rotary: int) -> str | None:
-    """Why this kernel cannot take the shapes, or None."""
-    if head_dim % 2:
-        return f"head_dim must be even, got {head_dim}"
-    if rotary not in (0, head_dim // 2):
-        return f"partial rotary embedding ({2 * rotary} of {head_dim} channels) needs another pairing"
-    return None
-
-
 def backfill_kv(
     residual: Tensor,
     weight: Tensor,
@@ -88,15 +80,18 @@ def backfill_kv(
     first_layer: int,
     section: Tensor | None = None,
 ) -> None:
-    """Host side; arguments as in dyndepth.ops.backfill_kv, already checked and not declined."""
+    """Host side; arguments as in dyndepth.ops.backfill_kv, already checked."""
     rows, width = residual.shape
     layers, kv_heads, head_dim = weight.shape[0], pages.shape[4], pages.shape[5]
     if rows == 0 or layers == 0:
         return
     if norm == 2:  # subtracting the mean after the product would cancel badly, so it happens before
         residual = torch.nn.functional.layer_norm(residual, (width,), eps=eps)
+    if not fits(head_dim, 0 if cos is None else cos.shape[2]):
+        _composed(residual, weight, bias, norm, eps, cos, sin, variant, pos, slots, pages, first_layer, section)
+        return
     half = head_dim // 2
-    config = launch.projection(rows, width, 2 * layers * kv_heads, half, False, launch.Device.of(residual.device.index or 0))
+    config = launch.projection(rows, width, 2 * layers * kv_heads, half, False, launch.Device.of(residual))
     _backfill_kv[config.grid](
         residual, weight, bias, eps, cos, sin, variant, pos, slots, pages, section,
         rows, pages.stride(0), pages.stride(1), 0 if cos is None else cos.stride(0), first_layer,
@@ -105,3 +100,38 @@ def backfill_kv(
         HAS_SECTION=section is not None, EXACT=residual.dtype == torch.float32, num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def _composed(
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: int,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    variant: Tensor | None,
+    pos: Tensor,
+    slots: Tensor,
+    pages: Tensor,
+    first_layer: int,
+    section: Tensor | None,
+) -> None:
+    """Odd or partial rotary pairs: one library product for all layers, then store_kv's kernel layer by layer."""
+    if section is not None:
+        row = torch.arange(residual.shape[0], device=residual.device)
+        inside = (row >= section[0]) & (row < section[0] + section[1])
+        slots, pos = torch.where(inside, slots, -1), torch.where(inside, pos, 0)
+    if norm == 1:
+        residual = torch.nn.functional.rms_norm(residual.float(), residual.shape[1:], None, eps).to(residual.dtype)
+    flat = torch.nn.functional.linear(residual, weight.flatten(0, 2), None if bias is None else bias.flatten())
+    y = flat.view(residual.shape[0], weight.shape[0], 2, *pages.shape[4:])
+    nothing = y[:0, 0, 0]
+    for layer in range(weight.shape[0]):
+        tables: tuple[Tensor | None, Tensor | None] = (None, None)
+        if cos is not None and sin is not None:
+            which = (
+                torch.zeros(1, dtype=torch.int64, device=cos.device) if variant is None else variant[layer : layer + 1].long()
+            )
+            tables = cos.index_select(0, which)[0], sin.index_select(0, which)[0]
+        store_kv(nothing, y[:, layer, 0], y[:, layer, 1], *tables, pos, slots, pages[first_layer + layer])

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .numerics import tanh
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _block_stats(
     if bias is not None:
         logits += tl.load(bias + name, mask=word_mask, other=0.0).to(tl.float32)[None, :]
     if softcap > 0:
-        logits = softcap * _tanh(logits / softcap)
+        logits = softcap * tanh(logits / softcap)
     logits = tl.where(word_mask[None, :], logits, float("-inf"))
     _write_parts(logits, parts, best, row, row_mask, rows, block, blocks, block * BLOCK_WORDS)
 
@@ -93,18 +94,10 @@ def _logit_stats(
     z = tl.load(logits + row[:, None].to(tl.int64) * row_stride + word[None, :], mask=(word < words)[None, :], other=0.0)
     z = z.to(tl.float32)
     if softcap > 0:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * tanh(z / softcap)
     z = tl.where((word < words)[None, :], z, float("-inf"))
     first = first_block + block
     _write_parts(z, parts, best, row, row < rows, rows, first, blocks, first * BLOCK_WORDS)
-
-
-@triton.jit
-def _tanh(x):
-    # exp of a non-positive number only: no overflow, and odd by construction.
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
 
 
 @triton.jit
@@ -193,7 +186,7 @@ def exit_stats(
     if rows > launch.EXIT_STATS_HANDOVER:
         parts, best, blocks = _parts_from_library(hidden, head_weight, head_bias, norm_gain, eps, vocab_ids, softcap, words)
     else:
-        config = launch.exit_stats(rows, width, words, launch.Device.of(hidden.device.index or 0))
+        config = launch.exit_stats(rows, width, words, launch.Device.of(hidden))
         blocks = config.grid[1]
         parts, best = _scratch(rows, blocks, hidden.device)
         _block_stats[config.grid](

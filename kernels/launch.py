@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 #: Above this many rows the head product is compute-bound and the library's job.
 EXIT_STATS_HANDOVER = 128
 #: Words per library product (logits of 512 rows in bf16: 16 MiB) and per program of the pass over them; the first is a
@@ -24,11 +27,14 @@ class Device:
     processors: int = 132
 
     @staticmethod
-    @functools.cache
-    def of(index: int) -> Device:
-        import torch
+    def of(tensor: Tensor) -> Device:
+        """The tensor's device; the default for tensors on the CPU (Triton's interpreter)."""
+        return _known(tensor.device.index or 0) if tensor.is_cuda else Device()
 
-        return Device(torch.cuda.get_device_properties(index).multi_processor_count)
+
+@functools.cache
+def _known(index: int) -> Device:
+    return Device(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import launch
 from .projection import dot_pairs
-from .store_kv import rotate_pair
+from .store_kv import rotate_pair, store_kv
 
 
 @triton.jit
@@ -94,15 +94,9 @@ def _head(
     return first, second
 
 
-def declines(head_dim: int, rotary: int, weights: tuple[Tensor, ...]) -> str | None:
-    """Why this kernel cannot take the shapes, or None."""
-    if head_dim % 2:
-        return f"head_dim must be even, got {head_dim}"
-    if rotary not in (0, head_dim // 2):
-        return f"partial rotary embedding ({2 * rotary} of {head_dim} channels) needs another pairing"
-    if any(weight.stride(1) != 1 for weight in weights):
-        return "weight rows must be dense"
-    return None
+def fits(head_dim: int, rotary: int, *weights: Tensor) -> bool:
+    """Whether channels pair as (i, i + head_dim / 2), or not at all, and weight rows are dense."""
+    return head_dim % 2 == 0 and rotary in (0, head_dim // 2) and all(weight.stride(1) == 1 for weight in weights)
 
 
 def project_qkv(
@@ -123,16 +117,19 @@ def project_qkv(
     pages: Tensor,
     live: Tensor | None = None,
 ) -> Tensor:
-    """Host side; arguments as in dyndepth.ops.project_qkv, already checked and not declined."""
+    """Host side; arguments as in dyndepth.ops.project_qkv, already checked."""
     rows, width = x.shape
     kv_heads, head_dim = pages.shape[3:]
     heads = q_weight.shape[0] // head_dim
     out = torch.empty(rows, heads, head_dim, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
+    if not fits(head_dim, 0 if cos is None else cos.shape[1], q_weight, k_weight, v_weight):
+        return _composed(x, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), (q_gain, k_gain, None), norm_eps,
+                         cos, sin, pos, slots, pages, live)  # fmt: skip
     half = head_dim // 2
     normed = q_gain is not None or k_gain is not None
-    config = launch.projection(rows, width, heads + 2 * kv_heads, half, normed, launch.Device.of(x.device.index or 0))
+    config = launch.projection(rows, width, heads + 2 * kv_heads, half, normed, launch.Device.of(x))
     _project_qkv[config.grid](
         x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, norm_eps, cos, sin, pos, slots, pages,
         live, out, rows, pages.stride(0), q_weight.stride(0), k_weight.stride(0), v_weight.stride(0),
@@ -141,3 +138,27 @@ def project_qkv(
         HAS_LIVE=live is not None, EXACT=x.dtype == torch.float32, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
+
+
+def _composed(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    gains: tuple[Tensor | None, ...],
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pos: Tensor,
+    slots: Tensor,
+    pages: Tensor,
+    live: Tensor | None,
+) -> Tensor:
+    """Odd or partial rotary pairs: the library's products, then store_kv's kernel. Queries are computed for all rows."""
+    head_dim = pages.shape[4]
+    parts = []
+    for weight, bias, gain in zip(weights, biases, gains, strict=True):
+        y = torch.nn.functional.linear(x, weight, bias).unflatten(-1, (-1, head_dim))
+        if gain is not None:
+            y = torch.nn.functional.rms_norm(y.float(), (head_dim,), gain, eps).to(y.dtype)
+        parts.append(y)
+    return store_kv(parts[0], parts[1], parts[2], cos, sin, pos, slots, pages, live)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .numerics import tanh
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def _attend(
         else:
             score = tl.dot(query, tl.trans(key)) * scale
         if softcap > 0:
-            score = softcap * _tanh(score / softcap)
+            score = softcap * tanh(score / softcap)
         score = tl.where(visible[None, :], score, float("-inf"))
         best = tl.maximum(peak, tl.max(score, axis=1))
         shrink = tl.exp(peak - best)
@@ -77,13 +78,6 @@ def _attend(
         tl.store(place[:, None] + channel[None, :], total, mask=mask)
         tl.store(place + DIM, peak, mask=member < GROUP)
         tl.store(place + DIM + 1, mass, mask=member < GROUP)
-
-
-@triton.jit
-def _tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
 
 
 @triton.jit
@@ -129,7 +123,7 @@ def ragged_attention(
     page_size, kv_heads = pages.shape[2:4]
     reach = block_table.shape[1] * page_size
     reach = min(reach, window) if window else reach
-    config = launch.ragged_attention(rows, kv_heads, heads // kv_heads, dim, reach, launch.Device.of(q.device.index or 0))
+    config = launch.ragged_attention(rows, kv_heads, heads // kv_heads, dim, reach, launch.Device.of(q))
     splits = config.splits
     partial = None
     if splits > 1:

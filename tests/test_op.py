@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dyndepth import ops
 from dyndepth.errors import ArgumentError, BackendError
-from dyndepth.op import RANK, REGISTRY, backend, forced_providers
+from dyndepth.op import RANK, REGISTRY, Op, Provider, backend, forced_providers
 
 ROOT = Path(__file__).parent.parent
 STATE = torch.tensor([1, 0], dtype=torch.int8)
@@ -45,10 +48,14 @@ def test_files_stay_small(folder: str) -> None:
     assert not long, "a file is a room with one purpose"
 
 
-LAYERS = {  # a package may import those of smaller number
-    "errors": 0, "env": 0, "files": 0, "check": 1, "op": 1, "ops": 2, "testing": 3, "exits": 3, "runtime": 4, "closed_form": 5,
-    "demo": 6, "info": 6, "cli": 7,
-}  # fmt: skip
+#: A package may import those of a smaller or equal number.
+LAYERS = {
+    **dict.fromkeys(("errors", "env", "files"), 0),
+    **dict.fromkeys(("check", "op"), 1),
+    **dict.fromkeys(("cuda", "ops"), 2),
+    **dict.fromkeys(("testing", "exits"), 3),
+    "runtime": 4, "closed_form": 5, "demo": 6, "info": 6, "cli": 7,
+}
 
 
 def test_nothing_imports_upwards() -> None:
@@ -135,12 +142,19 @@ def test_checks_also_guard_the_dispatcher() -> None:
         torch.ops.dyndepth.compact_rows(torch.zeros(2), [])
 
 
+def _implementation(op: Op, provider: Provider) -> Callable[..., Any]:
+    """A provider's own function, also if it is imported on first use."""
+    if provider.module is None:
+        return provider.run
+    return getattr(importlib.import_module(provider.module), op.name)
+
+
 def test_every_provider_shares_the_signature() -> None:
     import inspect
 
     for op in REGISTRY.values():
         wanted = [argument.name for argument in op.overload._schema.arguments]
-        for function in (op.reference, op.check, *(provider.run for provider in op.providers.values())):
+        for function in (op.reference, op.check, *(_implementation(op, provider) for provider in op.providers.values())):
             parameters = list(inspect.signature(function).parameters.values())
             assert [p.name for p in parameters] == wanted, (op.name, function)
             for parameter, argument in zip(parameters, op.overload._schema.arguments, strict=True):

@@ -119,7 +119,7 @@ def test_angles_of_the_last_position() -> None:
         "slots": torch.zeros(1, dtype=torch.int32),
         "pages": torch.zeros(2, 1, 1, 1, 2),
     }
-    for provider in ["torch", *PROVIDERS]:
+    for provider in op_harness.HOST_CHECKED:
         with backend(provider):
             assert math.isfinite(float(store_kv(pos=torch.tensor([2], dtype=torch.int32), **arguments).sum()))
             with pytest.raises((ArgumentError, RuntimeError), match=r"store_kv: pos must be in \[0, 3\)"):
@@ -152,7 +152,7 @@ def test_contract(name: str) -> None:
         ({"pos": torch.full((3,), -1, dtype=torch.int32)}, r"store_kv: pos must be in \[0, 5\)"),
     ],
 )
-@pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
+@pytest.mark.parametrize("provider", op_harness.HOST_CHECKED)
 def test_wrong_arguments(change: dict, message: str, provider: str) -> None:
     arguments = {
         "q": torch.zeros(3, 4, 6),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op
-from dyndepth.ops import _cpp, _paged
+from dyndepth.ops import _cpp, _paged, _triton
 from dyndepth.ops._math import rms_normalise, wide
 
 #: How the residual is normalised before the maps. Gains and biases of a norm are folded into the maps.
@@ -149,6 +149,8 @@ op = Op(
     fake=_fake,
     check=_check,
 )
+
+op.provider_in("triton", "dyndepth.kernels.backfill_kv", missing=_triton.missing, declines=_triton.declines)
 
 
 @op.provider("cpp", missing=_cpp.missing, declines=_cpp.declines)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op
-from dyndepth.ops import _cpp
+from dyndepth.ops import _cpp, _triton
 from dyndepth.ops._math import rms_normalise, wide
 
 
@@ -160,6 +160,8 @@ op = Op(
     fake=_fake,
     check=_check,
 )
+
+op.provider_in("triton", "dyndepth.kernels.exit_stats", missing=_triton.missing, declines=_triton.declines)
 
 
 @op.provider("cpp", missing=_cpp.missing, declines=_cpp.declines)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op
-from dyndepth.ops import _cpp, _paged
+from dyndepth.ops import _cpp, _paged, _triton
 from dyndepth.ops._math import rms_normalise
 from dyndepth.ops.store_kv import op as store_kv_op
 
@@ -155,6 +155,8 @@ op = Op(
     fake=_fake,
     check=_check,
 )
+
+op.provider_in("triton", "dyndepth.kernels.project_qkv", missing=_triton.missing, declines=_triton.declines)
 
 
 @op.provider("cpp", missing=_cpp.missing, declines=_cpp.declines)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op
-from dyndepth.ops import _cpp
+from dyndepth.ops import _cpp, _triton
 from dyndepth.ops._math import wide
 
 # Rows gathered at once by the reference: bounds its copy of K,V to a few hundred MB at a 2k context.
@@ -157,6 +157,8 @@ op = Op(
     fake=_fake,
     check=_check,
 )
+
+op.provider_in("triton", "dyndepth.kernels.ragged_attention", missing=_triton.missing, declines=_triton.declines)
 
 
 @op.provider("cpp", missing=_cpp.missing, declines=_cpp.declines)

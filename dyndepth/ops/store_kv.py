@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op
-from dyndepth.ops import _cpp, _paged
+from dyndepth.ops import _cpp, _paged, _triton
 
 
 def store_kv(
@@ -105,6 +105,8 @@ op = Op(
     fake=_fake,
     check=_check,
 )
+
+op.provider_in("triton", "dyndepth.kernels.store_kv", missing=_triton.missing, declines=_triton.declines)
 
 
 @op.provider("cpp", missing=_cpp.missing, declines=_cpp.declines)

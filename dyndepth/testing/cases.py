@@ -24,8 +24,8 @@ class Case:
     bench: bool = False
     #: Too slow for the tests of a small machine.
     large: bool = False
-    #: float64 arithmetic on its arguments is the truth for float32.
-    arithmetic: bool = True
+    #: Sized for a GPU: a small machine neither tests nor times it.
+    gpu: bool = False
 
     def build(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Arguments:
         generator = torch.Generator().manual_seed(20503005)
@@ -311,6 +311,9 @@ CASES: dict[str, list[Case]] = {
         Case("smol16", _stats(16, 576, 49152), bench=True),
         Case("smol32", _stats(32, 576, 49152), bench=True, large=True),
         Case("smol16_short", _stats(16, 576, 49152, short=4096), bench=True),
+        Case("llama16", _stats(16, 4096, 128256), bench=True, gpu=True),
+        Case("llama64", _stats(64, 4096, 128256), bench=True, gpu=True),
+        Case("llama256", _stats(256, 4096, 128256), bench=True, gpu=True),
     ],
     "router_score": [
         Case("empty", _router(0, 16, 4)),
@@ -338,6 +341,8 @@ CASES: dict[str, list[Case]] = {
         Case("smol16_256", _attention(_decode(16, 256, _SMOL)), bench=True),
         Case("smol16_1024", _attention(_decode(16, 1024, _SMOL)), bench=True),
         Case("llama16_1024", _attention(_decode(16, 1024, _LLAMA)), bench=True, large=True),
+        Case("llama32_8192", _attention(_decode(32, 8192, _LLAMA)), bench=True, gpu=True),
+        Case("llama1_8192", _attention(_decode(1, 8192, _LLAMA)), bench=True, gpu=True),
     ],
     "store_kv": [
         Case("empty", _store(Paged(0, 4, 2, 16), 8)),
@@ -350,6 +355,7 @@ CASES: dict[str, list[Case]] = {
         Case("padding", _store(Paged(9, 6, 2, 20), 10, padding=True)),
         Case("smol16", _store(_decode(16, 256, _SMOL), 32), bench=True),
         Case("smol512", _store(Paged(512, 9, 3, 64), 32), bench=True),
+        Case("llama32", _store(_decode(32, 512, _LLAMA), 64), bench=True, gpu=True),
     ],
     "project_qkv": [
         Case("empty", _project(Paged(0, 4, 2, 16), 24, 8)),
@@ -361,6 +367,9 @@ CASES: dict[str, list[Case]] = {
         Case("no_rotary", _project(Paged(9, 6, 2, 20), 50, 0)),
         Case("smol16", _project(_decode(16, 256, _SMOL), 576, 32), bench=True),
         Case("smol16_half_live", _project(_decode(16, 256, _SMOL), 576, 32, live=8), bench=True),
+        Case("llama1", _project(_decode(1, 512, _LLAMA), 4096, 64), bench=True, gpu=True),
+        Case("llama32", _project(_decode(32, 512, _LLAMA), 4096, 64), bench=True, gpu=True),
+        Case("llama32_none_live", _project(_decode(32, 512, _LLAMA), 4096, 64, live=0), bench=True, gpu=True),
     ],
     "backfill_kv": [
         Case("empty", _backfill(Paged(0, 4, 2, 16), 24, 3, 8)),
@@ -373,5 +382,7 @@ CASES: dict[str, list[Case]] = {
         Case("empty_section", _backfill(Paged(11, 4, 2, 20), 50, 3, 10, section=(4, 0))),
         Case("smol16_15", _backfill(_decode(16, 256, _SMOL), 576, 15, 32), bench=True),
         Case("smol1_15", _backfill(_decode(1, 256, _SMOL), 576, 15, 32), bench=True),
+        Case("llama8_16", _backfill(_decode(8, 512, _LLAMA), 4096, 16, 64), bench=True, gpu=True),
+        Case("llama32_16", _backfill(_decode(32, 512, _LLAMA), 4096, 16, 64), bench=True, gpu=True),
     ],
 }  # fmt: skip

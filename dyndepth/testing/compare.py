@@ -16,12 +16,21 @@ def assert_same(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     assert torch.equal(a, b), f"{what}: {int((a != b).sum())} of {a.numel()} bytes differ"
 
 
-def assert_as_exact_as(actual: Tensor, reference: Tensor, truth: Tensor, *, what: str = "result", factor: float = 2.0) -> None:
+def assert_as_exact_as(
+    actual: Tensor,
+    reference: Tensor,
+    truth: Tensor,
+    *,
+    what: str = "result",
+    factor: float = 2.0,
+    working: torch.dtype | None = None,
+) -> None:
     """`actual` is at most `factor` times as far from `truth` as `reference` is, in the mean square and at the worst entry.
 
     `reference` is PyTorch's answer in the working dtype, `truth` the answer in higher precision. Half the dtype's epsilon
     (relative to the root mean square of truth; one epsilon for the worst entry) is always allowed: that is the rounding of
-    the result itself, and a reference may be exact by luck. Infinities and NaNs must sit in the same places.
+    the result itself, and a reference may be exact by luck. `working` names the dtype if results are wider than what they
+    were computed in (statistics in float32 of bfloat16 products). Infinities and NaNs must sit in the same places.
     """
     assert actual.dtype == reference.dtype, f"{what}: dtype {actual.dtype}, wanted {reference.dtype}"
     assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, wanted {list(truth.shape)}"
@@ -34,7 +43,7 @@ def assert_as_exact_as(actual: Tensor, reference: Tensor, truth: Tensor, *, what
     a, r, t = a[finite], r[finite], t[finite]
     if t.numel() == 0:
         return
-    epsilon = torch.finfo(actual.dtype).eps
+    epsilon = torch.finfo(working or actual.dtype).eps
     scale = float(t.pow(2).mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny))
     mine, theirs = (float((x - t).pow(2).mean().sqrt()) / scale for x in (a, r))
     assert mine <= factor * theirs + epsilon / 2, f"{what}: rms error {mine:.3e}, PyTorch's own {theirs:.3e}"

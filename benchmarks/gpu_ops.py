@@ -1,0 +1,118 @@
+"""`make bench-gpu`: microseconds, GB/s and share of a copy roof measured in the same run, per op, case and provider.
+
+Times are medians over CUDA-graph replays with the L2 cache flushed before each, so neither launches nor warm caches
+flatter anybody. Answers are checked first. Writes build/bench_gpu.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import refuse_wrong_answers
+
+from dyndepth import ops  # noqa: F401  (registers the ops)
+from dyndepth.files import replacing
+from dyndepth.op import REGISTRY, backend
+from dyndepth.testing import CASES
+
+_REPLAYS = 50
+
+
+def flush() -> Callable[[], Any]:
+    """Writes more than any L2 holds."""
+    ballast = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    return ballast.zero_
+
+
+def replay_us(call: Callable[[], Any], clear: Callable[[], Any]) -> list[float]:
+    """Microseconds of single replays of a graph of `call`, cold; the graph's own launch is subtracted."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(_REPLAYS):
+        clear()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return sorted(times)
+
+
+def empty_graph_us(clear: Callable[[], Any]) -> float:
+    """What events and an (almost) empty graph cost: a one-element kernel."""
+    one = torch.zeros(1, device="cuda")
+    return statistics.median(replay_us(lambda: one.add_(1), clear))
+
+
+def copy_roof(clear: Callable[[], Any]) -> float:
+    """Bytes per second of a 2 GiB copy, read and write counted."""
+    source = torch.empty(2**31, dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (statistics.median(replay_us(lambda: target.copy_(source), clear)) * 1e-6)
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    if not torch.cuda.is_available():
+        sys.exit("bench-gpu: torch sees no CUDA device")
+    clear = flush()
+    roof, floor = copy_roof(clear), empty_graph_us(clear)
+    name = torch.cuda.get_device_name()
+    print(f"{name}: copy roof {roof / 1e12:.2f} TB/s; an almost empty graph takes {floor:.1f} us (not subtracted)")
+    print(f"{'op':<17}{'case':<18}{'provider':<9}{'median us':>10}{'p90 us':>9}{'KiB':>10}{'GB/s':>8}{'of roof':>9}")
+    rows = []
+    for op in sorted(REGISTRY):
+        moved = importlib.import_module(f"bench_{op}").moved
+        for case in CASES[op]:
+            if not case.bench:
+                continue
+            for provider in REGISTRY[op].providers:
+                if provider == "cpp" or REGISTRY[op].providers[provider].missing() is not None:
+                    continue
+                arguments = case.build(torch.bfloat16, "cuda")
+                refuse_wrong_answers(op, arguments, provider)
+                with backend(provider):
+                    try:
+                        times = replay_us(lambda op=op, arguments=arguments: REGISTRY[op](**arguments), clear)  # type: ignore[misc]
+                    except RuntimeError as error:  # the reference may not be capturable
+                        print(f"{op:<17}{case.name:<18}{provider:<9} cannot be captured: {str(error).splitlines()[0][:60]}")
+                        continue
+                median, p90 = statistics.median(times), times[int(0.9 * len(times))]
+                size = moved(arguments)
+                rate = size / (median * 1e-6)
+                rows.append(
+                    {
+                        "op": op,
+                        "case": case.name,
+                        "dtype": "bfloat16",
+                        "provider": provider,
+                        "median_us": median,
+                        "p90_us": p90,
+                        "bytes": size,
+                        "bytes_per_s": rate,
+                        "share_of_copy_roof": rate / roof,
+                    }
+                )
+                print(
+                    f"{op:<17}{case.name:<18}{provider:<9}{median:>10.1f}{p90:>9.1f}{size / 1024:>10.0f}{rate / 1e9:>8.0f}"
+                    f"{rate / roof:>9.1%}"
+                )
+    result = {"device": name, "torch": torch.__version__, "copy_roof_bytes_per_s": roof, "empty_graph_us": floor, "rows": rows}
+    with replacing(Path("build") / "bench_gpu.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
