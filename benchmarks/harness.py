@@ -74,5 +74,8 @@ def refuse_wrong_answers(op: str, arguments: Arguments, provider: str) -> None:
     for mine, reference in zip(answer(provider), answer("torch"), strict=True):
         if mine.dtype.is_floating_point:
             torch.testing.assert_close(mine, reference, rtol=2e-2, atol=2e-2)
-        elif op == "compact_rows":
+        elif op == "exit_stats" and arguments["hidden"].dtype != torch.float32:
+            # Half precision rounds near ties together: another order of adding may prefer the other word of a pair.
+            assert float((mine == reference).float().mean()) > 0.7
+        else:
             assert torch.equal(mine, reference)

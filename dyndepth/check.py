@@ -56,12 +56,25 @@ def contiguous(op: str, argument: str, value: Tensor) -> None:
         fail(op, argument, "contiguous", f"strides {list(value.stride())} for shape {list(value.shape)}")
 
 
+def in_range(op: str, argument: str, value: Tensor, low: int, high: int, why: str = "") -> None:
+    """Every value in [low, high). Looks only where looking is free: on the CPU."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    wrong = (value < low) | (value >= high)
+    if bool(wrong.any()):
+        at = int(wrong.flatten().to(torch.int8).argmax())
+        fail(op, argument, f"in [{low}, {high}){why}", f"{int(value.flatten()[at])} at {at}")
+
+
 def positive(op: str, argument: str, value: float) -> None:
     if not value > 0:
         fail(op, argument, "positive", value)
 
 
 def live(op: str, value: Tensor | None, device: torch.device, argument: str = "live", size: int = 1) -> None:
-    """A device-side counter: int32 with one element (or `size`)."""
-    if value is not None and (value.dtype != torch.int32 or value.numel() != size or value.device != device):
+    """A device-side counter: int32 with one element (or `size`), contiguous."""
+    if value is None:
+        return
+    if value.dtype != torch.int32 or value.numel() != size or value.device != device:
         fail(op, argument, f"int32 with {size} element{'s' if size > 1 else ''} on {device}", value)
+    contiguous(op, argument, value)

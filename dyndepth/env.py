@@ -20,9 +20,8 @@ def triton_interpret() -> bool:
 
 
 def cache_folder() -> Path:
-    """`TRITON_INTERPRET`  Triton's own switch; set to 1, its kernels run on the CPU under an interpreter.
-    `DYNDEPTH_CACHE` with its defaults. The folder may not exist yet."""
+    """`DYNDEPTH_CACHE` with its defaults. The folder may not exist yet."""
     chosen = os.environ.get("DYNDEPTH_CACHE")
     if chosen:
-        return Path(chosen)
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyndepth"

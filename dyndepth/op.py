@@ -8,6 +8,7 @@ takes the same path every time; `dyndepth info` prints the table of answers.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from dyndepth import env
-from dyndepth.errors import BackendError
+from dyndepth.errors import ArgumentError, BackendError
 
 # Order in which providers are tried. The reference is last: it runs anywhere.
 RANK = ("cuda", "triton", "cpp", "torch")
@@ -42,8 +43,13 @@ class Provider:
     #: Module that is imported when it first runs, None when `run` is the implementation itself.
     module: str | None = None
 
+    @functools.cached_property
+    def absence(self) -> str | None:
+        """`missing`, asked once: what is installed and plugged in stays so for a process."""
+        return self.missing()
+
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
-        return self.missing() or self.declines(*args, **kwargs)
+        return self.absence or self.declines(*args, **kwargs)
 
 
 def _never(*_args: Any, **_kwargs: Any) -> None:
@@ -81,6 +87,8 @@ class Op:
 
         torch.library.register_fake(f"dyndepth::{name}", checked_fake, lib=_library)
         self.overload = getattr(torch.ops.dyndepth, name).default
+        arguments = self.overload._schema.arguments
+        self._written = [at for at, given in enumerate(arguments) if given.alias_info and given.alias_info.is_write]
         REGISTRY[name] = self
 
     def provider(
@@ -132,7 +140,29 @@ class Op:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.check(*args, **kwargs)
-        return self.choose(*args, **kwargs).run(*args, **kwargs)
+        provider = self.choose(*args, **kwargs)
+        device = args[0].device.type
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+            # All providers answer alike: no dtype changes behind the contract's back, no graph of some of them only.
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                result = self._call(provider, args, kwargs)
+        else:
+            result = self._call(provider, args, kwargs)
+        for at in self._written:
+            # Autograd must notice if something it saved is overwritten; kernels write without telling it.
+            if not args[at].is_inference():
+                torch.autograd.graph.increment_version(args[at])
+        return result
+
+    def _call(self, provider: Provider, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return provider.run(*args, **kwargs)
+        except RuntimeError as error:
+            # C++ can only throw RuntimeError; its checks of values begin like ours, with the op's name.
+            _, own, message = str(error).partition(f"{self.name}: ")
+            if provider.name == "cpp" and own:
+                raise ArgumentError(own + message.partition("\n")[0]) from None
+            raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
@@ -140,18 +170,27 @@ class Op:
 
 def forced_providers(op: str) -> tuple[str, ...] | None:
     """Providers the user allows for `op`, in order of preference, or None when nothing is forced."""
-    choice = _forced.get() or env.backend()
+    choice, source = _forced.get(), "backend"
+    if choice is None:
+        choice, source = env.backend(), "DYNDEPTH_BACKEND"
     if choice is None:
         return None
-    common: list[str] = []
-    own: list[str] = []
+    by_op = parse(choice, source)
+    return by_op.get(op) or by_op.get("") or None
+
+
+@functools.lru_cache(maxsize=64)
+def parse(choice: str, source: str) -> dict[str, tuple[str, ...]]:
+    """Providers per op, those for all ops under ""; `BackendError` on a name that does not exist."""
+    by_op: dict[str, tuple[str, ...]] = {}
     for part in choice.split(","):
-        target, _, name = part.strip().rpartition("=")
-        if not target:
-            common.append(name)
-        elif target == op:
-            own.append(name)
-    return tuple(own or common) or None
+        target, equals, name = (word.strip() for word in part.rpartition("="))
+        if name not in RANK:
+            raise BackendError(f"{source}: providers are {', '.join(RANK)}, got {name!r} in {choice!r}")
+        if equals and target not in REGISTRY:
+            raise BackendError(f"{source}: ops are {', '.join(sorted(REGISTRY))}, got {target!r} in {choice!r}")
+        by_op[target] = (*by_op.get(target, ()), name)
+    return by_op
 
 
 @contextmanager
@@ -159,15 +198,12 @@ def backend(choice: str) -> Iterator[None]:
     """Force providers inside a `with` block.
 
     `choice` is a comma-separated list in order of preference: `"torch"` uses the reference everywhere, `"cpp,torch"` the
-    first of the two that can run, `"exit_stats=torch"` forces one op and leaves the rest automatic. A forced provider
-    that cannot run raises `BackendError` with its reason. Overrides the environment variable `DYNDEPTH_BACKEND`.
+    first of the two that can run, `"exit_stats=torch"` forces one op and leaves the rest automatic;
+    `"exit_stats=cpp,exit_stats=torch,torch"` is an order for one op and a choice for the others. A forced provider that
+    cannot run raises `BackendError` with its reason. Holds for the current thread (context variable) and replaces the
+    environment variable `DYNDEPTH_BACKEND`; inside `torch.compile`d code it has no effect, so enter it outside.
     """
-    for part in choice.split(","):
-        target, _, name = part.strip().rpartition("=")
-        if name not in RANK:
-            raise BackendError(f"backend: providers are {', '.join(RANK)}, got {name!r}")
-        if target and target not in REGISTRY:
-            raise BackendError(f"backend: ops are {', '.join(sorted(REGISTRY))}, got {target!r}")
+    parse(choice, "backend")
     token = _forced.set(choice)
     try:
         yield

@@ -23,9 +23,11 @@ def _backfill_kv(
     HAS_SECTION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     begin, count = 0, rows
-    if HAS_SECTION:
-        begin = tl.minimum(tl.maximum(tl.load(section), 0), rows)
-        count = tl.minimum(tl.maximum(tl.load(section + 1), 0), rows - begin)
+    if HAS_SECTION:  # the part of it that exists
+        start = tl.load(section).to(tl.int64)
+        end = tl.minimum(start + tl.maximum(tl.load(section + 1), 0), rows)
+        begin = tl.maximum(start, 0).to(tl.int32)
+        count = tl.maximum(end - begin, 0).to(tl.int32)
     if tl.program_id(1) * BLOCK_ROWS >= count:
         return
     tile, head = tl.program_id(0) % TILES, tl.program_id(0) // TILES % KV_HEADS
@@ -120,7 +122,8 @@ def _composed(
     """Odd or partial rotary pairs: one library product for all layers, then store_kv's kernel layer by layer."""
     if section is not None:
         row = torch.arange(residual.shape[0], device=residual.device)
-        inside = (row >= section[0]) & (row < section[0] + section[1])
+        begin, count = section.long().unbind()
+        inside = (row >= begin) & (row < begin + count)
         slots, pos = torch.where(inside, slots, -1), torch.where(inside, pos, 0)
     if norm == 1:
         residual = torch.nn.functional.rms_norm(residual.float(), residual.shape[1:], None, eps).to(residual.dtype)

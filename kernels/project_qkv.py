@@ -109,7 +109,7 @@ def project_qkv(
     v_bias: Tensor | None,
     q_gain: Tensor | None,
     k_gain: Tensor | None,
-    norm_eps: float,
+    eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
     pos: Tensor,
@@ -125,13 +125,13 @@ def project_qkv(
     if rows == 0:
         return out
     if not fits(head_dim, 0 if cos is None else cos.shape[1], q_weight, k_weight, v_weight):
-        return _composed(x, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), (q_gain, k_gain, None), norm_eps,
+        return _composed(x, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), (q_gain, k_gain, None), eps,
                          cos, sin, pos, slots, pages, live)  # fmt: skip
     half = head_dim // 2
     normed = q_gain is not None or k_gain is not None
     config = launch.projection(rows, width, heads + 2 * kv_heads, half, normed, launch.Device.of(x))
     _project_qkv[config.grid](
-        x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, norm_eps, cos, sin, pos, slots, pages,
+        x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, eps, cos, sin, pos, slots, pages,
         live, out, rows, pages.stride(0), q_weight.stride(0), k_weight.stride(0), v_weight.stride(0),
         WIDTH=width, HEADS=heads, KV_HEADS=kv_heads, HALF=half, TILES=launch.ceil_div(half, config.block_columns),
         BLOCK_ROWS=config.block_rows, PAIRS=config.block_columns, BLOCK_INNER=config.block_inner, ROTARY=cos is not None,

@@ -61,8 +61,9 @@ def _attend(
             score = softcap * tanh(score / softcap)
         score = tl.where(visible[None, :], score, float("-inf"))
         best = tl.maximum(peak, tl.max(score, axis=1))
-        shrink = tl.exp(peak - best)
-        weight = tl.exp(score - best[:, None])
+        base = tl.where(best == float("-inf"), 0.0, best)  # -inf - -inf is NaN: keys that score -inf only weigh nothing
+        shrink = tl.exp(peak - base)
+        weight = tl.exp(score - base[:, None])
         mass = mass * shrink + tl.sum(weight, axis=1)
         total = total * shrink[:, None]
         if EXACT:

@@ -43,8 +43,8 @@ def _router_score(
     length = tl.sum(square, axis=0)
     z = z / tl.sqrt(length / WIDTH + eps) + tl.load(bias1 + neuron, mask=known, other=0.0)
     if cosine_weight is not None:
-        norms = tl.sqrt(length) * tl.sqrt(tl.sum(other, axis=0))
-        z += tl.load(cosine_weight + neuron, mask=known, other=0.0) * (tl.sum(both, axis=0) / tl.maximum(norms, 1e-20))
+        norms = tl.maximum(tl.sqrt(length), 1e-20) * tl.maximum(tl.sqrt(tl.sum(other, axis=0)), 1e-20)
+        z += tl.load(cosine_weight + neuron, mask=known, other=0.0) * (tl.sum(both, axis=0) / norms)
     if extra is not None:
         for feature in range(EXTRAS):
             value = tl.load(extra + row * EXTRAS + feature)

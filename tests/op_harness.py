@@ -73,6 +73,19 @@ def outcome(op: str, arguments: Arguments, provider: str | None = None) -> dict[
     return found
 
 
+def assert_only_live_rows_are_written(op: str, case: Case, provider: str) -> None:
+    """Under the `poisoned` fixture, rows at or past `live` still hold the poison: nobody computed them."""
+    arguments = case.build()
+    live = int(arguments["live"])
+    with backend(provider):
+        returned = REGISTRY[op](**arguments)
+    for name, value in zip(OUTPUTS[op], returned if isinstance(returned, tuple) else [returned], strict=True):
+        assert len(value) > live
+        if value.dtype.is_floating_point:
+            assert bool(value[live:].isnan().all()), f"{op} {case.name} {provider}: {name} was computed past live"
+            assert bool(torch.isfinite(value[:live]).all()), f"{op} {case.name} {provider}: {name}"
+
+
 def check_against_oracle(op: str, case: Case, dtype: torch.dtype, provider: str) -> None:
     """Integers are exact; floats as exact as PyTorch's own arithmetic in the working dtype."""
     arguments = case.build(dtype)
@@ -87,23 +100,24 @@ def check_against_oracle(op: str, case: Case, dtype: torch.dtype, provider: str)
 
 
 def check_contract(op: str, arguments: Arguments) -> None:
-    """Schema, fake and dispatch agree (opcheck), and the op survives torch.compile(fullgraph=True)."""
+    """Schema, fake and dispatch agree (opcheck), and the op survives torch.compile(fullgraph=True), sizes fixed or symbols."""
     assert arguments.get("live") is None, "rows past live are unspecified, so there is nothing to compare"
     overload = REGISTRY[op].overload
     torch.library.opcheck(overload, (), copied(arguments))
 
-    torch._dynamo.reset()  # every case is a new shape; the recompile limit is not what is tested
-
     def call(given: Arguments) -> Any:
         return overload(**given)
 
-    eager_arguments, compiled_arguments = copied(arguments), copied(arguments)
+    eager_arguments = copied(arguments)
     eager = call(eager_arguments)
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(compiled_arguments)
-    for a, b in zip(_flat(eager), _flat(compiled), strict=True):
-        assert_same(b, a, f"{op} compiled")
-    if "pages" in arguments:
-        assert_same(compiled_arguments["pages"], eager_arguments["pages"], f"{op} compiled: pages")
+    for dynamic in (False, True):
+        torch._dynamo.reset()  # every case is a new shape; the recompile limit is not what is tested
+        compiled_arguments = copied(arguments)
+        compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")(compiled_arguments)
+        for a, b in zip(_flat(eager), _flat(compiled), strict=True):
+            assert_same(b, a, f"{op} compiled, dynamic={dynamic}")
+        if "pages" in arguments:
+            assert_same(compiled_arguments["pages"], eager_arguments["pages"], f"{op} compiled, dynamic={dynamic}: pages")
 
 
 def _flat(value: Any) -> list[Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,45 @@ LAYERS = {
     **dict.fromkeys(("check", "op"), 1),
     **dict.fromkeys(("cuda", "ops"), 2),
     **dict.fromkeys(("testing", "exits"), 3),
-    "runtime": 4, "closed_form": 5, "demo": 6, "info": 6, "cli": 7,
+    "runtime": 4,
+    "closed_form": 5,
+    "demo": 6,
+    "info": 6,
+    "cli": 7,
 }
 
 
+def _imported(source: str) -> Iterator[str]:
+    """Parts of dyndepth that a file imports, in any spelling, also inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "dyndepth" and rest:
+                yield rest.split(".")[0]
+
+
+def test_imports_are_found() -> None:
+    source = "import dyndepth.cli\nfrom dyndepth import runtime, env\ndef f():\n    from dyndepth.demo.run import main\n"
+    assert list(_imported(source)) == ["cli", "runtime", "env", "demo"]
+
+
 def test_nothing_imports_upwards() -> None:
-    wrong = []
+    wrong, seen = [], 0
     for path in (ROOT / "dyndepth").rglob("*.py"):
         own = path.relative_to(ROOT / "dyndepth").parts[0].removesuffix(".py")
         if own == "__init__":
             continue
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if len(words) > 3 and words[0] == "from" and words[1].startswith("dyndepth."):
-                target = words[1].split(".")[1]
-                if LAYERS[target] > LAYERS[own]:
-                    wrong.append(f"{path.name}: {line.strip()}")
+        for target in _imported(path.read_text()):
+            seen += 1
+            if LAYERS.get(target, 0 if target in ("_C", "_cuda_sources", "__version__") else 99) > LAYERS[own]:
+                wrong.append(f"{path.name} imports {target}")
     assert not wrong
+    assert seen > 100
 
 
 def test_import_is_free() -> None:
@@ -130,10 +153,49 @@ def test_unknown_names(choice: str, message: str) -> None:
         pass
 
 
-def test_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DYNDEPTH_BACKEND", "fast")
-    with pytest.raises(BackendError, match="fast: this op has no such provider"):
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("fast", "DYNDEPTH_BACKEND: providers are cuda, triton, cpp, torch, got 'fast'"),
+        ("exit_stat=torch", "DYNDEPTH_BACKEND: ops are .*, got 'exit_stat'"),
+        ("=torch", "DYNDEPTH_BACKEND: ops are .*, got ''"),
+        ("cpp,", "DYNDEPTH_BACKEND: providers are .*, got '' in 'cpp,'"),
+    ],
+)
+def test_unknown_names_in_the_environment(monkeypatch: pytest.MonkeyPatch, choice: str, message: str) -> None:
+    """A typing error must not silently mean something else."""
+    monkeypatch.setenv("DYNDEPTH_BACKEND", choice)
+    with pytest.raises(BackendError, match=message):
         ops.compact_rows(STATE, [])
+
+
+@pytest.mark.parametrize("provider", ["torch", "cpp"])
+def test_autocast_and_autograd_change_nothing(provider: str) -> None:
+    hidden, weights = torch.randn(3, 8), (torch.randn(2, 8), torch.randn(2), torch.randn(2), torch.randn(1))
+    with backend(provider):
+        plain = ops.router_score(hidden, *weights)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+            found = ops.router_score(hidden, *weights)
+            hidden.requires_grad_()
+            recorded = ops.router_score(hidden, *weights)
+    assert torch.equal(found, plain)
+    assert torch.equal(recorded, plain)
+    with torch.enable_grad(), pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        recorded.sum().backward()
+    assert hidden.grad is None or not bool(hidden.grad.any())
+
+
+@pytest.mark.parametrize("provider", ["torch", "cpp"])
+def test_writing_in_place_is_noticed(provider: str) -> None:
+    """Autograd refuses to use a saved tensor that an op wrote to since."""
+    pages = torch.zeros(2, 1, 1, 1, 2)
+    version = pages._version
+    row, zero = torch.ones(1, 1, 2), torch.zeros(1, dtype=torch.int32)
+    with backend(provider):
+        ops.store_kv(row, row, row, zero, zero, pages)
+    assert pages._version > version
+    with torch.inference_mode(), backend(provider):
+        ops.store_kv(row, row, row, zero, zero, torch.zeros(2, 1, 1, 1, 2))  # has no version, and needs none
 
 
 def test_checks_also_guard_the_dispatcher() -> None:

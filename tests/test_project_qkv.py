@@ -96,6 +96,14 @@ def test_every_promised_element_is_written(provider: str) -> None:
     assert bool(torch.isfinite(arguments["pages"]).all())
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", ["live", "none_live"])
+def test_queries_past_live_are_not_computed(name: str, provider: str) -> None:
+    case = next(case for case in CASES[OP] if case.name == name)
+    op_harness.assert_only_live_rows_are_written(OP, case, provider)
+
+
 @pytest.mark.parametrize("name", ["odd", "norm", "no_rotary", "empty"])
 def test_contract(name: str) -> None:
     case = next(case for case in CASES[OP] if case.name == name)

@@ -77,6 +77,25 @@ def test_only_live_rows_are_read(provider: str) -> None:
     assert op_harness.outcome(OP, arguments, provider)["score"].tolist() == whole[:4].tolist()
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rows_past_live_are_not_computed(provider: str) -> None:
+    case = next(case for case in CASES[OP] if case.name == "live")
+    op_harness.assert_only_live_rows_are_written(OP, case, provider)
+
+
+@pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
+def test_cosine_of_tiny_residuals(provider: str) -> None:
+    """The guard against 0 / 0 applies to each length, not to their product: 1e-12 long rows have an angle."""
+    hidden = torch.tensor([[3e-12, 4e-12]])
+    with backend(provider):
+        score = router_score(
+            hidden, torch.zeros(1, 2), torch.zeros(1), torch.ones(1), torch.zeros(1),
+            previous=hidden, cosine_weight=torch.ones(1), silu=False,
+        )  # fmt: skip
+    assert score.item() == pytest.approx(1 / (1 + math.exp(-1.0)), rel=1e-5)
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_row_does_not_depend_on_its_neighbours(provider: str) -> None:
     arguments = next(case for case in CASES[OP] if case.name == "everything").build()
@@ -99,6 +118,7 @@ def test_contract(name: str) -> None:
     ("change", "message"),
     [
         ({"hidden": torch.zeros(2, 3, dtype=torch.int32)}, "router_score: hidden must be float32"),
+        ({"hidden": torch.zeros(2, 0), "weight1": torch.zeros(2, 0)}, "router_score: hidden must be at least one channel"),
         ({"weight1": torch.zeros(2, 3, dtype=torch.bfloat16)}, r"router_score: weight1 must be float32 \[any, 3\]"),
         ({"bias1": torch.zeros(3)}, r"router_score: bias1 must be float32 \[2\]"),
         ({"bias2": torch.zeros(2)}, r"router_score: bias2 must be float32 \[1\]"),

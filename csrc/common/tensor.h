@@ -1,5 +1,5 @@
-// Small helpers over torch::stable::Tensor shared by every op. The Python side has checked shapes and dtypes; what is
-// checked again here is only what would read or write out of bounds if somebody calls torch.ops.dyndepth_cpp directly.
+// Small helpers over torch::stable::Tensor shared by every op. Shapes, dtypes and strides were checked in Python
+// (dyndepth/ops/<op>.py): torch.ops.dyndepth_cpp is not for calling directly. Values of indices are checked here.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,6 +12,13 @@
 #include <vector>
 
 #include "vector.h"
+
+// torch 2.10 and 2.11 have this check without the prefix.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define DYN_ERROR_CODE_CHECK STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define DYN_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace dyndepth {
 

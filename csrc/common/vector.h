@@ -47,7 +47,8 @@ DYN_INLINE UintLanes load_bits16(const void* from) {
 DYN_INLINE Lanes load(const BFloat16* from) { return (Lanes)(load_bits16(from) << 16); }
 
 // fp16 -> fp32 with integer and float operations only (no F16C needed): the exponent is rebased by a multiplication,
-// which also makes subnormals exact; what had all exponent bits set (inf, NaN) keeps them set.
+// which also makes subnormals exact (unless torch.set_flush_denormal is on: then they read as 0); what had all exponent
+// bits set (inf, NaN) keeps them set.
 DYN_INLINE Lanes load(const Half* from) {
   UintLanes bits = load_bits16(from);
   UintLanes magnitude = (bits & 0x7fffu) << 13;

@@ -14,8 +14,11 @@ void backfill_kv(const Tensor& residual, const Tensor& weight, const std::option
                  int64_t first_layer, const std::optional<Tensor>& section) {
   int64_t begin = 0, rows = residual.size(0);
   if (section.has_value()) {
-    begin = std::clamp<int64_t>(section->const_data_ptr<int32_t>()[0], 0, rows);
-    rows = std::clamp<int64_t>(section->const_data_ptr<int32_t>()[1], 0, rows - begin);
+    // The part of [begin, begin + count) that exists; the counters come from a device, unread by anybody.
+    const int64_t first = section->const_data_ptr<int32_t>()[0], count = section->const_data_ptr<int32_t>()[1];
+    const int64_t last = std::clamp<int64_t>(first + std::max<int64_t>(count, 0), 0, rows);
+    begin = std::clamp<int64_t>(first, 0, last);
+    rows = last - begin;
   }
   if (rows == 0) return;
   const int64_t layers = weight.size(0), kv_heads = pages.size(4), head_dim = pages.size(5), kv = kv_heads * head_dim;
@@ -23,6 +26,10 @@ void backfill_kv(const Tensor& residual, const Tensor& weight, const std::option
   const int32_t* slot = slots.const_data_ptr<int32_t>() + begin;
   Rotary whole{nullptr, nullptr, 0, 0};
   if (cos.has_value()) whole = {cos->const_data_ptr<float>(), sin->const_data_ptr<float>(), cos->size(1), cos->size(2)};
+  const int32_t* table_of = data_or_null<int32_t>(variant);
+  for (int64_t layer = 0; table_of != nullptr && cos.has_value() && layer < layers; ++layer)
+    STD_TORCH_CHECK(table_of[layer] >= 0 && table_of[layer] < cos->size(0), "backfill_kv: variant must be in [0, ",
+                    cos->size(0), "), got ", table_of[layer], " at ", layer);
   check_rows("backfill_kv", at, slot, rows, pages.size(2) * pages.size(3), whole);
   dispatch_float(residual.scalar_type(), "backfill_kv", [&](auto element) {
     using T = decltype(element);
@@ -33,17 +40,18 @@ void backfill_kv(const Tensor& residual, const Tensor& weight, const std::option
     if (bias.has_value()) flat_bias = torch::stable::view(*bias, {layers * 2 * kv});
     const Tensor y = linear(x, torch::stable::view(weight, {layers * 2 * kv, weight.size(3)}), flat_bias);
     const T* from = y.const_data_ptr<T>();
+    T* all_pages = pages.mutable_data_ptr<T>();
     torch::stable::parallel_for(0, rows * layers, 16384 / (2 * kv + 1) + 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = i / layers, layer = i % layers;
         Rotary table = whole;
-        if (variant.has_value()) {
-          table.cos += variant->const_data_ptr<int32_t>()[layer] * whole.positions * whole.rotary;
-          table.sin += variant->const_data_ptr<int32_t>()[layer] * whole.positions * whole.rotary;
+        if (table_of != nullptr) {
+          table.cos += table_of[layer] * whole.positions * whole.rotary;
+          table.sin += table_of[layer] * whole.positions * whole.rotary;
         }
         const T* source = from + (row * layers + layer) * 2 * kv;
         const HeadsView<T> k{source, 0, head_dim, kv_heads, head_dim}, v{source + kv, 0, head_dim, kv_heads, head_dim};
-        T* key_pages = pages.mutable_data_ptr<T>() + (first_layer + layer) * pages.stride(0);
+        T* key_pages = all_pages + (first_layer + layer) * pages.stride(0);
         store_row(k, v, 0, table, at[row], slot[row], key_pages, key_pages + pages.stride(1));
       }
     });

@@ -10,8 +10,8 @@ namespace dyndepth {
 void partition_rows(const int8_t* state, int64_t rows, int32_t* order, int32_t* counts) {
   int32_t size[3] = {0, 0, 0};
   for (int64_t i = 0; i < rows; ++i) {
-    STD_TORCH_CHECK(state[i] >= 0 && state[i] <= 2, "compact_rows: state must hold 0, 1 or 2, got ",
-                    static_cast<int>(state[i]), " at row ", i);
+    STD_TORCH_CHECK(state[i] >= 0 && state[i] <= 2, "compact_rows: state must be in [0, 3), got ",
+                    static_cast<int>(state[i]), " at ", i);
     ++size[state[i]];
   }
   int32_t next[3] = {0, size[0], size[0] + size[1]};

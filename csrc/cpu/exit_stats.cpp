@@ -62,13 +62,15 @@ DYN_INLINE void absorb_body(RowStats& stats, float* z, int64_t count, int64_t ba
   } else {
     stats.second = std::max(stats.second, first);
   }
+  // -inf - -inf is NaN: while all logits were -inf, count from 0, where they add nothing.
+  const float peak = stats.peak == -std::numeric_limits<float>::infinity() ? 0.f : stats.peak;
   int64_t i = 0;
   while (i + kLanes <= count) {
     // Lanes add at most 32 numbers in fp32 before they go to double: the entropies are differences of these sums.
     Lanes mass = {}, slope = {}, mass2 = {}, slope2 = {};
     for (const int64_t stop = std::min(count - kLanes, i + 31 * kLanes); i <= stop; i += kLanes) {
-      const Lanes gap = larger(load(z + i) - stats.peak, splat(-88.f));  // -inf times exp(-inf) must be 0, not NaN
-      const Lanes e = exp_nonpositive(load(z + i) - stats.peak);
+      const Lanes gap = larger(load(z + i) - peak, splat(-88.f));  // -inf times exp(-inf) must be 0, not NaN
+      const Lanes e = exp_nonpositive(load(z + i) - peak);
       mass += e;
       slope += gap * e;
       mass2 += e * e;
@@ -80,7 +82,7 @@ DYN_INLINE void absorb_body(RowStats& stats, float* z, int64_t count, int64_t ba
     stats.slope2 += sum(slope2);
   }
   for (; i < count; ++i) {
-    const float gap = std::max(z[i] - stats.peak, -88.f), e = std::exp(z[i] - stats.peak);
+    const float gap = std::max(z[i] - peak, -88.f), e = std::exp(z[i] - peak);
     stats.mass += e;
     stats.slope += gap * e;
     stats.mass2 += e * e;

@@ -10,7 +10,7 @@ namespace {
 Tensor project_qkv(const Tensor& x, const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
                    const std::optional<Tensor>& q_bias, const std::optional<Tensor>& k_bias,
                    const std::optional<Tensor>& v_bias, const std::optional<Tensor>& q_gain,
-                   const std::optional<Tensor>& k_gain, double norm_eps, const std::optional<Tensor>& cos,
+                   const std::optional<Tensor>& k_gain, double eps, const std::optional<Tensor>& cos,
                    const std::optional<Tensor>& sin, const Tensor& pos, const Tensor& slots, const Tensor& pages,
                    const std::optional<Tensor>& live) {
   const Rotary table = rotary_table(cos, sin);
@@ -30,8 +30,7 @@ Tensor project_qkv(const Tensor& x, const Tensor& q_weight, const Tensor& k_weig
     const auto normalise_heads = [&](const Tensor& t, int64_t count, const std::optional<Tensor>& gain) {
       if (!gain.has_value()) return;
       T* data = t.mutable_data_ptr<T>();
-      normalise_rows(data, data, count, head_dim, Norm::rms, static_cast<float>(norm_eps),
-                     gain->const_data_ptr<float>());
+      normalise_rows(data, data, count, head_dim, Norm::rms, static_cast<float>(eps), gain->const_data_ptr<float>());
     };
     normalise_heads(q, q_rows * heads, q_gain);
     normalise_heads(k, rows * kv_heads, k_gain);
@@ -50,7 +49,7 @@ Tensor project_qkv(const Tensor& x, const Tensor& q_weight, const Tensor& k_weig
 STABLE_TORCH_LIBRARY_FRAGMENT(dyndepth_cpp, library) {
   library.def(
       "project_qkv(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor? q_bias, Tensor? k_bias, "
-      "Tensor? v_bias, Tensor? q_gain, Tensor? k_gain, float norm_eps, Tensor? cos, Tensor? sin, Tensor pos, "
+      "Tensor? v_bias, Tensor? q_gain, Tensor? k_gain, float eps, Tensor? cos, Tensor? sin, Tensor pos, "
       "Tensor slots, Tensor(a!) pages, Tensor? live) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(dyndepth_cpp, CPU, library) { library.impl("project_qkv", TORCH_BOX(&project_qkv)); }

@@ -10,6 +10,11 @@ namespace dyndepth {
 
 namespace {
 
+// The first position that a row sees.
+DYN_INLINE int64_t oldest_key(const AttentionProblem& p, int64_t row) {
+  return p.window > 0 ? std::max<int64_t>(0, static_cast<int64_t>(p.pos[row]) - p.window + 1) : 0;
+}
+
 // Scores of one query against keys [begin, end) of a page, then their exponentials, kept running (online softmax,
 // Milakov & Gimelshein 2018): `peak` is the maximum so far, `mass` the sum of exp(score - peak), `acc` the weighted V.
 // What a row computes depends on its own pages only, never on the tile it shares: batch invariance starts here.
@@ -23,8 +28,10 @@ DYN_INLINE void absorb_page(const AttentionProblem& p, const float* q, const flo
     scores[k - begin] = score;
     best = score > best ? score : best;
   }
+  if (best == -std::numeric_limits<float>::infinity())
+    return;  // nothing but -inf so far: no weight, and no -inf - -inf
   if (best > *peak) {
-    const float shrink = *peak == -std::numeric_limits<float>::infinity() ? 0.f : std::exp(*peak - best);
+    const float shrink = std::exp(*peak - best);
     for (int64_t i = 0; i < dim; ++i) acc[i] *= shrink;
     *mass *= shrink;
     *peak = best;
@@ -54,7 +61,7 @@ DYN_INLINE void attend_tile(const AttentionProblem& p, const T* q, const T* keys
   int64_t oldest = std::numeric_limits<int64_t>::max(), newest = 0;
   for (int64_t row = first; row < last; ++row) {
     newest = std::max<int64_t>(newest, p.pos[row]);
-    oldest = std::min<int64_t>(oldest, p.window > 0 ? std::max<int64_t>(0, p.pos[row] - p.window + 1) : 0);
+    oldest = std::min(oldest, oldest_key(p, row));
     for (int64_t g = 0; g < group; ++g) {
       const int64_t at = (row - first) * group + g;
       to_floats(query + at * dim, q + (row * p.heads + kv_head * group + g) * dim, dim);
@@ -68,16 +75,19 @@ DYN_INLINE void attend_tile(const AttentionProblem& p, const T* q, const T* keys
   const int32_t* table = p.block_table + p.seq[first] * p.max_pages;
   for (int64_t page = oldest / p.page_size; page <= newest / p.page_size; ++page) {
     const int64_t base = page * p.page_size;
-    const int64_t used = std::min(p.page_size, newest + 1 - base);
+    // Between the windows of a tile's rows may lie pages that no row sees: their table entries mean nothing.
+    int64_t used = 0;
+    for (int64_t row = first; row < last; ++row)
+      if (oldest_key(p, row) < base + p.page_size)
+        used = std::max(used, std::min(p.page_size, static_cast<int64_t>(p.pos[row]) + 1 - base));
     for (int64_t k = 0; k < used; ++k) {
       const int64_t at = ((table[page] * p.page_size + k) * p.kv_heads + kv_head) * dim;
       to_floats(page_keys + k * dim, keys + at, dim);
       to_floats(page_values + k * dim, values + at, dim);
     }
     for (int64_t row = first; row < last; ++row) {
-      const int64_t lowest = p.window > 0 ? std::max<int64_t>(0, p.pos[row] - p.window + 1) : 0;
-      const int64_t begin = std::max<int64_t>(0, lowest - base);
-      const int64_t end = std::min<int64_t>(p.page_size, p.pos[row] + 1 - base);
+      const int64_t begin = std::max<int64_t>(0, oldest_key(p, row) - base);
+      const int64_t end = std::min<int64_t>(p.page_size, static_cast<int64_t>(p.pos[row]) + 1 - base);
       if (begin >= end) continue;
       for (int64_t g = 0; g < group; ++g) {
         const int64_t at = (row - first) * group + g;
@@ -115,14 +125,13 @@ namespace {
 void check_indices(const AttentionProblem& p, int64_t sequences, int64_t pages) {
   for (int64_t row = 0; row < p.rows; ++row) {
     STD_TORCH_CHECK(p.seq[row] >= 0 && p.seq[row] < sequences, "ragged_attention: seq must be in [0, ", sequences,
-                    "), got ", p.seq[row], " at row ", row);
+                    "), got ", p.seq[row], " at ", row);
     STD_TORCH_CHECK(p.pos[row] >= 0 && p.pos[row] / p.page_size < p.max_pages, "ragged_attention: pos must be in [0, ",
-                    p.max_pages * p.page_size, ") (the block table's reach), got ", p.pos[row], " at row ", row);
-    const int64_t lowest = p.window > 0 ? std::max<int64_t>(0, p.pos[row] - p.window + 1) : 0;
+                    p.max_pages * p.page_size, ") (the block table's reach), got ", p.pos[row], " at ", row);
     const int32_t* table = p.block_table + p.seq[row] * p.max_pages;
-    for (int64_t page = lowest / p.page_size; page <= p.pos[row] / p.page_size; ++page)
-      STD_TORCH_CHECK(table[page] >= 0 && table[page] < pages, "ragged_attention: block_table must name pages in [0, ",
-                      pages, "), got ", table[page], " for sequence ", p.seq[row], ", page ", page);
+    for (int64_t page = oldest_key(p, row) / p.page_size; page <= p.pos[row] / p.page_size; ++page)
+      STD_TORCH_CHECK(table[page] >= 0 && table[page] < pages, "ragged_attention: block_table must be in [0, ", pages,
+                      ") for visible positions, got ", table[page], " for sequence ", p.seq[row], ", page ", page);
   }
 }
 

@@ -26,7 +26,7 @@ DYN_INLINE float score_row(const Router& r, const T* residual, const T* previous
   if (r.cosine_weight != nullptr) {
     float other = 0;
     for (int64_t i = 0; i < r.width; ++i) other += to_float(previous[i]) * to_float(previous[i]);
-    cosine = dot(previous, x, r.width) / std::max(std::sqrt(square) * std::sqrt(other), 1e-20f);
+    cosine = dot(previous, x, r.width) / (std::max(std::sqrt(square), 1e-20f) * std::max(std::sqrt(other), 1e-20f));
   }
   float logit = *r.bias2;
   for (int64_t j = 0; j < r.hidden; ++j) {

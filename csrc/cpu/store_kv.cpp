@@ -6,9 +6,9 @@ void check_rows(const char* op, const int32_t* pos, const int32_t* slots, int64_
                 const Rotary& table) {
   for (int64_t row = 0; row < rows; ++row) {
     STD_TORCH_CHECK(slots[row] >= -1 && slots[row] < slot_count, op, ": slots must be in [-1, ", slot_count, "), got ",
-                    slots[row], " at row ", row);
+                    slots[row], " at ", row);
     STD_TORCH_CHECK(table.rotary == 0 || (pos[row] >= 0 && pos[row] < table.positions), op, ": pos must be in [0, ",
-                    table.positions, ") (the rotary table's reach), got ", pos[row], " at row ", row);
+                    table.positions, ") (the rotary table's reach), got ", pos[row], " at ", row);
   }
 }
 

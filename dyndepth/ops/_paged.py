@@ -9,6 +9,18 @@ from dyndepth import check
 from dyndepth.ops._math import wide
 
 
+def check_pages(
+    name: str, pages: Tensor, device: torch.device, dtype: torch.dtype, *, head_dim: int | None = None, layers: bool = False
+) -> None:
+    """[2, pages, page_size, kv_heads, head_dim], or the same for all layers; there may be no pages, but none are empty."""
+    lead: list[int | None] = [None, 2] if layers else [2]
+    layout = f"{'layers, ' if layers else ''}K|V, pages, page_size, kv_heads, head_dim"
+    check.tensor(name, "pages", pages, [*lead, None, None, None, head_dim], (dtype,), device, layout)
+    check.contiguous(name, "pages", pages)
+    if 0 in pages.shape[-3:]:
+        check.fail(name, "pages", "of at least one slot, head and channel per page", pages)
+
+
 def check_rows(name: str, rows: int, device: torch.device, **indices: Tensor) -> None:
     for argument, value in indices.items():
         check.tensor(name, argument, value, [rows], check.INT32, device, "n")
@@ -26,18 +38,17 @@ def check_rotary(name: str, cos: Tensor | None, sin: Tensor | None, head_dim: in
     check.tensor(name, "sin", sin, list(cos.shape), check.FLOAT32, device, layout)
     check.contiguous(name, "cos", cos)
     check.contiguous(name, "sin", sin)
+    if cos.shape[-2] == 0 or cos.shape[0] == 0:
+        check.fail(name, "cos", "at least one position long", cos)
     if 2 * cos.shape[-1] > head_dim:
         check.fail(name, "cos", f"at most {head_dim // 2} channels wide (half of head_dim {head_dim})", cos)
 
 
 def check_indices(name: str, pos: Tensor, slots: Tensor, slot_count: int, positions: int | None) -> None:
-    """Range checks of the reference; cheap on the CPU, impossible elsewhere without a host read."""
-    if pos.device.type != "cpu" or pos.numel() == 0:
-        return
-    if int(slots.min()) < -1 or int(slots.max()) >= slot_count:
-        check.fail(name, "slots", f"in [-1, {slot_count})", slots.tolist())
-    if positions is not None and (int(pos.min()) < 0 or int(pos.max()) >= positions):
-        check.fail(name, "pos", f"in [0, {positions}) (the rotary table's reach)", pos.tolist())
+    """Range checks of the reference."""
+    check.in_range(name, "slots", slots, -1, slot_count)
+    if positions is not None:
+        check.in_range(name, "pos", pos, 0, positions, " (the rotary table's reach)")
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, pos: Tensor) -> Tensor:

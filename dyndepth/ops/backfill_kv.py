@@ -45,8 +45,10 @@ def backfill_kv(
         variant: int32 [layers], which table a layer uses (Gemma 3: local and global layers differ). None: table 0.
         pos, slots: int32 [n] as in `store_kv`; slot -1 is skipped.
         pages: [all layers, 2, pages, page_size, kv_heads, head_dim], contiguous, same dtype; **written in place**.
-        section: int32 [2] = (begin, count) on the device: only rows `[begin, begin + count)` are written, e.g. the counts of
-            compact_rows. None: all rows.
+        section: int32 [2] = (begin, count) on the device: only rows `[begin, begin + count)` are written, as many of them as
+            there are (out of range is cut off, not an error), e.g. the counts of compact_rows. None: all rows.
+
+    Not differentiable.
     """
     if norm not in NORMS:
         check.fail("backfill_kv", "norm", f"one of {', '.join(NORMS)}", repr(norm))
@@ -72,10 +74,7 @@ def _check(
     check.tensor(name, "residual", residual, [None, None], check.FLOATS, device, "n, d")
     check.contiguous(name, "residual", residual)
     rows, width = residual.shape
-    check.tensor(
-        name, "pages", pages, [None, 2, None, None, None, None], floats, device, "layers, K|V, pages, page_size, heads, dim"
-    )  # fmt: skip
-    check.contiguous(name, "pages", pages)
+    _paged.check_pages(name, pages, device, residual.dtype, layers=True)
     kv = pages.shape[4] * pages.shape[5]
     check.tensor(name, "weight", weight, [None, 2, kv, width], floats, device, "layers, K|V, kv_heads * head_dim, d")
     check.contiguous(name, "weight", weight)
@@ -91,10 +90,6 @@ def _check(
     if variant is not None:
         check.tensor(name, "variant", variant, [layers], check.INT32, device, "layers")
         check.contiguous(name, "variant", variant)
-        # Values can be read where reading is free: real tensors on the CPU, not FakeTensors, not other devices.
-        known = [] if cos is None or variant.device.type != "cpu" or type(variant) is not Tensor else variant.tolist()
-        if cos is not None and not all(0 <= table < cos.shape[0] for table in known):
-            check.fail(name, "variant", f"in [0, {cos.shape[0]})", known)
     _paged.check_rows(name, rows, device, pos=pos, slots=slots)
     check.live(name, section, device, "section", 2)
 
@@ -116,8 +111,11 @@ def _reference(
 ) -> None:
     if section is not None:
         row = torch.arange(residual.shape[0], device=residual.device)
-        inside = (row >= section[0]) & (row < section[0] + section[1])
+        begin, count = section.long().unbind()
+        inside = (row >= begin) & (row < begin + count)
         slots, pos = torch.where(inside, slots, -1), torch.where(inside, pos, 0)
+    if cos is not None and variant is not None:
+        check.in_range("backfill_kv", "variant", variant, 0, cos.shape[0])
     positions = None if cos is None else cos.shape[1]
     _paged.check_indices("backfill_kv", pos, slots, pages.shape[2] * pages.shape[3], positions)
     x = wide(residual)

@@ -47,14 +47,15 @@ def exit_stats(
         hidden: float32, bfloat16 or float16 [n, d], contiguous: residuals if `norm_gain` is given, head-ready otherwise.
         head_weight: same dtype [V, d], contiguous.
         head_bias: same dtype [V].
-        norm_gain: float32 [d]; the RMSNorm `hidden / rms(hidden) * norm_gain` (eps inside the root) comes first.
+        norm_gain: float32 [d], contiguous; the RMSNorm `hidden / rms(hidden) * norm_gain` (eps inside the root) comes first.
         vocab_ids: int64 [v], the rows of `head_weight` to use (a shortlist); `argmax` is in ids of the full vocabulary.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); 0 for none.
         live: int32 with one element on the same device: only rows `[0, live)` are computed. None means all.
 
-    Products are rounded to the dtype of `hidden`, as an LM head rounds them; everything after is fp32. A row with a NaN
-    logit has NaN statistics and an unspecified argmax. Sources: confidence measures of CALM (Schuster et al. 2022, sec.
-    3.1), EE-LLM, FREE; entropies as sums over the running maximum.
+    Products are rounded to the dtype of `hidden`, as an LM head rounds them; everything after is fp32. Logits of -inf have
+    probability 0; a row with a logit of NaN or +inf has NaN statistics and an unspecified argmax. Not differentiable.
+    Sources: confidence measures of CALM (Schuster et al. 2022, sec. 3.1), EE-LLM, FREE; entropies as sums over the running
+    maximum.
     """
     return ExitStats(*op(hidden, head_weight, head_bias, norm_gain, eps, vocab_ids, softcap, live))
 
@@ -81,12 +82,13 @@ def _check(
         check.tensor(name, "head_bias", head_bias, [vocabulary], (hidden.dtype,), device, "V")
     if norm_gain is not None:
         check.tensor(name, "norm_gain", norm_gain, [width], check.FLOAT32, device, "d")
+        check.contiguous(name, "norm_gain", norm_gain)
     if vocab_ids is not None:
         check.tensor(name, "vocab_ids", vocab_ids, [None], check.INT64, device, "v")
         check.contiguous(name, "vocab_ids", vocab_ids)
         if vocab_ids.shape[0] == 0:
             check.fail(name, "vocab_ids", "at least one id", vocab_ids)
-    if softcap < 0:
+    if not softcap >= 0:
         check.fail(name, "softcap", "at least 0 (0 for none)", softcap)
     check.live(name, live, device)
 
@@ -104,8 +106,7 @@ def _reference(
     if norm_gain is not None:
         hidden = rms_normalise(hidden, eps, norm_gain).to(hidden.dtype)
     if vocab_ids is not None:
-        if vocab_ids.device.type == "cpu" and bool(((vocab_ids < 0) | (vocab_ids >= head_weight.shape[0])).any()):
-            check.fail("exit_stats", "vocab_ids", f"in [0, {head_weight.shape[0]})", vocab_ids.tolist())
+        check.in_range("exit_stats", "vocab_ids", vocab_ids, 0, head_weight.shape[0])
         head_weight = head_weight.index_select(0, vocab_ids)
         head_bias = None if head_bias is None else head_bias.index_select(0, vocab_ids)
     logits = wide(torch.nn.functional.linear(hidden, head_weight, head_bias))
@@ -120,7 +121,7 @@ def stats_of_logits(logits: Tensor) -> ExitStats:
     logits = wide(logits)
     top = logits.topk(min(2, logits.shape[1]), dim=-1).values
     top2 = top[:, 1] if logits.shape[1] > 1 else torch.full_like(top[:, 0], -torch.inf)
-    broken = torch.where(logits.isnan().any(-1), torch.nan, 0.0)
+    broken = torch.where((logits.isnan() | (logits == torch.inf)).any(-1), torch.nan, 0.0)
     return ExitStats(
         logits.argmax(-1),
         top[:, 0] + broken,

@@ -26,7 +26,7 @@ def project_qkv(
     v_bias: Tensor | None = None,
     q_gain: Tensor | None = None,
     k_gain: Tensor | None = None,
-    norm_eps: float = 1e-6,
+    eps: float = 1e-6,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     live: Tensor | None = None,
@@ -40,13 +40,13 @@ def project_qkv(
         x: float32, bfloat16 or float16 [n, d], contiguous, already normalised.
         q_weight, k_weight, v_weight: [heads * head_dim, d], [kv_heads * head_dim, d] twice, dtype of x; rows dense (views
             into a fused projection work). Biases q_bias, k_bias, v_bias accordingly.
-        q_gain, k_gain: float32 [head_dim], RMSNorm over each head before the rotation (Qwen3, Gemma 3), with norm_eps.
+        q_gain, k_gain: float32 [head_dim], RMSNorm over each head before the rotation (Qwen3, Gemma 3); eps inside its root.
         cos, sin, pos, slots, pages, live: as in `store_kv`; pages [2, pages, page_size, kv_heads, head_dim] is **written**.
 
-    Returns the rotated queries [n, heads, head_dim]; rows at or past `live` are unspecified.
+    Returns the rotated queries [n, heads, head_dim]; rows at or past `live` are unspecified. Not differentiable.
     """
     return op(
-        x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, norm_eps, cos, sin, pos, slots, pages, live
+        x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, eps, cos, sin, pos, slots, pages, live
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def _check(
     v_bias: Tensor | None,
     q_gain: Tensor | None,
     k_gain: Tensor | None,
-    norm_eps: float,
+    eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
     pos: Tensor,
@@ -72,11 +72,10 @@ def _check(
     check.tensor(name, "x", x, [None, None], check.FLOATS, device, "n, d")
     check.contiguous(name, "x", x)
     rows, width = x.shape
-    check.tensor(name, "pages", pages, [2, None, None, None, None], floats, device, "K|V, pages, page_size, kv_heads, head_dim")
-    check.contiguous(name, "pages", pages)
+    _paged.check_pages(name, pages, device, x.dtype)
     kv_heads, head_dim = pages.shape[3:]
     check.tensor(name, "q_weight", q_weight, [None, width], floats, device, "heads * head_dim, d")
-    if head_dim == 0 or q_weight.shape[0] % head_dim or (q_weight.shape[0] // head_dim) % max(kv_heads, 1):
+    if q_weight.shape[0] % (head_dim * kv_heads):
         check.fail(name, "q_weight", f"a multiple of {kv_heads} kv_heads x {head_dim} head_dim in rows", q_weight)
     for argument, value in (("k_weight", k_weight), ("v_weight", v_weight)):
         check.tensor(name, argument, value, [kv_heads * head_dim, width], floats, device, "kv_heads * head_dim, d")
@@ -106,7 +105,7 @@ def _reference(
     v_bias: Tensor | None,
     q_gain: Tensor | None,
     k_gain: Tensor | None,
-    norm_eps: float,
+    eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
     pos: Tensor,
@@ -118,7 +117,7 @@ def _reference(
 
     def heads(weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
         y = torch.nn.functional.linear(x, weight, bias).unflatten(-1, (-1, head_dim))
-        return y if gain is None else rms_normalise(y, norm_eps, gain).to(y.dtype)
+        return y if gain is None else rms_normalise(y, eps, gain).to(y.dtype)
 
     q, k, v = heads(q_weight, q_bias, q_gain), heads(k_weight, k_bias, k_gain), heads(v_weight, v_bias, None)
     return store_kv_op.reference(q, k, v, cos, sin, pos, slots, pages, live)
@@ -134,7 +133,7 @@ def _fake(
     v_bias: Tensor | None,
     q_gain: Tensor | None,
     k_gain: Tensor | None,
-    norm_eps: float,
+    eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
     pos: Tensor,
@@ -149,7 +148,7 @@ def _fake(
 op = Op(
     "project_qkv",
     "(Tensor x, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
-    "Tensor? q_gain, Tensor? k_gain, float norm_eps, Tensor? cos, Tensor? sin, Tensor pos, Tensor slots, "
+    "Tensor? q_gain, Tensor? k_gain, float eps, Tensor? cos, Tensor? sin, Tensor pos, Tensor slots, "
     "Tensor(a!) pages, Tensor? live=None) -> Tensor",
     reference=_reference,
     fake=_fake,
@@ -170,7 +169,7 @@ def _cpp_provider(
     v_bias: Tensor | None,
     q_gain: Tensor | None,
     k_gain: Tensor | None,
-    norm_eps: float,
+    eps: float,
     cos: Tensor | None,
     sin: Tensor | None,
     pos: Tensor,
@@ -179,5 +178,5 @@ def _cpp_provider(
     live: Tensor | None = None,
 ) -> Tensor:
     return torch.ops.dyndepth_cpp.project_qkv(
-        x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, norm_eps, cos, sin, pos, slots, pages, live
+        x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, eps, cos, sin, pos, slots, pages, live
     )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op
-from dyndepth.ops import _cpp, _triton
+from dyndepth.ops import _cpp, _paged, _triton
 from dyndepth.ops._math import wide
 
 # Rows gathered at once by the reference: bounds its copy of K,V to a few hundred MB at a 2k context.
@@ -33,14 +33,16 @@ def ragged_attention(
             K,V head h // (heads / kv_heads) (grouped-query attention).
         pages: [2, pages, page_size, kv_heads, head_dim], contiguous, dtype of q: one layer's keys and values.
         block_table: int32 [sequences, max_pages], contiguous; the page of positions `[j * page_size, (j + 1) * page_size)` is
-            entry j. Entries past a row's position are never read (-1 by habit).
+            entry j. Entries that no row sees (past its position, before its window) are never used (-1 by habit).
         seq, pos: int32 [n]. Several rows may belong to one sequence; consecutive rows of one sequence share a walk.
         scale: factor on q . k.
+            On the CPU, values of seq, pos or block_table out of range raise.
         live: int32 with one element: only rows `[0, live)` are computed. None: all.
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2); 0 for none.
         window: sliding window in positions, the row's own included; 0 for the whole context.
 
-    Returns [n, heads, head_dim] in the dtype of q, accumulated in fp32; rows at or past `live` are unspecified.
+    Returns [n, heads, head_dim] in the dtype of q, accumulated in fp32; rows at or past `live` are unspecified. Not
+    differentiable.
     """
     return op(q, pages, block_table, seq, pos, live, scale, softcap, window)
 
@@ -60,24 +62,15 @@ def _check(
     check.tensor(name, "q", q, [None, None, None], check.FLOATS, device, "n, heads, head_dim")
     check.contiguous(name, "q", q)
     rows, heads, head_dim = q.shape
-    check.tensor(
-        name,
-        "pages",
-        pages,
-        [2, None, None, None, head_dim],
-        (q.dtype,),
-        device,
-        "K|V, pages, page_size, kv_heads, head_dim",
-    )
-    check.contiguous(name, "pages", pages)
-    if pages.shape[3] == 0 or heads % pages.shape[3]:
+    _paged.check_pages(name, pages, device, q.dtype, head_dim=head_dim)
+    if heads % pages.shape[3]:
         check.fail(name, "q", f"a multiple of {pages.shape[3]} kv_heads in heads", q)
     check.tensor(name, "block_table", block_table, [None, None], check.INT32, device, "sequences, max_pages")
     check.contiguous(name, "block_table", block_table)
     for argument, value in (("seq", seq), ("pos", pos)):
         check.tensor(name, argument, value, [rows], check.INT32, device, "n")
         check.contiguous(name, argument, value)
-    if softcap < 0:
+    if not softcap >= 0:
         check.fail(name, "softcap", "at least 0 (0 for none)", softcap)
     if window < 0:
         check.fail(name, "window", "at least 0 (0 for the whole context)", window)
@@ -85,13 +78,9 @@ def _check(
 
 
 def _check_reach(pages: Tensor, block_table: Tensor, seq: Tensor, pos: Tensor) -> None:
+    check.in_range("ragged_attention", "seq", seq, 0, block_table.shape[0])
     reach = block_table.shape[1] * pages.shape[2]
-    if pos.device.type != "cpu" or pos.numel() == 0:
-        return
-    if int(seq.min()) < 0 or int(seq.max()) >= block_table.shape[0]:
-        check.fail("ragged_attention", "seq", f"in [0, {block_table.shape[0]})", seq.tolist())
-    if int(pos.min()) < 0 or int(pos.max()) >= reach:
-        check.fail("ragged_attention", "pos", f"in [0, {reach}) (the block table's reach)", pos.tolist())
+    check.in_range("ragged_attention", "pos", pos, 0, reach, " (the block table's reach)")
 
 
 def _reference(
@@ -106,7 +95,7 @@ def _reference(
     window: int = 0,
 ) -> Tensor:
     if live is not None and q.device.type == "cpu":
-        count = int(live)
+        count = min(max(int(live), 0), q.shape[0])
         done = _reference(q[:count], pages, block_table, seq[:count], pos[:count], None, scale, softcap, window)
         return torch.cat([done, q.new_zeros(q.shape[0] - count, *q.shape[1:])])
     _check_reach(pages, block_table, seq, pos)
@@ -124,14 +113,14 @@ def _attend(
     q: Tensor, pages: Tensor, block_table: Tensor, seq: Tensor, pos: Tensor, scale: float, softcap: float, window: int
 ) -> Tensor:
     group = q.shape[1] // pages.shape[3]
-    table = block_table[seq.long()]
-    keys, values = (plane[table.clamp_min(0).long()].flatten(1, 2).movedim(2, 1) for plane in pages)
-    position = torch.arange(keys.shape[2], device=q.device)
+    table, pos = block_table[seq.long()].long(), pos.long()
+    position = torch.arange(table.shape[1] * pages.shape[2], device=q.device)
     visible = position <= pos[:, None]
     if window > 0:
         visible &= position > pos[:, None] - window
-    if q.device.type == "cpu" and bool((visible & (table < 0).repeat_interleave(pages.shape[2], dim=1)).any()):
-        check.fail("ragged_attention", "block_table", "a page for every visible position", table.tolist())
+    table = torch.where(visible.unflatten(1, (-1, pages.shape[2])).any(-1), table, 0)  # unseen entries mean nothing
+    check.in_range("ragged_attention", "block_table", table, 0, pages.shape[1], " for visible positions")
+    keys, values = (plane[table].flatten(1, 2).movedim(2, 1) for plane in pages)
     # What lies behind the mask may be memory nobody wrote; 0 * NaN would leak into the sum.
     seen = visible[:, None, :, None]
     keys = torch.where(seen, keys, 0).repeat_interleave(group, dim=1)

@@ -40,7 +40,8 @@ def router_score(
         live: int32 with one element: only rows `[0, live)` are computed. None means all.
 
     Returns float32 [n] in [0, 1]; rows at or past `live` are unspecified. The shape follows the routers of TIDE and
-    FlexiDepth (norm, small MLP, sigmoid); the cosine is CALM's state saturation.
+    FlexiDepth (norm, small MLP, sigmoid); the cosine is CALM's state saturation (0 beside a row of zeros). Not
+    differentiable.
     """
     return op(hidden, weight1, bias1, weight2, bias2, previous, cosine_weight, extra, extra_weight, eps, silu, live)
 
@@ -62,6 +63,8 @@ def _check(
     name, device = "router_score", hidden.device
     check.tensor(name, "hidden", hidden, [None, None], check.FLOATS, device, "n, d")
     check.contiguous(name, "hidden", hidden)
+    if hidden.shape[1] == 0:
+        check.fail(name, "hidden", "at least one channel wide", hidden)
     check.tensor(name, "weight1", weight1, [None, hidden.shape[1]], check.FLOAT32, device, "m, d")
     neurons = weight1.shape[0]
     for argument, value, size in (("bias1", bias1, neurons), ("weight2", weight2, neurons), ("bias2", bias2, 1)):

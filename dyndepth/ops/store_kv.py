@@ -14,12 +14,12 @@ def store_kv(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
     pos: Tensor,
     slots: Tensor,
     pages: Tensor,
     *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     live: Tensor | None = None,
 ) -> Tensor:
     """Rotary embedding of q and k; k and v go to the pages, the rotated q is returned.
@@ -28,15 +28,17 @@ def store_kv(
         q: float32, bfloat16 or float16 [m, heads, head_dim], m <= n: the first m rows have queries. Rows and heads may have
             any strides (a view into a fused projection), channels must be dense. The same holds for k and v.
         k, v: [n, kv_heads, head_dim], dtype of q.
+        pos: int32 [n], position of each row in its sequence.
+        slots: int32 [n], page * page_size + offset; -1 writes nothing. Slots must be distinct: where two rows share one, what
+            it holds afterwards is unspecified.
+        pages: [2, pages, page_size, kv_heads, head_dim] (keys, values; the NHD layout of vLLM and FlashInfer), contiguous
+            and dtype of q; **written in place**. Must not share memory with q, k, v.
         cos, sin: float32 [positions, rotary], contiguous; channels i and i + rotary are a pair (half-split style), channels
             past 2 * rotary pass through. None: no rotation.
-        pos: int32 [n], position of each row in its sequence.
-        slots: int32 [n], page * page_size + offset; -1 writes nothing. Two rows with one slot: one of them wins.
-        pages: [2, pages, page_size, kv_heads, head_dim] (keys, values; the NHD layout of vLLM and FlashInfer), contiguous
-            and dtype of q; **written in place**.
         live: int32 with one element: only queries `[0, live)` are rotated, K and V are stored for all n rows. None: all m.
 
-    Returns the rotated queries [m, heads, head_dim], contiguous; rows at or past `live` are unspecified.
+    Returns the rotated queries [m, heads, head_dim], contiguous; rows at or past `live` are unspecified. Not
+    differentiable. On the CPU a slot or position out of range raises before anything is written.
     """
     return op(q, k, v, cos, sin, pos, slots, pages, live)
 
@@ -55,16 +57,7 @@ def _check(
     name, device = "store_kv", q.device
     check.tensor(name, "q", q, [None, None, None], check.FLOATS, device, "m, heads, head_dim")
     rows, head_dim = k.shape[0] if k.dim() else 0, q.shape[2]
-    check.tensor(
-        name,
-        "pages",
-        pages,
-        [2, None, None, None, head_dim],
-        (q.dtype,),
-        device,
-        "K|V, pages, page_size, kv_heads, head_dim",
-    )
-    check.contiguous(name, "pages", pages)
+    _paged.check_pages(name, pages, device, q.dtype, head_dim=head_dim)
     for argument, value in (("k", k), ("v", v)):
         check.tensor(name, argument, value, [rows, pages.shape[3], head_dim], (q.dtype,), device, "n, kv_heads, head_dim")
     if q.shape[0] > rows:

@@ -84,12 +84,12 @@ class Layer:
         pages = context.pages[self.index]
         if self.plain is None:
             q, k, v = self.project(x, live)
-            return store_kv(q, k, v, cos, sin, pos, slots, pages)
+            return store_kv(q, k, v, pos, slots, pages, cos=cos, sin=sin)
         plain = self.plain
         return project_qkv(
             x.contiguous(), *plain.weights, pos, slots, pages,
             q_bias=plain.biases[0], k_bias=plain.biases[1], v_bias=plain.biases[2],
-            q_gain=plain.q_gain, k_gain=plain.k_gain, norm_eps=plain.norm_eps, cos=cos, sin=sin, live=counter,
+            q_gain=plain.q_gain, k_gain=plain.k_gain, eps=plain.norm_eps, cos=cos, sin=sin, live=counter,
         )[:live]  # fmt: skip
 
     def run(

@@ -108,7 +108,15 @@ def _stats(
 
 
 def _router(
-    rows: int, width: int, neurons: int, *, cosine: bool = False, extra: int = 0, silu: bool = True
+    rows: int,
+    width: int,
+    neurons: int,
+    *,
+    cosine: bool = False,
+    extra: int = 0,
+    silu: bool = True,
+    eps: float = 1e-6,
+    live: int | None = None,
 ) -> Callable[..., Arguments]:
     def make(dtype: torch.dtype, generator: torch.Generator) -> Arguments:
         fp32 = torch.float32
@@ -122,7 +130,9 @@ def _router(
             "cosine_weight": _normal(generator, fp32, neurons) if cosine else None,
             "extra": _normal(generator, fp32, rows, extra) if extra else None,
             "extra_weight": _normal(generator, fp32, neurons, extra) if extra else None,
+            "eps": eps,
             "silu": silu,
+            "live": None if live is None else _counter(live),
         }
 
     return make
@@ -142,6 +152,8 @@ class Paged:
     page_size: int = 16
     sequences: int = 3
     context: int = 40
+    #: Every row is the newest token of a sequence of its own, `context` long; else rows start anywhere below `context`.
+    decode: bool = False
 
     def layout(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, int]:
         """(seq, pos, block_table, pages); rows of a sequence are consecutive."""
@@ -151,6 +163,8 @@ class Paged:
         table[:, :per_sequence] = (
             torch.randperm(pages, generator=generator)[: self.sequences * per_sequence].view(self.sequences, -1).int()
         )
+        if self.decode:
+            return torch.arange(self.rows).int(), torch.full((self.rows,), self.context - 1).int(), table, pages
         owner = torch.sort(torch.randint(self.sequences, (self.rows,), generator=generator)).values
         base = torch.randint(0, max(self.context, 1), (self.sequences,), generator=generator)
         place = torch.arange(self.rows) - torch.searchsorted(owner, owner)
@@ -184,7 +198,13 @@ def _attention(p: Paged, *, softcap: float = 0.0, window: int = 0, live: int | N
 
 
 def _store(
-    p: Paged, rotary: int, *, queries: int | None = None, fused: bool = False, padding: bool = False
+    p: Paged,
+    rotary: int,
+    *,
+    queries: int | None = None,
+    fused: bool = False,
+    padding: bool = False,
+    live: int | None = None,
 ) -> Callable[..., Arguments]:
     def make(dtype: torch.dtype, generator: torch.Generator) -> Arguments:
         seq, pos, table, pages = p.layout(generator)
@@ -205,14 +225,21 @@ def _store(
             "pos": pos,
             "slots": slots,
             "pages": _normal(generator, dtype, 2, pages, p.page_size, p.kv_heads, p.head_dim),
-            "live": None,
+            "live": None if live is None else _counter(live),
         }
 
     return make
 
 
 def _project(
-    p: Paged, width: int, rotary: int, *, bias: bool = False, norm: bool = False, live: int | None = None
+    p: Paged,
+    width: int,
+    rotary: int,
+    *,
+    bias: bool = False,
+    norm: bool = False,
+    eps: float = 1e-6,
+    live: int | None = None,
 ) -> Callable[..., Arguments]:
     def make(dtype: torch.dtype, generator: torch.Generator) -> Arguments:
         seq, pos, table, pages = p.layout(generator)
@@ -229,7 +256,7 @@ def _project(
             "v_bias": _normal(generator, dtype, kv_width) if bias else None,
             "q_gain": torch.rand(p.head_dim, generator=generator) + 0.5 if norm else None,
             "k_gain": torch.rand(p.head_dim, generator=generator) + 0.5 if norm else None,
-            "norm_eps": 1e-6,
+            "eps": eps,
             "cos": cos,
             "sin": sin,
             "pos": pos,
@@ -280,7 +307,7 @@ _LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128}
 
 
 def _decode(rows: int, context: int, shape: dict[str, int]) -> Paged:
-    return Paged(rows=rows, sequences=rows, context=context, **shape)
+    return Paged(rows=rows, sequences=rows, context=context, decode=True, **shape)
 
 
 CASES: dict[str, list[Case]] = {
@@ -322,6 +349,8 @@ CASES: dict[str, list[Case]] = {
         Case("cosine", _router(9, 64, 3, cosine=True)),
         Case("extra", _router(9, 64, 3, extra=4)),
         Case("everything", _router(9, 65, 6, cosine=True, extra=3, silu=False)),
+        Case("eps", _router(7, 37, 5, eps=2.0)),
+        Case("live", _router(9, 64, 3, extra=4, live=4)),
         Case("smol16", _router(16, 576, 32, extra=4), bench=True),
         Case("llama64", _router(64, 4096, 64), bench=True),
     ],
@@ -353,6 +382,7 @@ CASES: dict[str, list[Case]] = {
         Case("fewer_queries", _store(Paged(9, 6, 2, 20), 10, queries=4)),
         Case("no_queries", _store(Paged(9, 6, 2, 20), 10, queries=0)),
         Case("padding", _store(Paged(9, 6, 2, 20), 10, padding=True)),
+        Case("live", _store(Paged(9, 6, 2, 20), 10, live=4)),
         Case("smol16", _store(_decode(16, 256, _SMOL), 32), bench=True),
         Case("smol512", _store(Paged(512, 9, 3, 64), 32), bench=True),
         Case("llama32", _store(_decode(32, 512, _LLAMA), 64), bench=True, gpu=True),
@@ -362,6 +392,7 @@ CASES: dict[str, list[Case]] = {
         Case("one", _project(Paged(1, 4, 2, 16), 24, 8)),
         Case("odd", _project(Paged(7, 6, 2, 20), 50, 5, bias=True)),
         Case("norm", _project(Paged(7, 6, 2, 20), 50, 10, norm=True)),
+        Case("eps", _project(Paged(7, 6, 2, 20), 50, 10, norm=True, eps=0.5)),
         Case("live", _project(Paged(9, 6, 2, 20), 50, 10, live=4)),
         Case("none_live", _project(Paged(9, 6, 2, 20), 50, 10, bias=True, norm=True, live=0)),
         Case("no_rotary", _project(Paged(9, 6, 2, 20), 50, 0)),
