@@ -14,6 +14,7 @@ from dyndepth.errors import ExitsError
 from dyndepth.exits import Band, FixedDepth, TopProbability
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.block import block_head
+from dyndepth.runtime.score import score
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False}
 
@@ -85,6 +86,25 @@ def test_dynamic_exit_through_a_block(kv: str) -> None:
         alone = model.generate(**{name: value[row : row + 1] for name, value in inputs.items()}, **options)
         assert torch.equal(alone.bands_taken[0], together.bands_taken[row, : alone.bands_taken.shape[1]])
         assert torch.equal(alone.sequences[0], together.sequences[row, : alone.sequences.shape[1]])
+
+
+@pytest.mark.parametrize("kv", ["propagate", "predict"])
+def test_rows_that_are_away_give_the_block_keys_too(kv: str, poisoned: None) -> None:
+    """Tokens whose band spans the exit store the block's K,V: a later token that exits through the block reads them."""
+    model = tiny_models.shared("llama")
+    plain = tiny_exits.band(model, 3, 6)
+    exits = tiny_exits.exits_of(
+        model,
+        tiny_exits.band(model, 2, 4, threshold=0.5),
+        Band(3, 6, TopProbability(), threshold=0.3, head=_head(model, 3), kv=plain.kv),
+    )
+    tokens = list(torch.randint(3, 90, (3, 12)))
+    whole, chunked = (score(model, tokens, exits, kv=kv, chunk=chunk) for chunk in (64, 2))
+    taken = whole.bands_taken.view(3, 12)
+    away_then_block = (taken & 1).bool().cumsum(1).bool() & (taken & 2).bool()
+    assert bool(away_then_block.any()), "some token must exit through the block after one that was away"
+    assert bool(whole.logits().isfinite().all())
+    torch.testing.assert_close(whole.logits(), chunked.logits(), rtol=1e-3, atol=1e-4)
 
 
 def test_initialisation() -> None:

@@ -13,7 +13,7 @@ import transformers
 
 import dyndepth
 from dyndepth.errors import ArgumentError, ExitsError
-from dyndepth.exits import Never
+from dyndepth.exits import Always, Never
 from dyndepth.runtime.convert import converted
 
 INPUTS = tiny_models.prompts(4)
@@ -115,3 +115,59 @@ def test_refusals_leave_the_model_alone(model: transformers.PreTrainedModel) -> 
         model()
     with pytest.raises(ArgumentError, match=r"attention_mask must be \[1, 2\], got \[1, 3\]"):
         model(torch.tensor([[3, 4]]), attention_mask=torch.ones(1, 3))
+
+
+def test_what_the_forward_cannot_give_is_refused(model: transformers.PreTrainedModel) -> None:
+    dyndepth.convert(model, tiny_exits.mixed(model))
+    tokens = torch.randint(3, 90, (2, 5))
+    with pytest.raises(ArgumentError, match="keeps no cache, got use_cache=True"):
+        model(tokens, use_cache=True)
+    with pytest.raises(ArgumentError, match="does not support output_hidden_states"):
+        model(tokens, output_hidden_states=True)
+    with pytest.raises(ArgumentError, match="does not support banana"):
+        model(tokens, banana=3)
+    model(tokens, use_cache=False, output_attentions=None, labels=tokens, num_items_in_batch=10)
+
+
+def test_no_gradient_is_pretended(model: transformers.PreTrainedModel) -> None:
+    dyndepth.convert(model, tiny_exits.mixed(model))
+    tokens = torch.randint(3, 90, (2, 5))
+    with torch.enable_grad():
+        assert not model(tokens, labels=tokens).loss.requires_grad
+
+
+def test_classifier_free_guidance(model: transformers.PreTrainedModel) -> None:
+    """A processor that calls the model itself gets the model's own forward, with its cache."""
+    exits = tiny_exits.exits_of(model, tiny_exits.band(model, 3, 6, Never()))
+    tokens = torch.randint(3, 90, (2, 5))
+    expected = model.generate(tokens, max_new_tokens=4, do_sample=False, guidance_scale=2.0)
+    dyndepth.convert(model, exits)
+    shadow = model.forward
+    assert torch.equal(model.generate(tokens, max_new_tokens=4, do_sample=False, guidance_scale=2.0), expected)
+    assert model.forward is shadow
+
+
+def test_naming_custom_generate_keeps_the_exits(model: transformers.PreTrainedModel) -> None:
+    dyndepth.convert(model, tiny_exits.exits_of(model, tiny_exits.band(model, 1, 6, Always())))
+    out = model.generate(**INPUTS, custom_generate=dyndepth.generate, max_new_tokens=3, return_dict_in_generate=True)
+    assert out.work.fraction == pytest.approx(1 / 6)
+
+
+def test_revert_restores_patches_of_others(model: transformers.PreTrainedModel) -> None:
+    own = model.forward
+    model.forward = lambda *a, **k: own(*a, **k)
+    patched = model.forward
+    dyndepth.convert(model, tiny_exits.mixed(model))
+    dyndepth.revert(model)
+    assert model.forward is patched
+    assert "generate" not in model.__dict__
+
+
+def test_padding_is_zero_with_a_biased_head() -> None:
+    model = tiny_models.tiny("llama")
+    model.lm_head = torch.nn.Linear(48, tiny_models.VOCABULARY, bias=True).requires_grad_(False).eval()
+    dyndepth.convert(model, tiny_exits.exits_of(model, tiny_exits.band(model, 3, 6, Never())))
+    logits = model(**INPUTS).logits
+    kept = INPUTS["attention_mask"].bool()
+    assert float(logits[~kept].abs().max()) == 0
+    assert float(logits[kept].abs().min(-1).values.max()) > 0

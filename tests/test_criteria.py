@@ -61,7 +61,8 @@ def test_entropy_is_negative_so_that_higher_is_safer() -> None:
 
 
 def test_saturation_is_silent_at_the_first_boundary() -> None:
-    assert not Saturation().leaves(view(), torch.full((3,), -1.0)).any()
+    for criterion in (Saturation(), RouterScore(Router(4, cosine=True))):
+        assert not criterion.leaves(view(), torch.full((3,), -math.inf)).any()
     hidden = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     previous = torch.tensor([[4.0, 3.0], [0.0, 2.0]])
     assert Saturation().score(view(2, hidden=hidden, previous=previous)).tolist() == pytest.approx([24 / 25, 0.0])
@@ -127,6 +128,7 @@ def test_calm_decay() -> None:
     expected = [0.72 + 0.1, 0.72 + 0.1 * math.exp(-2), 0.72 + 0.1 * math.exp(-4), 0.72]
     assert band.thresholds(step).tolist() == pytest.approx(expected)
     assert Band(3, 6, threshold=1.2, decay=Decay(4.0, 10)).thresholds(step).max() == 1.0
+    assert Band(3, 6, threshold=math.inf, decay=Decay(4.0, 10)).thresholds(step).min() == math.inf
 
 
 def test_decay_acts_on_the_step_of_generation() -> None:
@@ -144,3 +146,24 @@ def test_decay_acts_on_the_step_of_generation() -> None:
     )  # fmt: skip
     # 0.45 + 0.1 exp(-t / 4) <= 0.5 from t = 4 ln 2 = 2.77 on.
     assert out.exit_layers.tolist() == [[6] * 3 + [3] * 9] * 2
+
+
+def test_patience_compares_words_not_places_in_shortlists() -> None:
+    """Two boundaries with differently ordered shortlists: the same words agree, so the order of the ids changes nothing."""
+    import tiny_exits
+
+    from dyndepth.runtime.score import score
+
+    model = tiny_models.shared("llama")
+    everyone = torch.arange(tiny_models.VOCABULARY)
+    tokens = list(torch.randint(3, 90, (4, 8)))
+
+    def taken(*orders: torch.Tensor) -> torch.Tensor:
+        bands = [
+            Band(leave, 6, Patience(), threshold=1, shortlist=order) for leave, order in zip((3, 4, 5), orders, strict=True)
+        ]
+        return score(model, tokens, tiny_exits.exits_of(model, *bands), kv="propagate").bands_taken
+
+    plain = taken(everyone, everyone, everyone)
+    assert 0 < int((plain > 0).sum()) < plain.shape[0]
+    assert torch.equal(taken(everyone, everyone.flip(0), everyone.roll(17)), plain)

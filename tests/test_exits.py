@@ -15,17 +15,22 @@ import torch
 import dyndepth
 from dyndepth.errors import ExitsError
 from dyndepth.exits import (
+    Always,
     Band,
     Decay,
+    Entropy,
     Exits,
     JumpMap,
     KVMap,
+    MlpHead,
     ModelFacts,
+    Never,
     NormHead,
     Router,
     RouterScore,
     Schedule,
     TopProbability,
+    TranslatorHead,
 )
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.block import block_head
@@ -98,7 +103,7 @@ def test_a_failed_save_leaves_the_old_set(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for target in ("dyndepth.exits.exits.save_file", "pathlib.Path.write_text"):
+    for target in ("dyndepth.exits.exits.save", "pathlib.Path.write_bytes", "pathlib.Path.write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(target, full)
             with pytest.raises(OSError, match="No space left"):
@@ -257,6 +262,8 @@ FACTS = ModelFacts("llama", 6, 48, 203)
         (lambda: Exits([Band(2, 6, shortlist=torch.tensor([1, 203]))], FACTS), r"shortlist must hold ids in \[0, 203\)"),
         (lambda: Schedule(first=2, last=5), "depth must not increase"),
         (lambda: Decay(tau=-1.0), "wanted tau >= 0"),
+        (lambda: Band(2, 6, Entropy(), decay=Decay()), "decay is made for scores in"),
+        (lambda: Band(2.0, 6), "wanted 1 <= leave < resume"),
         (lambda: tiny_exits.mixed(MODEL).with_thresholds([0.5]), "wanted 4 numbers"),
         (lambda: tiny_exits.mixed(MODEL).with_thresholds(math.nan), "not NaN"),
     ],
@@ -269,4 +276,124 @@ def test_bands_that_make_no_sense(make: Any, message: str) -> None:
 def test_facts_are_plain() -> None:
     facts = facts_of(bind(MODEL))
     assert (facts.model_type, facts.layers, facts.width, facts.vocab_size) == ("llama", 6, 48, 203)
-    assert len(facts.fingerprint) == 4
+    # Embedding, then four projections, two norms and the MLP per layer, the final norm and the head.
+    assert len(facts.fingerprint) == 1 + 6 * 7 + 2
+    assert all(facts.fingerprint)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "model.layers.2.self_attn.k_proj",
+        "model.layers.4.mlp.down_proj",
+        "model.layers.1.input_layernorm",
+        "model.norm",
+        "lm_head",
+    ],
+)
+def test_a_retrained_module_is_noticed(part: str) -> None:
+    exits, model = tiny_exits.mixed(MODEL), tiny_models.tiny("llama")
+    weight = model.get_submodule(part).weight
+    weight.data = torch.randn_like(weight)
+    with pytest.raises(ExitsError, match="fingerprint mismatch"):
+        check_exits(exits, bind(model))
+
+
+def test_a_little_training_everywhere_is_noticed_and_rounding_is_not() -> None:
+    exits = tiny_exits.mixed(MODEL)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_exits(exits, bind(tiny_models.tiny("llama").to(dtype)))
+        check_exits(exits, bind(tiny_models.tiny("llama").to(torch.bfloat16).to(dtype)))
+    model = tiny_models.tiny("llama")
+    for parameter in model.parameters():
+        parameter.data *= 1 + 0.01 * torch.randn_like(parameter)
+    with pytest.raises(ExitsError, match="fingerprint mismatch"):
+        check_exits(exits, bind(model))
+
+
+@pytest.mark.parametrize("change", ["threshold", "criterion", "weights in place", "weights replaced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_edits_take_effect(change: str, dtype: torch.dtype) -> None:
+    """What generation uses is what the exits are now, also after a first call and a change of dtype."""
+    model = tiny_models.tiny("llama", dtype)
+    exits = tiny_exits.exits_of(model, tiny_exits.band(model, 3, 6, threshold=0.5))
+    inputs = tiny_models.prompts(4)
+
+    def run() -> Any:
+        return model.generate(
+            **inputs, custom_generate=dyndepth.generate, exits=exits, max_new_tokens=5, do_sample=False,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+
+    before, band = run(), exits.bands[0]
+    assert before.work.fraction < 1
+    if change == "threshold":
+        band.threshold = math.inf
+    elif change == "criterion":
+        band.criterion = Never()
+    elif change == "weights in place":
+        with torch.no_grad():
+            band.head.up.mul_(0.0)
+    else:
+        band.head.up = torch.nn.Parameter(torch.zeros_like(band.head.up), requires_grad=False)
+    after = run()
+    if change in ("threshold", "criterion"):
+        assert after.work.fraction == 1
+    else:
+        assert any(not torch.equal(one, other) for one, other in zip(before.logits, after.logits, strict=False))
+
+
+def test_maps_of_another_width_are_refused() -> None:
+    bound = bind(MODEL)
+    for band, name in [
+        (Band(2, 4, jump=JumpMap(60)), "jump"),
+        (Band(2, 4, kv=KVMap(2, 60, 48)), "K,V maps"),
+        (Band(2, 4, RouterScore(Router(60))), "router"),
+        (Band(2, 6, head=MlpHead(60, 8)), "mlp"),
+        (Band(2, 6, head=TranslatorHead(48, 60, 4)), "translator"),
+    ]:
+        with pytest.raises(ExitsError, match=rf"{name} must be \["):
+            check_exits(Exits([band], facts_of(bound)), bound)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("model", "layers"), "six"),
+        (("model", "vocab_size"), 3.5),
+        (("model", "fingerprint"), [["a"]]),
+        (("model", "fingerprint"), 3),
+        (("bands", 0, "leave"), 1.5),
+        (("bands", 0, "leave"), True),
+        (("bands", 0, "criterion", "router", "silu"), "yes"),
+    ],
+)
+def test_wrong_types_are_found_on_loading(tmp_path: Path, where: tuple[Any, ...], value: Any) -> None:
+    tiny_exits.mixed(MODEL).save_pretrained(tmp_path)
+    path = tmp_path / "exits.json"
+    manifest = json.loads(path.read_text())
+    inner = manifest
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ExitsError):
+        Exits.from_pretrained(tmp_path)
+
+
+def test_saving_removes_its_own_old_file_only(tmp_path: Path) -> None:
+    mine = tmp_path / "exits-of-my-other-model.safetensors"
+    mine.write_bytes(b"precious")
+    tiny_exits.mixed(MODEL).save_pretrained(tmp_path)
+    _rich().save_pretrained(tmp_path)
+    assert mine.read_bytes() == b"precious"
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_closed_exits_let_nobody_leave() -> None:
+    exits = tiny_exits.exits_of(MODEL, Band(1, 6, Always()), Band(3, 6, TopProbability(), threshold=0.0, decay=Decay()))
+    closed = exits.closed()
+    options: dict[str, Any] = {"max_new_tokens": 4, "return_dict_in_generate": True, "custom_generate": dyndepth.generate}
+    inputs = tiny_models.prompts(3)
+    assert MODEL.generate(**inputs, exits=exits, **options).work.fraction < 1
+    assert MODEL.generate(**inputs, exits=closed, **options).work.fraction == 1

@@ -21,10 +21,10 @@ def make(pages: int = 6, page_size: int = 4, **options: int) -> Pages:
 class Allocation(RuleBasedStateMachine):
     """Random reservations and releases against a dictionary."""
 
-    @initialize(pages=st.integers(0, 9), page_size=st.integers(1, 5))
-    def start(self, pages: int, page_size: int) -> None:
-        self.pages = make(pages, page_size)
-        self.total, self.size = pages, page_size
+    @initialize(pages=st.integers(0, 6), page_size=st.integers(1, 5), more=st.integers(0, 6))
+    def start(self, pages: int, page_size: int, more: int) -> None:
+        self.pages = make(pages, page_size, limit=pages + more)
+        self.total, self.size = pages + more, page_size
         self.lengths = dict.fromkeys(range(SEQUENCES), 0)
 
     def _held(self, sequence: int) -> int:
@@ -41,7 +41,14 @@ class Allocation(RuleBasedStateMachine):
             assert torch.equal(self.pages.block_table(), before)
         else:
             self.pages.reserve(sequence, length)
+            new = range(self.lengths[sequence], length)
             self.lengths[sequence] = max(self.lengths[sequence], length)
+            for slot, position in zip(self.pages.slots([sequence] * len(new), list(new)).tolist(), new, strict=True):
+                self._flat()[slot] = 100 * sequence + position
+
+    def _flat(self) -> torch.Tensor:
+        """One number per slot: the last element of the last layer's V."""
+        return self.pages.kv[-1, -1].flatten(0, 1)[:, 0, -1]
 
     @rule(sequence=st.integers(0, SEQUENCES - 1))
     def release(self, sequence: int) -> None:
@@ -52,13 +59,16 @@ class Allocation(RuleBasedStateMachine):
     def nothing_leaks_or_aliases(self) -> None:
         if not hasattr(self, "pages"):
             return
-        assert self.pages.free == self.total - sum(self._held(s) for s in range(SEQUENCES))
+        assert self.pages.total <= self.total
+        assert self.pages.free == self.pages.total - sum(self._held(s) for s in range(SEQUENCES))
         owned = [page for page in self.pages.block_table().flatten().tolist() if page >= 0]
         assert len(owned) == len(set(owned)) == sum(self._held(s) for s in range(SEQUENCES))
         pairs = [(s, p) for s in range(SEQUENCES) for p in range(self.lengths[s])]
         slots = self.pages.slots([s for s, _ in pairs], [p for _, p in pairs]).tolist()
         assert len(slots) == len(set(slots))
-        assert all(0 <= slot < self.total * self.size for slot in slots)
+        assert all(0 <= slot < self.pages.total * self.size for slot in slots)
+        # Growing moved what was written.
+        assert self._flat()[slots].tolist() == [100 * s + p for s, p in pairs]
 
 
 Allocation.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
@@ -68,13 +78,13 @@ TestAllocation = Allocation.TestCase
 def test_slots_by_hand() -> None:
     pages = make(pages=3, page_size=4)
     pages.reserve(2, 5)  # takes pages 0 and 1, in that order
-    assert pages.block_table()[2].tolist() == [0, 1, -1]
+    assert pages.block_table()[2].tolist() == [0, 1]
     assert pages.slots([2, 2, 2], [0, 3, 4]).tolist() == [0, 3, 4]
     pages.reserve(0, 1)
     assert pages.slots([0], [0]).tolist() == [8]
     pages.release(2)
     pages.reserve(1, 9 - 1)
-    assert sorted(pages.block_table()[1].tolist()) == [-1, 0, 1]
+    assert sorted(pages.block_table()[1].tolist()) == [0, 1]
     assert pages.length(1) == 8
 
 
@@ -89,7 +99,7 @@ def test_block_table_is_cut_to_the_reach() -> None:
 
 def test_errors_say_what_is_missing() -> None:
     pages = make(pages=2, page_size=4)
-    with pytest.raises(PagesFullError, match=r"sequence 1 wants 9 positions, a block table row reaches 8 \(2 pages of 4\)"):
+    with pytest.raises(PagesFullError, match=r"sequence 1 wants 3 more pages for 9 positions, 2 of 2 pages of 4 are free"):
         pages.reserve(1, 9)
     pages.reserve(0, 5)
     with pytest.raises(PagesFullError, match=r"sequence 1 wants 1 more pages for 3 positions, 0 of 2 pages of 4 are free"):

@@ -23,7 +23,7 @@ class Band(nn.Module):
         head: an early exit's head; `NormHead()` by default. A band that resumes has none.
         jump: the residual at `resume` from the one at `leave`; None is the identity.
         kv: maps for the K,V policy `predict`; without them the band can only run under `propagate` or `none`.
-        decay: CALM's position-dependent threshold.
+        decay: CALM's position-dependent threshold, for criteria whose scores are shares (at most 1).
         shortlist: int64 [v], the vocabulary ids whose logits a logit criterion looks at; None is the whole vocabulary. The
             token itself always comes from the full head, once, at the end of the pass.
     """
@@ -42,7 +42,7 @@ class Band(nn.Module):
         shortlist: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= leave < resume:
+        if type(leave) is not int or type(resume) is not int or not 1 <= leave < resume:
             raise ExitsError(f"band: wanted 1 <= leave < resume, got leave {leave}, resume {resume}")
         name = f"band [{leave}, {resume})"
         if math.isnan(threshold):
@@ -51,6 +51,8 @@ class Band(nn.Module):
             raise ExitsError(f"{name}: a head (leaves for good) and a jump (resumes) exclude each other")
         if kv is not None and kv.weight.shape[0] != resume - leave:
             raise ExitsError(f"{name}: wanted K,V maps of {resume - leave} layers, got {kv.weight.shape[0]}")
+        if decay is not None and criterion is not None and (not criterion.scored or criterion.most != 1):
+            raise ExitsError(f"{name}: decay is made for scores in [0, 1], which criterion {criterion.kind} does not give")
         self.leave = leave
         self.resume = resume
         self.criterion = criterion or Never()

@@ -91,6 +91,8 @@ def _criterion(entry: dict[str, Any]) -> Criterion:
         if router is None:
             raise ExitsError("exits: criterion router without a router")
         options = {name: router[name] for name in ("silu", "cosine", "stats")}
+        if any(type(value) is not bool for value in options.values()):
+            raise ExitsError(f"exits: router options must be true or false, got {options}")
         return RouterScore(Router(router["width"], router["neurons"], **options))
     return CRITERIA[kind](**entry)
 
@@ -104,6 +106,8 @@ def _head(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
     if kind == MlpHead.kind:
         return MlpHead(entry["width"], entry["inner"])
     if kind == BlockHead.kind:
+        if type(entry["source"]) is not int or entry["source"] < 0:
+            raise ExitsError(f"exits: source of a block head must be the number of a layer, got {entry['source']!r}")
         stored = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
         return StoredBlock(stored, entry["source"])
     raise ExitsError(f"exits: head must be norm, translator, mlp or block, got {kind!r}")

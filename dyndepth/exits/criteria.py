@@ -52,6 +52,10 @@ class Criterion:
     needs_previous = False
     #: Has a score that a threshold is compared with.
     scored: ClassVar[bool] = True
+    #: Leaves something with the rows for later boundaries.
+    carries: ClassVar[bool] = False
+    #: The highest score there can be: a threshold there closes the band but for perfect scores.
+    most: ClassVar[float] = 1.0
 
     def score(self, view: View) -> Tensor:
         """float32 [live]."""
@@ -81,8 +85,13 @@ class RouterScore(Criterion):
         if self.router is None:
             raise ExitsError("criterion router: the band has no router")
         if self.needs_previous and view.previous is None:
-            return torch.zeros_like(view.hidden[:, 0], dtype=torch.float32)
+            return _silent(view)
         return self.router(view.hidden, view.previous, view.stats() if self.needs_logits else None)
+
+
+def _silent(view: View) -> Tensor:
+    """NaN: below every threshold, -inf included."""
+    return torch.full_like(view.hidden[:, 0], math.nan, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ class Entropy(Criterion):
     """Minus the entropy of the exit head in nats (DeeBERT, COST-EFF): leaves when entropy <= -threshold."""
 
     kind: ClassVar[str] = "entropy"
+    most: ClassVar[float] = 0.0
     needs_logits = True
 
     def score(self, view: View) -> Tensor:
@@ -129,7 +139,7 @@ class Saturation(Criterion):
 
     def score(self, view: View) -> Tensor:
         if view.previous is None:
-            return torch.full_like(view.hidden[:, 0], -math.inf, dtype=torch.float32)
+            return _silent(view)
         return torch.nn.functional.cosine_similarity(view.hidden.float(), view.previous.float(), dim=-1, eps=1e-20)
 
 
@@ -138,6 +148,8 @@ class Patience(Criterion):
     """How many boundaries in a row kept the same arg max (PABEE). Threshold p leaves after p agreements."""
 
     kind: ClassVar[str] = "patience"
+    most: ClassVar[float] = math.inf
+    carries: ClassVar[bool] = True
     needs_logits = True
 
     def score(self, view: View) -> Tensor:
@@ -235,4 +247,6 @@ class Decay:
             raise ExitsError(f"decay: wanted tau >= 0 and length >= 1, got tau {self.tau}, length {self.length}")
 
     def apply(self, threshold: float, step: Tensor) -> Tensor:
+        if math.isinf(threshold):  # closed stays closed
+            return torch.full_like(step, threshold, dtype=torch.float32)
         return (0.9 * threshold + 0.1 * torch.exp(-self.tau * step.float() / self.length)).clamp(0, 1)

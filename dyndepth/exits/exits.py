@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from torch import nn
 
 from dyndepth.errors import ExitsError
 from dyndepth.exits.band import Band
 from dyndepth.exits.codec import band_from_json, band_to_json
+from dyndepth.exits.criteria import Never, RouterScore
+from dyndepth.exits.heads import StoredBlock
 from dyndepth.files import replacing
 
 FORMAT, VERSION = "dyndepth-exits", 1
@@ -45,7 +48,7 @@ class Exits:
         self.bands = sorted(bands, key=lambda band: band.leave)
         self.model = model
         self.record = record or {}
-        self._prepared: dict[tuple[torch.device, torch.dtype], Exits] = {}
+        self._converted: dict[tuple[Any, ...], nn.Module] = {}
         for band in self.bands:
             band.validate(model.layers, model.vocab_size)
         if len(self.bands) > 62:
@@ -75,25 +78,69 @@ class Exits:
             bands.append(other)
         return Exits(bands, self.model, self.record)
 
+    def closed(self) -> Exits:
+        """The same exits, but no row leaves."""
+        bands = []
+        for band in self.with_thresholds(math.inf):
+            if not band.criterion.scored:  # a threshold does not stop these
+                band.criterion = Never()
+            bands.append(band)
+        return Exits(bands, self.model, self.record)
+
+    @property
+    def certificate(self) -> dict[str, Any] | None:
+        """What dyndepth.calibrate certified; None where there is nothing, or where thresholds were changed since."""
+        found = self.record.get("certificate")
+        if not isinstance(found, dict):
+            return None
+        try:
+            same = [float(value) for value in found["thresholds"]] == [band.threshold for band in self]
+        except (KeyError, TypeError, ValueError):
+            return None
+        return found if same else None
+
     def prepared(self, device: torch.device, dtype: torch.dtype) -> Exits:
-        """A copy whose maps have the model's dtype and device (routers stay fp32), made once per pair."""
-        key = (device, dtype)
-        if key not in self._prepared:
-            bands = copy.deepcopy(self.bands)
-            for band in bands:
-                for part in (band.head, band.jump, band.kv):
-                    if part is not None:
-                        part.to(device=device, dtype=dtype)
-                if band.router is not None:
-                    band.router.to(device=device, dtype=torch.float32)
-                if band.shortlist is not None:
-                    band.shortlist.data = band.shortlist.data.to(device)
-            self._prepared[key] = Exits(bands, self.model, self.record)
-        return self._prepared[key]
+        """These exits with maps in the model's dtype and device (routers in fp32): what they are now, edits included.
+
+        Modules that fit already are shared; others are converted, and anew when a tensor of theirs was replaced or changed
+        in place (through `.data` in place nobody can see: call `.to()` or make new exits).
+        """
+        bands = []
+        kept: dict[tuple[Any, ...], nn.Module] = {}
+        for band in self.bands:
+            other = copy.copy(band)
+            other._modules = dict(band._modules)
+            other._parameters = dict(band._parameters)
+            for name in ("head", "jump", "kv"):
+                part = getattr(band, name)
+                if part is not None and not isinstance(part, StoredBlock):  # the runtime restores those for its model
+                    setattr(other, name, self._fitting(part, device, dtype, kept))
+            if isinstance(band.criterion, RouterScore) and band.router is not None:
+                router: Any = self._fitting(band.router, device, torch.float32, kept)
+                other.router, other.criterion = router, RouterScore(router)
+            if band.shortlist is not None and band.shortlist.device != device:
+                other.shortlist = nn.Parameter(band.shortlist.to(device), requires_grad=False)
+            bands.append(other)
+        self._converted = kept
+        return Exits(bands, self.model, self.record)
+
+    def _fitting(
+        self, part: nn.Module, device: torch.device, dtype: torch.dtype, kept: dict[tuple[Any, ...], nn.Module]
+    ) -> nn.Module:
+        tensors = list(part.state_dict().values())
+        if all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors):
+            return part
+        now = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        key = (id(part), device, dtype, now)
+        if key not in kept:
+            found = self._converted.get(key)
+            kept[key] = copy.deepcopy(part).to(device=device, dtype=dtype) if found is None else found
+        return kept[key]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `exits.json` and one safetensors file. An existing set is replaced in one step, or not at all."""
         folder = Path(folder)
+        old = _tensor_file(folder / MANIFEST)
         tensors = {
             f"{number}.{name}": value.detach().cpu().contiguous().clone()  # safetensors refuses shared memory
             for number, band in enumerate(self.bands)
@@ -101,12 +148,11 @@ class Exits:
         }
         folder.mkdir(parents=True, exist_ok=True)
         # The manifest names the tensor file by content, so that renaming the manifest switches both at once.
-        staged = folder / "exits.safetensors.staged"
-        with replacing(staged) as temporary:
-            save_file(tensors, temporary)
-        digest = hashlib.sha256(staged.read_bytes()).hexdigest()
+        content = save(tensors)
+        digest = hashlib.sha256(content).hexdigest()
         data = folder / f"exits-{digest[:16]}.safetensors"
-        staged.replace(data)
+        with replacing(data) as temporary:
+            temporary.write_bytes(content)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -117,9 +163,8 @@ class Exits:
         }
         with replacing(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
-        for old in folder.glob("exits-*.safetensors"):
-            if old != data:
-                old.unlink()
+        if old is not None and old != data:
+            old.unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Exits:
@@ -137,18 +182,35 @@ class Exits:
             raise ExitsError(f"exits: {manifest_path} has version {manifest.get('version')!r}, this dyndepth reads {VERSION}")
         tensors = _load_tensors(manifest_path, manifest)
         try:
-            facts = dict(manifest["model"])
-            facts["fingerprint"] = tuple(tuple(group) for group in facts["fingerprint"])
-            model = ModelFacts(**facts)
+            model = _facts(manifest["model"])
             bands = [band_from_json(entry, _part(tensors, f"{number}.")) for number, entry in enumerate(manifest["bands"])]
             used = sum(len(band.state_dict()) for band in bands)
+            exits = cls(bands, model, dict(manifest.get("record") or {}))
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             if isinstance(error, ExitsError):
                 raise
             raise ExitsError(f"exits: {manifest_path} is damaged: {type(error).__name__}: {error}") from error
         if used != len(tensors):
             raise ExitsError(f"exits: {manifest_path} describes {used} tensors, the file holds {len(tensors)}")
-        return cls(bands, model, manifest.get("record") or {})
+        return exits
+
+
+def _facts(entry: Any) -> ModelFacts:
+    facts = ModelFacts(**dict(entry))
+    sizes = (facts.layers, facts.width, facts.vocab_size)
+    if not isinstance(facts.model_type, str) or any(type(size) is not int or size < 1 for size in sizes):
+        raise TypeError(f"model: wanted a type and positive sizes, got {facts.model_type!r}, {sizes}")
+    fingerprint = tuple(tuple(float(value) for value in group) for group in facts.fingerprint)
+    return dataclasses.replace(facts, fingerprint=fingerprint)
+
+
+def _tensor_file(manifest: Path) -> Path | None:
+    """The file that an older manifest names, if there is one that can be read."""
+    try:
+        name = json.loads(manifest.read_text())["tensors"]["file"]
+        return manifest.parent / Path(name).name
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _load_tensors(manifest_path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:

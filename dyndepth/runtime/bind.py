@@ -63,14 +63,16 @@ class Model:
 
     def logits(self, ready: Tensor) -> Tensor:
         """fp32 logits [n, V] of head-ready rows, rounded where the model's own forward rounds."""
-        y = self.head(ready)
+        with torch.autocast(ready.device.type, enabled=False):
+            y = self.head(ready)
         if self.logit_softcap > 0:
             y = torch.tanh(y / self.logit_softcap) * self.logit_softcap
         return y.float()
 
     def argmax(self, ready: Tensor) -> Tensor:
         """int64 [n], the most likely token of head-ready rows; the cap is monotone and fp32 exact, so neither is needed."""
-        return self.head(ready).argmax(-1)
+        with torch.autocast(ready.device.type, enabled=False):
+            return self.head(ready).argmax(-1)
 
     def plain_head(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias of the LM head if it is a plain linear, else None."""
@@ -79,15 +81,17 @@ class Model:
         head: Any = self.head
         return head.weight.detach(), None if head.bias is None else head.bias.detach()
 
-    def check_reach(self, positions: int) -> None:
-        """Raise unless sequences of this many positions can be embedded and rotated."""
-        if self.family.positions:
-            table = attribute(self.decoder, self.family.positions)
-            limit = table.num_embeddings - int(getattr(table, "offset", 0))
-            if positions > limit:
-                raise UnsupportedModelError(
-                    f"{self.model_type}: sequences would reach {positions} positions, the model has learned {limit}"
-                )
+    @property
+    def positions_limit(self) -> int | None:
+        """How many positions the model has learned; None for rotary ones."""
+        if not self.family.positions:
+            return None
+        table = attribute(self.decoder, self.family.positions)
+        return int(table.num_embeddings) - int(getattr(table, "offset", 0))
+
+    def check_rotary_reach(self, positions: int) -> None:
+        """Raise if sequences may get so long that the angles of the whole batch would change."""
+        if not self.family.rotary:
             return
         ropes = getattr(self.config, "rope_parameters", None) or {}
         for rope in ropes.values() if self.family.rotary_by_layer_type else [ropes]:
@@ -101,7 +105,11 @@ class Model:
 
     def rotary_tables(self, positions: int) -> tuple[Tensor | None, Tensor | None]:
         """cos, sin float32 [variants, positions, rotary] as the model's own rotary module gives them; None without one."""
-        self.check_reach(positions)
+        limit = self.positions_limit
+        if limit is not None and positions > limit:
+            raise UnsupportedModelError(
+                f"{self.model_type}: sequences would reach {positions} positions, the model has learned {limit}"
+            )
         if not self.family.rotary:
             return None, None
         rotary = attribute(self.decoder, self.family.rotary)
@@ -127,10 +135,14 @@ def bind(causal_lm: Any) -> Model:
     head: Any = causal_lm.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError(f"wanted a causal LM with an LM head, got {type(causal_lm).__name__}")
-    if causal_lm.training:
+    if any(module.training for module in causal_lm.modules()):
         raise UnsupportedModelError("the model is in training mode, where dropout would act; call model.eval() first")
     if len(set(getattr(causal_lm, "hf_device_map", {}).values())) > 1:
         raise UnsupportedModelError("the model is spread over several devices (hf_device_map); dyndepth runs on one")
+    if any(parameter.is_meta for parameter in causal_lm.parameters()):
+        raise UnsupportedModelError(
+            "some parameters are on the meta device (accelerate's offload?); dyndepth needs their values"
+        )
     for flag, feature in family.refuses:
         if getattr(config, flag, False):
             raise UnsupportedModelError(f"{config.model_type}: {feature} (config.{flag}) is not supported")
@@ -140,6 +152,8 @@ def bind(causal_lm: Any) -> Model:
     final_norm, project_out = optional(decoder, family.final_norm), optional(decoder, family.project_out)
     finishing = [module for module in (final_norm, project_out) if module is not None]
     positions = optional(decoder, family.positions)
+    modules = list(attribute(decoder, family.layers))
+    _refuse_changed(causal_lm, decoder, positions, modules, family)
 
     def embed_positions(embedded: Tensor, pos: Tensor) -> Tensor:
         if project_in is not None:
@@ -154,7 +168,6 @@ def bind(causal_lm: Any) -> Model:
             hidden = module(hidden)
         return hidden
 
-    modules = list(attribute(decoder, family.layers))
     return Model(
         causal_lm=causal_lm,
         family=family,
@@ -171,3 +184,29 @@ def bind(causal_lm: Any) -> Model:
         head=head,
         logit_softcap=number(config, family.logit_softcap),
     )
+
+
+def _refuse_changed(causal_lm: Any, decoder: Any, positions: Any, layers: list[Any], family: Family) -> None:
+    """Raise where a module that the pass replaces by its own loop would do something else than transformers' code.
+
+    Leaf modules (projections, norms, MLPs, embedding, head) are called as they are, so hooks and wrappers there work.
+    """
+    replaced = [("model", causal_lm), ("decoder", decoder), ("positions", positions)]
+    for at, layer in enumerate(layers):
+        replaced += [(f"layer {at}", layer), (f"attention of layer {at}", attribute(layer, family.attention))]
+    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+        raise UnsupportedModelError("global forward hooks are registered; dyndepth does not run every module they expect")
+    for name, module in replaced:
+        if module is None:
+            continue
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers' own stay after the first output_hidden_states=True and record only when asked.
+        if any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks):
+            raise UnsupportedModelError(
+                f"{name} has forward hooks, which dyndepth's own loop over layers would not run; hook its submodules instead"
+            )
+        if module is causal_lm:
+            continue  # its forward is not used; `convert` and accelerate replace it
+        own = type(module).forward.__module__.partition(".")[0]
+        if "forward" in module.__dict__ or own not in ("transformers", "torch"):
+            raise UnsupportedModelError(f"{name} has a forward of its own ({own}), which dyndepth's loop would not run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,22 @@ def block_head(model: Model, leave: int, init: str = "last") -> BlockHead:
         raise ExitsError(f"block_head: leave must be in [1, {model.depth}), got {leave}")
     source = model.depth - 1 if init == "last" else leave
     return BlockHead(_frozen(model.layers[source].module), _frozen(_exit_norm(model, leave)), source)
+
+
+#: The last block head built from each stored one, and the model it was built for.
+_RESTORED: weakref.WeakKeyDictionary[StoredBlock, tuple[weakref.ref[nn.Module], BlockHead]] = weakref.WeakKeyDictionary()
+
+
+def restored(stored: StoredBlock, model: Model, leave: int) -> BlockHead:
+    """`restore` in the model's dtype and device, kept for the next call with the same model."""
+    kept = _RESTORED.get(stored)
+    if kept is not None and kept[0]() is model.causal_lm:
+        weight = next(kept[1].parameters())
+        if weight.dtype == model.dtype and weight.device == model.device:
+            return kept[1]
+    head = restore(stored, model, leave).to(device=model.device, dtype=model.dtype)
+    _RESTORED[stored] = weakref.ref(model.causal_lm), head
+    return head
 
 
 def restore(stored: StoredBlock, model: Model, leave: int) -> BlockHead:

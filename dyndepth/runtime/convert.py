@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dyndepth.errors import ArgumentError
@@ -19,6 +22,9 @@ from dyndepth.runtime.score import score
 from dyndepth.runtime.session import default_policy
 
 _MARK = "_dyndepth"
+_SHADOWED = ("forward", "generate")
+#: Arguments of transformers' loss functions.
+_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Converted:
 
     exits: Exits
     kv: str | None
+    #: Instance attributes that `convert` shadowed (accelerate's and users' own patches), put back by `revert`.
+    before: dict[str, Any] = field(default_factory=dict)
 
 
 def convert(model: Any, exits: Exits, *, kv: str | None = None) -> Any:
@@ -34,14 +42,18 @@ def convert(model: Any, exits: Exits, *, kv: str | None = None) -> Any:
 
     `model(...)` then lets every token leave (teacher-forced: what decoding these tokens one by one would give), and
     `model.generate(...)` is `custom_generate=dyndepth.generate` with these exits. Parameters, state_dict and
-    save_pretrained stay as they were. Converting twice replaces the exits.
+    save_pretrained stay as they were. Converting twice replaces the exits. The forward computes no gradients and keeps no
+    cache: it refuses `use_cache=True`, `output_hidden_states` and what else it cannot give.
     """
+    if not isinstance(exits, Exits):
+        raise ArgumentError(f"convert: exits must be dyndepth.Exits, got {type(exits).__name__}")
     bound = bind(model)
     check_exits(exits, bound)
     check_policy(exits, kv or default_policy(exits))
     revert(model)
-    setattr(model, _MARK, Converted(exits, kv))
-    # Instance attributes shadow the class's methods; revert deletes them.
+    # Instance attributes shadow the class's methods.
+    before = {name: model.__dict__[name] for name in _SHADOWED if name in model.__dict__}
+    setattr(model, _MARK, Converted(exits, kv, before))
     model.forward = functools.partial(_forward, model)
     model.generate = functools.partial(_generate, model)
     return model
@@ -49,9 +61,11 @@ def convert(model: Any, exits: Exits, *, kv: str | None = None) -> Any:
 
 def revert(model: Any) -> Any:
     """Undo `convert`; a model that was not converted stays as it is."""
-    if _MARK in model.__dict__:
-        for name in ("forward", "generate", _MARK):
+    state = model.__dict__.pop(_MARK, None)
+    if state is not None:
+        for name in _SHADOWED:
             model.__dict__.pop(name, None)
+        model.__dict__.update(state.before)
     return model
 
 
@@ -62,13 +76,30 @@ def converted(model: Any) -> Converted | None:
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     state: Converted = getattr(model, _MARK)
-    if kwargs.get("custom_generate") is None:
+    if kwargs.get("custom_generate") in (None, generate_entry):
         kwargs["custom_generate"] = generate_entry
         kwargs.setdefault("exits", state.exits)
         kwargs.setdefault("kv", state.kv)
-    return type(model).generate(model, *args, **kwargs)
+    generate = state.before.get("generate") or functools.partial(type(model).generate, model)
+    with _own_forward(model, state):
+        return generate(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def _own_forward(model: Any, state: Converted) -> Iterator[None]:
+    """The forward of before `convert`, for what calls it inside generate: classifier-free guidance, other loops."""
+    shadow = model.__dict__.pop("forward", None)
+    if "forward" in state.before:
+        model.forward = state.before["forward"]
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+        if shadow is not None:
+            model.forward = shadow
+
+
+@torch.no_grad()
 def _forward(
     model: Any,
     input_ids: Tensor | None = None,
@@ -87,6 +118,12 @@ def _forward(
     state: Converted = getattr(model, _MARK)
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
         raise ArgumentError("a converted model's forward takes whole sequences, got past_key_values; use model.generate")
+    if use_cache:
+        raise ArgumentError("a converted model's forward keeps no cache, got use_cache=True; use model.generate to decode")
+    known = _LOSS_ARGUMENTS if labels is not None else ()
+    unknown = [name for name, value in kwargs.items() if value not in (None, False) and name not in known]
+    if unknown:
+        raise ArgumentError(f"a converted model's forward does not support {', '.join(sorted(unknown))}")
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError("wanted exactly one of input_ids and inputs_embeds")
     content = inputs_embeds if input_ids is None else input_ids
@@ -100,8 +137,15 @@ def _forward(
     if not isinstance(chosen, int):
         ready = ready[:, chosen]
     logits = scored.model.logits(ready).to(scored.model.dtype)
+    real = kept if isinstance(chosen, int) else kept[:, chosen.cpu() if isinstance(chosen, Tensor) else chosen]
+    logits *= real.to(logits.device)[..., None]  # a head with a bias says something about nothing
     loss = None
     if labels is not None:
-        loss = model.loss_function(logits=logits, labels=labels, vocab_size=scored.model.vocab_size, **kwargs)
+        loss = model.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=scored.model.vocab_size,
+            **{name: kwargs[name] for name in kwargs if name in known},
+        )
     output = CausalLMOutputWithPast(loss=loss, logits=logits)
     return output if return_dict is not False else output.to_tuple()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 from dyndepth.runtime.generate import decode
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE
@@ -56,12 +57,15 @@ class Generate:
         token_streamer: Any = None,
         streamer: Any = None,
         synced_gpus: bool = False,
+        assistant_model: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         if generation_config is None or logits_processor is None or stopping_criteria is None:
             raise TypeError(
                 "transformers calls dyndepth.generate: model.generate(..., custom_generate=dyndepth.generate, exits=exits)"
             )
+        if assistant_model is not None:
+            raise ArgumentError("generate: assistant_model is not supported together with dynamic depth")
         return decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config,
             exits=exits, kv=kv, depth=depth, prompt=prompt, page_size=page_size, pages=pages, prefill_chunk=prefill_chunk,
@@ -95,6 +99,8 @@ def _hand_over_dropped_arguments() -> None:
         return
     if names.get("streamer") is not None:
         kwargs.setdefault("token_streamer", names["streamer"])
+    if names.get("assistant_model") is not None:
+        kwargs.setdefault("assistant_model", names["assistant_model"])
     if collected.get("tokenizer") is not None:
         kwargs.setdefault("tokenizer", collected["tokenizer"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dyndepth.errors import ExitsError
 from dyndepth.exits import Band, Exits
-from dyndepth.exits.criteria import HOLE_FREE, View
+from dyndepth.exits.criteria import HOLE_FREE, FixedDepth, Schedule, View
 from dyndepth.ops import ExitStats, backfill_kv, exit_stats
 from dyndepth.ops.compact_rows import AWAY, RUN
 from dyndepth.ops.exit_stats import stats_of_logits
@@ -44,6 +45,12 @@ class Plan:
 
     def bands(self) -> dict[int, Band]:
         return {} if self.exits is None else {band.leave: band for band in self.exits}
+
+    def closed(self, band: Band) -> bool:
+        """No row can leave here, and judging it would tell later boundaries nothing."""
+        shut = band.criterion.kind == "never" or (band.criterion.scored and band.threshold == math.inf)
+        waited_for = any(other.criterion.needs_previous or other.criterion.carries for other in self.exits or ())
+        return shut and self.depth is None and not waited_for
 
     def stats(self, band: Band, ready: Tensor) -> ExitStats:
         """exit_stats of head-ready rows over the band's shortlist; a head that is no plain linear runs as its module."""
@@ -101,12 +108,44 @@ def check_policy(exits: Exits | None, kv_policy: str) -> None:
                 f"kv='none' leaves holes that later rows of a sequence would read under criterion {band.criterion.kind} of "
                 f"{name}; it works with {', '.join(HOLE_FREE)}"
             )
+    if kv_policy == "none" and exits is not None:
+        _check_holes(exits)
+
+
+def _check_holes(exits: Exits) -> None:
+    """Under `none`, no step may run a layer that an earlier step of the sequence left out.
+
+    Each criterion of HOLE_FREE alone never does that, but a schedule can keep rows from another band's boundary.
+    """
+    steps = torch.arange(1 + max((b.criterion.length for b in exits if isinstance(b.criterion, Schedule)), default=0))
+    zeros = torch.zeros_like(steps)
+    resumes, ran = zeros, torch.ones(exits.model.layers, len(steps), dtype=torch.bool)
+    for band in exits:
+        if isinstance(band.criterion, FixedDepth):
+            continue  # a request that names its depth is not judged by anything else, and the same at every step
+        view = View(
+            hidden=zeros, seq=zeros, step=steps, previous=None, stats=_no_stats, depth=None, leave=band.leave,
+            layers=exits.model.layers,
+        )  # fmt: skip
+        leaves = (resumes <= band.leave) & band.criterion.leaves(view, band.thresholds(steps))
+        ran[band.leave : band.resume] &= ~leaves
+        resumes = torch.where(leaves, band.resume, resumes)
+    if bool((ran[:, 1:] & ~ran[:, :-1]).any()):
+        raise ExitsError(
+            "kv='none' leaves holes that later rows of a sequence would read: with these bands a later step runs a layer that "
+            "an earlier one skipped"
+        )
+
+
+def _no_stats() -> ExitStats:
+    raise ExitsError("kv='none' works with criteria that read no logits")
 
 
 @torch.no_grad()
 def forward(plan: Plan, rows: Rows, context: Context) -> Result:
-    """Run one pass over `rows` (their buffers are consumed)."""
-    return _Pass(plan, rows, context).run()
+    """Run one pass over `rows` (their buffers are consumed). It computes in the model's own dtype, autocast or not."""
+    with torch.autocast(rows.hidden.device.type, enabled=False):
+        return _Pass(plan, rows, context).run()
 
 
 @dataclass
@@ -177,7 +216,7 @@ class _Pass:
         block = plan.blocks.get(band.leave)
         if block is not None:
             block.store(rows, self.context)
-        if not plan.open or rows.live == 0:
+        if not plan.open or rows.live == 0 or plan.closed(band):
             return
         leaves, ready = self._judge(band, block)
         if not bool(leaves.any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from dyndepth.runtime.inputs import real_tokens
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, Session, Work
 
 PROMPTS = ("full", "dynamic")
+#: New tokens that K,V pages are taken for at once; more come when they are needed, so a high max_new_tokens costs nothing.
+_ROOM = 256
 
 
 def decode(
@@ -41,16 +44,18 @@ def decode(
     batch, width = input_ids.shape
     prompts, embedded = _prompts(input_ids, model_kwargs)
     limit = generation_config.max_length - width
-    depths = [depth] * batch if isinstance(depth, int) else depth
+    # The last new token is not run: nothing follows it.
+    lengths = [prompt_rows.shape[0] + max(limit, 1) - 1 for prompt_rows in prompts]
     session = Session(
         model,
-        [prompt_rows.shape[0] + max(limit, 1) for prompt_rows in prompts],
+        lengths,
         exits,
         kv=kv,
-        depth=depths,
+        depth=_per_sequence(depth, batch, generation_config.num_return_sequences or 1),
         page_size=page_size,
         pages=pages,
         chunk=prefill_chunk,
+        first=[min(length, prompt_rows.shape[0] + _ROOM) for length, prompt_rows in zip(lengths, prompts, strict=True)],
     )
     prompt_work, work = session.work(), session.work()
     # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
@@ -91,7 +96,8 @@ class _Loop:
         depths: list[Tensor] = []
         step = 0
         while True:
-            running = unfinished.nonzero()[:, 0].cpu()
+            # Without an EOS token transformers goes on writing sequences that a stop string or criterion ended: so do we.
+            running = (unfinished if has_eos else torch.ones_like(unfinished)).nonzero()[:, 0].cpu()
             logits, went = self._pass(running, lengths, content, embedded and step == 0, step, batch)
             next_scores = self.processor(input_ids, logits.to(input_ids.device))
             if self.keep:
@@ -114,7 +120,7 @@ class _Loop:
             unfinished = unfinished & ~stopped
             for sequence in running.tolist():
                 lengths[sequence] += 1
-                if not unfinished[sequence]:
+                if has_eos and not unfinished[sequence]:
                     session.pages.release(sequence)
             content = tokens
             step += 1
@@ -167,9 +173,28 @@ def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[list[Tens
     embeds = model_kwargs.get("inputs_embeds")
     content = input_ids if embeds is None else embeds
     sequences, kept = real_tokens("generate", content, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+    if content.shape[1] == 0:
+        raise ArgumentError("generate: every prompt must have at least one token, got none")
     if not bool(kept[:, -1:].all()):
         raise ArgumentError("generate: attention_mask must be 1 in the last column (pad on the left), got a masked last token")
     return sequences, embeds is not None
+
+
+def _per_sequence(depth: int | Sequence[int | None] | None, batch: int, repeats: int) -> list[int | None] | None:
+    """One entry per sequence; requests are repeated as transformers repeats prompts for num_return_sequences."""
+    if depth is None:
+        return None
+    if not isinstance(depth, Sequence):
+        return [_depth(depth)] * batch
+    values = [None if value is None else _depth(value) for value in depth]
+    return [value for value in values for _ in range(repeats)] if len(values) * repeats == batch else values
+
+
+def _depth(value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"generate: depth must be an int or one int or None per request, got {value!r}") from None
 
 
 def _refuse(config: Any, model_kwargs: dict[str, Any], prompt: str) -> None:
@@ -180,6 +205,11 @@ def _refuse(config: Any, model_kwargs: dict[str, Any], prompt: str) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name, False):
             raise ArgumentError(f"generate: {name} is not supported: rows that left have none in the layers they skipped")
+    for name in ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit", "constraints"):
+        if getattr(config, name, None):
+            raise ArgumentError(
+                f"generate: {name} is another way of decoding and is not supported, got {getattr(config, name)}"
+            )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ArgumentError("generate: past_key_values with content is not supported; pass the whole prompt")

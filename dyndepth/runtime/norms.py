@@ -23,7 +23,7 @@ def norm_facts(module: nn.Module | None, one_plus_gain: bool) -> NormFacts | Non
     """fp32 facts of an RMSNorm or LayerNorm module; None if it is something else or carries hooks that must run."""
     if module is None:
         return NormFacts("none", None, None, 0.0)
-    if has_hooks(module):
+    if has_hooks(module) or any(type(value) not in (Tensor, nn.Parameter) for value in module.parameters()):
         return None
     if isinstance(module, nn.LayerNorm):
         gain = None if module.weight is None else module.weight.detach().float()
@@ -43,4 +43,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module | None) -> bool:
     """A linear layer whose weight and bias say everything: nn.Linear itself, in a float dtype, without hooks."""
-    return type(module) is nn.Linear and not has_hooks(module) and module.weight.dtype in FLOATS
+    return (
+        type(module) is nn.Linear
+        and not has_hooks(module)
+        # Weights of a tensor subclass (torchao's quantised ones) know their own ways of being multiplied.
+        and all(type(value) in (Tensor, nn.Parameter) for value in (module.weight, module.bias) if value is not None)
+        and module.weight.dtype in FLOATS
+    )

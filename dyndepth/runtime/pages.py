@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dyndepth.errors import ArgumentError, PagesFullError
 
+_SLOTS = 2**31
+
 
 class Pages:
     """K,V of many sequences in pages of `page_size` positions.
@@ -30,22 +32,26 @@ class Pages:
         sequences: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        max_pages: int | None = None,
+        limit: int | None = None,
     ) -> None:
-        """`max_pages` bounds the pages of one sequence (width of the block table), by default all of them."""
+        """Takes memory for `pages` pages now; up to `limit` more than that are taken when they are needed (None: none).
+
+        Growing moves what was written, in steps of half of what there is.
+        """
         sizes = {"layers": layers, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim}
         for name, value in sizes.items():
             if value < 1:
                 raise ArgumentError(f"Pages: {name} must be at least 1, got {value}")
         if pages < 0 or sequences < 0:
             raise ArgumentError(f"Pages: pages and sequences must be at least 0, got {pages} and {sequences}")
-        if pages * page_size >= 2**31:
+        if pages * page_size >= _SLOTS:
             raise ArgumentError(f"Pages: slots are int32, so pages * page_size must be below 2**31, got {pages * page_size}")
         self.page_size = page_size
+        self.limit = pages if limit is None else max(pages, limit)
         self.kv = torch.empty(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
-        width = pages if max_pages is None else max_pages
         # The table is edited on the host and copied to the device when a page was added: once per page_size tokens.
-        self._table = torch.full((sequences, width), -1, dtype=torch.int32)
+        # Its columns grow with the longest sequence.
+        self._table = torch.full((sequences, 1), -1, dtype=torch.int32)
         self._device_table: Tensor | None = None
         self._owned: list[list[int]] = [[] for _ in range(sequences)]
         self._length = [0] * sequences
@@ -53,7 +59,7 @@ class Pages:
 
     @property
     def free(self) -> int:
-        """Number of pages nobody owns."""
+        """Number of pages nobody owns, of those there are now."""
         return len(self._free)
 
     @property
@@ -75,16 +81,17 @@ class Pages:
     def reserve(self, sequence: int, length: int) -> None:
         """Make positions [0, length) of a sequence writable. Takes nothing if the pages do not suffice."""
         missing = self._pages_for(length) - len(self._owned[sequence])
-        if self._pages_for(length) > self._table.shape[1]:
+        if missing > len(self._free) + self.limit - self.total:
             raise PagesFullError(
-                f"Pages: sequence {sequence} wants {length} positions, a block table row reaches "
-                f"{self._table.shape[1] * self.page_size} ({self._table.shape[1]} pages of {self.page_size})"
+                f"Pages: sequence {sequence} wants {missing} more pages for {length} positions, "
+                f"{len(self._free) + self.limit - self.total} of {self.limit} pages of {self.page_size} are free"
             )
         if missing > len(self._free):
-            raise PagesFullError(
-                f"Pages: sequence {sequence} wants {missing} more pages for {length} positions, {len(self._free)} of "
-                f"{self.total} pages of {self.page_size} are free"
-            )
+            self._grow(missing - len(self._free))
+        columns = self._table.shape[1]
+        if self._pages_for(length) > columns:
+            more = max(columns, self._pages_for(length) - columns)
+            self._table = torch.nn.functional.pad(self._table, (0, more), value=-1)
         for _ in range(missing):
             page = self._free.pop()
             self._table[sequence, len(self._owned[sequence])] = page
@@ -114,6 +121,15 @@ class Pages:
         if bool((page < 0).any()):
             raise ArgumentError("Pages: slots asked for positions that were not reserved")
         return (page * self.page_size + pos % self.page_size).to(torch.int32).to(self.kv.device)
+
+    def _grow(self, missing: int) -> None:
+        more = min(self.limit - self.total, max(missing, self.total // 2))
+        if (self.total + more) * self.page_size >= _SLOTS:
+            raise PagesFullError(f"Pages: slots are int32; {self.total + more} pages of {self.page_size} do not fit")
+        grown = self.kv.new_empty(*self.kv.shape[:2], self.total + more, *self.kv.shape[3:])
+        grown[:, :, : self.total] = self.kv
+        self._free = list(range(self.total + more - 1, self.total - 1, -1)) + self._free
+        self.kv = grown
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)

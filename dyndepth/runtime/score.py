@@ -67,7 +67,10 @@ def score(
     if len(starts) != len(sequences):
         raise ArgumentError(f"score: start must have one entry per sequence ({len(sequences)}), got {len(starts)}")
     lengths = [int(tokens.shape[0]) for tokens in sequences]
-    session = Session(model, lengths, exits, kv=kv, depth=depth, chunk=chunk)
+    # Pages are taken as sequences come and given back as they end, so memory does not grow with their number.
+    session = Session(model, lengths, exits, kv=kv, depth=depth, chunk=chunk, first=[0] * len(lengths))
+    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+    done = 0
     work = session.work()
     total = sum(lengths)
     seq = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(lengths, dtype=torch.int64))
@@ -85,6 +88,9 @@ def score(
         ready.append(result.ready)
         went.append(torch.stack([result.exit_layer.long(), result.layers_run.long(), result.bands_taken]).cpu())
         work.add(result, result.ready.shape[0], full=int((~judged[part]).sum()))
+        while done < len(lengths) and int(ends[done]) <= begin + chunk:
+            session.pages.release(done)
+            done += 1
     exit_layer, layers_run, bands_taken = torch.cat(went, dim=1) if went else torch.zeros(3, 0, dtype=torch.int64)
     return Scored(
         model=model,

@@ -13,7 +13,7 @@ from dyndepth.errors import ArgumentError, ExitsError
 from dyndepth.exits import Exits
 from dyndepth.exits.heads import StoredBlock
 from dyndepth.runtime.bind import Model
-from dyndepth.runtime.block import Block, bind_block, restore
+from dyndepth.runtime.block import Block, bind_block, restored
 from dyndepth.runtime.fingerprint import check_exits
 from dyndepth.runtime.forward import Plan, Result, check_policy, forward
 from dyndepth.runtime.layer import Context
@@ -48,6 +48,13 @@ class Work:
         """Share of rows x layers that was run; NaN before anything ran."""
         return self.run / self.possible if self.possible else math.nan
 
+    def __add__(self, other: Work) -> Work:
+        """Work of two calls of one model."""
+        blocks = dict(self.blocks)
+        for boundary, count in other.blocks.items():
+            blocks[boundary] = blocks.get(boundary, 0) + count
+        return Work([a + b for a, b in zip(self.layers, other.layers, strict=True)], self.rows + other.rows, blocks)
+
     def add(self, result: Result, rows: int, full: int = 0) -> None:
         """Count a pass of `rows` rows, leaving out `full` of them that ran every layer (prompt rows of a scoring pass)."""
         self.layers = [a + b - full for a, b in zip(self.layers, result.work, strict=True)]
@@ -67,8 +74,10 @@ class Session:
             `propagate`.
         depth: per sequence, the exit point its tokens leave at (number of layers for the top, None for "let criteria
             decide"); None for all.
-        page_size, pages: geometry of the K,V pages; `pages` defaults to what all sequences need at capacity.
+        page_size, pages: geometry of the K,V pages; with `pages` there are that many and no more, by default there can be as
+            many as all sequences need at capacity.
         chunk: rows per pass of a prefill.
+        first: positions per sequence that memory is taken for now (default: the capacity); more is taken when needed.
     """
 
     def __init__(
@@ -82,6 +91,7 @@ class Session:
         page_size: int = DEFAULT_PAGE_SIZE,
         pages: int | None = None,
         chunk: int = DEFAULT_CHUNK,
+        first: Sequence[int] | None = None,
     ) -> None:
         if chunk < 1:
             raise ArgumentError(f"chunk must be at least 1, got {chunk}")
@@ -91,20 +101,25 @@ class Session:
         self.kv_policy = default_policy(exits) if kv is None else kv
         check_policy(exits, self.kv_policy)
         blocks = self._blocks(exits)
-        reach = max([*capacity, 1])
-        needed = [-(-positions // page_size) for positions in capacity] if page_size > 0 else []
+        first = capacity if first is None else first
+        most, now = (
+            sum(-(-positions // page_size) for positions in each) if page_size > 0 else 0 for each in (capacity, first)
+        )
         self.pages = Pages(
             layers=model.depth + len(blocks),
-            pages=sum(needed) if pages is None else pages,
+            pages=now if pages is None else pages,
+            limit=most if pages is None else pages,
             page_size=page_size,
             kv_heads=model.layers[0].kv_heads,
             head_dim=model.layers[0].head_dim,
             sequences=len(capacity),
             dtype=model.dtype,
             device=model.device,
-            max_pages=max([*needed, 1]),
         )
-        self.cos, self.sin = model.rotary_tables(reach)
+        model.check_rotary_reach(max([*capacity, 1]))
+        # Positions there are tables for; learned positions end where the model ends, and raise when a row gets there.
+        self.reach = min(max([*first, 1]), model.positions_limit or max([*first, 1]))
+        self.cos, self.sin = model.rotary_tables(self.reach)
         asked = _depths(depth, exits, model.depth, len(capacity))
         self.plan = Plan(
             model=model,
@@ -161,6 +176,11 @@ class Session:
         for sequence in seq.unique().tolist():
             self.pages.reserve(sequence, int(lengths[sequence]))
         reach = int(pos.max()) + 1 if count else 1
+        if reach > self.reach:
+            self.reach = max(reach, self.reach + self.reach // 2)
+            model, limit = self.model, self.model.positions_limit
+            self.reach = self.reach if limit is None else max(reach, min(self.reach, limit))
+            self.cos, self.sin = model.rotary_tables(self.reach)
         positions = pos.to(device=device, dtype=torch.int32)
         if embeds is None:
             assert tokens is not None
@@ -198,12 +218,15 @@ class Session:
 
     def _fitting(self, exits: Exits) -> Exits:
         """The exits in the model's dtype and device, block heads built from its modules."""
+        if not isinstance(exits, Exits):
+            raise ArgumentError(
+                f"exits must be dyndepth.Exits (dyndepth.Exits.from_pretrained reads a folder), got {type(exits).__name__}"
+            )
         check_exits(exits, self.model)
         prepared = exits.prepared(self.model.device, self.model.dtype)
         for band in prepared:
             if isinstance(band.head, StoredBlock):
-                head = restore(band.head, self.model, band.leave)
-                band.head = head.to(device=self.model.device, dtype=self.model.dtype)
+                band.head = restored(band.head, self.model, band.leave)
         return prepared
 
     def _blocks(self, exits: Exits | None) -> dict[int, Block]:

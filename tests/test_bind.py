@@ -1,0 +1,131 @@
+"""What may stand between a model and the pass that replaces its loop: run, or refused by name, never ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+import dyndepth
+from dyndepth.errors import UnsupportedModelError
+
+TOKENS = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+def steer(module: Any, args: Any, output: Any) -> Any:
+    return output * 1.5 if isinstance(output, torch.Tensor) else (output[0] * 1.5, *output[1:])
+
+
+def tokens_of(model: Any, **options: Any) -> torch.Tensor:
+    return model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model.layers.2.mlp",
+        "model.layers.2.input_layernorm",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.3.self_attn.q_proj",
+        "model.embed_tokens",
+        "model.norm",
+        "lm_head",
+    ],
+)
+def test_hooks_on_leaf_modules_run(path: str) -> None:
+    model = tiny_models.tiny("llama")
+    plain = model(TOKENS).logits
+    model.get_submodule(path).register_forward_hook(steer)
+    assert not torch.equal(model(TOKENS).logits, plain)
+    assert torch.equal(tokens_of(model, custom_generate=dyndepth.generate), tokens_of(model))
+
+
+@pytest.mark.parametrize("path", ["", "model", "model.layers.2", "model.layers.2.self_attn"])
+def test_hooks_on_what_the_pass_replaces_are_refused(path: str) -> None:
+    model = tiny_models.tiny("llama")
+    model.get_submodule(path).register_forward_hook(steer)
+    with pytest.raises(UnsupportedModelError, match="has forward hooks"):
+        tokens_of(model, custom_generate=dyndepth.generate)
+
+
+def test_transformers_own_recording_hooks_are_no_reason() -> None:
+    model = tiny_models.tiny("llama")
+    model(TOKENS, output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks, "transformers no longer leaves hooks: this test and the exception can go"
+    assert torch.equal(tokens_of(model, custom_generate=dyndepth.generate), tokens_of(model))
+
+
+def test_hooks_on_learned_positions_are_refused() -> None:
+    model = tiny_models.tiny("gpt2")
+    model.transformer.wpe.register_forward_hook(steer)
+    with pytest.raises(UnsupportedModelError, match="positions has forward hooks"):
+        tokens_of(model, custom_generate=dyndepth.generate)
+
+
+def test_patches_and_subclasses_are_refused() -> None:
+    model = tiny_models.tiny("llama")
+    layer = model.model.layers[1]
+    layer.forward = layer.forward
+    with pytest.raises(UnsupportedModelError, match="layer 1 has a forward of its own"):
+        tokens_of(model, custom_generate=dyndepth.generate)
+    del layer.forward
+
+    class Mine(type(layer)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    layer.__class__ = Mine
+    with pytest.raises(UnsupportedModelError, match="layer 1 has a forward of its own"):
+        tokens_of(model, custom_generate=dyndepth.generate)
+
+
+def test_global_hooks_are_refused() -> None:
+    model = tiny_models.tiny("llama")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(UnsupportedModelError, match="global forward hooks"):
+            tokens_of(model, custom_generate=dyndepth.generate)
+    finally:
+        handle.remove()
+
+
+def test_parameters_on_the_meta_device_are_refused() -> None:
+    model = tiny_models.tiny("llama")
+    model.model.layers[0].mlp.to("meta")
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        tokens_of(model, custom_generate=dyndepth.generate)
+
+
+def test_a_submodule_in_training_mode_is_refused() -> None:
+    model = tiny_models.tiny("llama")
+    model.model.layers[3].mlp.train()
+    with pytest.raises(UnsupportedModelError, match="training mode"):
+        tokens_of(model, custom_generate=dyndepth.generate)
+
+
+class Quantised(torch.Tensor):
+    """A weight that knows its own way of being multiplied, as torchao's do, and refuses all others."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            args = [a.as_subclass(torch.Tensor) if isinstance(a, Quantised) else a for a in args]
+            return function(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") in ("__get__", "detach", "requires_grad_", "dim", "size", "is_meta"):
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise NotImplementedError(f"Quantised: {function}")
+
+
+def test_weights_of_a_tensor_subclass_go_through_their_modules() -> None:
+    model = tiny_models.tiny("llama")
+    expected = tokens_of(model)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            module = getattr(layer.self_attn, name)
+            weight = module.weight.detach().as_subclass(Quantised)
+            del module._parameters["weight"]
+            object.__setattr__(module, "weight", weight)
+    assert torch.equal(tokens_of(model, custom_generate=dyndepth.generate), expected)
