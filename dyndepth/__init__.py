@@ -23,11 +23,13 @@ _LAZY = {
     "convert": "dyndepth.runtime.convert",
     "revert": "dyndepth.runtime.convert",
     "fit": "dyndepth.closed_form",
+    "calibrate": "dyndepth.calibration",
 }
 _MODULES = ("ops", "exits", "errors", "demo")
 
 if TYPE_CHECKING:
     from dyndepth import demo, errors, exits, ops
+    from dyndepth.calibration import calibrate
     from dyndepth.closed_form import fit
     from dyndepth.exits import Band, Exits
     from dyndepth.op import backend
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
     from dyndepth.runtime.entry import generate
 
 __all__ = [
-    "Band", "Exits", "__version__", "backend", "convert", "demo", "errors", "exits", "fit", "generate", "ops", "revert",
+    "Band", "Exits", "__version__", "backend", "calibrate", "convert", "demo", "errors", "exits", "fit", "generate", "ops",
+    "revert",
 ]  # fmt: skip
 
 

@@ -14,15 +14,27 @@ import torch
 import dyndepth
 from dyndepth.closed_form import candidate_spans
 from dyndepth.closed_form.candidates import MapFitter
-from dyndepth.closed_form.data import FIT, TEST, TUNE, corpus, pieces
+from dyndepth.closed_form.data import (
+    FIT,
+    TEST,
+    TUNE,
+    Piece,
+    collect,
+    deal,
+    encode,
+    openings,
+    sections,
+    text_pieces,
+)
 from dyndepth.closed_form.heads import exit_argmax, exit_statistics, frequent
 from dyndepth.closed_form.measure import Lottery, Sample, draw
+from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.ridge import NormalEquations, solve_best
 from dyndepth.closed_form.router import _auc, fit_router
-from dyndepth.closed_form.search import Candidate, _walk, choose, label, thresholds
+from dyndepth.closed_form.search import Candidate, _walk, choose, label, set_price, thresholds
 from dyndepth.closed_form.trace import trace
 from dyndepth.errors import ArgumentError, NotEnoughDataError
-from dyndepth.exits import Band, Exits
+from dyndepth.exits import Band, Exits, Saturation, TopProbability
 from dyndepth.ops._math import rms_normalise
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.score import score
@@ -89,7 +101,11 @@ def test_maps_recover_a_linear_network() -> None:
             for layer, leave in ((2, 2), (3, 2), (4, 4), (5, 4))
         }
         chunk.ready = model.finish(chunk.residual[4]) + rms_normalise(chunk.residual[4], 1e-6) @ jump
-        fitter.add(chunk, torch.arange(200) % 5 == 0)
+        held_out = torch.arange(200) % 5 == 0
+        # Rows that belong to neither must not weigh in: an attention sink among them would bend every map.
+        ignored = torch.arange(200) == 7
+        chunk.residual[4][ignored] *= 1e4
+        fitter.add(chunk, ~held_out & ~ignored, held_out & ~ignored)
     for span in ((2, 4), (4, 6)):
         band, errors = fitter.band(span)
         assert max(errors.values()) < 1e-5
@@ -173,36 +189,104 @@ def test_area_under_the_curve_by_hand() -> None:
 # -- data -------------------------------------------------------------------------------------------------------------------
 
 
-def test_splits_never_share_a_sequence_and_are_fixed_by_the_seed() -> None:
-    own = ([torch.full((30,), i) for i in range(24)], [3] * 24)
-    text = [torch.full((40,), 100 + i) for i in range(16)]
-    data = corpus(own, text, 10, seed=1)
-    values = {name: {int(t[0]) for t in data.part(name)[0]} for name in (FIT, TUNE, TEST)}
-    assert not values[FIT] & values[TUNE]
-    assert not values[FIT] & values[TEST]
-    assert not values[TUNE] & values[TEST]
-    assert set().union(*values.values()) == set(range(24)) | set(range(100, 116))
-    again, other = corpus(own, text, 10, seed=1), corpus(own, text, 10, seed=2)
-    assert [int(t[0]) for t in again.tokens] == [int(t[0]) for t in data.tokens]
-    assert [int(t[0]) for t in other.tokens] != [int(t[0]) for t in data.tokens]
+def _pieces(kind: str, documents: int, each: int, length: int) -> list[Piece]:
+    return [Piece(torch.full((length,), d), 3, f"{kind} {d}") for d in range(documents) for _ in range(each)]
+
+
+def test_splits_never_share_a_document_and_are_fixed_by_the_seed() -> None:
+    own, text = _pieces("own", 24, 2, 30), _pieces("text", 16, 3, 40)
+    data = deal(own, text, 10, seed=1)
+    names = {name: {piece.document for piece in data.of(name)} for name in (FIT, TUNE, TEST)}
+    assert not names[FIT] & names[TUNE]
+    assert not names[FIT] & names[TEST]
+    assert not names[TUNE] & names[TEST]
+    assert len(set().union(*names.values())) == 40
+    assert sum(data.judged(name) for name in names) == 48 * 27 + 48 * 37
+    assert all(any(n.startswith(kind) for n in names[name]) for name in names for kind in ("own", "text"))
+    again, other = deal(own, text, 10, seed=1), deal(own, text, 10, seed=2)
+    assert [p.document for p in again.pieces] == [p.document for p in data.pieces]
+    assert [p.document for p in other.pieces] != [p.document for p in data.pieces]
+
+
+def test_a_texts_continuation_stays_with_the_text() -> None:
+    both = [Piece(torch.zeros(60), 3, f"text {d}") for d in range(24)]
+    data = deal(both, [Piece(torch.ones(60), 3, p.document) for p in both], 10, seed=0)
+    split = {}
+    for piece, name in zip(data.pieces, data.split, strict=True):
+        assert split.setdefault(piece.document, name) == name
+
+
+def test_few_texts_are_cut_into_sections_and_many_are_not() -> None:
+    book = torch.arange(10_000)
+    found = sections([book, book], 256)
+    assert sum(part.shape[0] for part in found.values()) == 10_000, "a text given twice counts once"
+    assert len(found) >= 12
+    assert max(part.shape[0] for part in found.values()) <= 1024
+    texts = [torch.arange(i, i + 2000) for i in range(30)]
+    assert [part.shape[0] for part in sections(texts, 256).values()] == [2000] * 30
 
 
 def test_pieces_respect_the_budget() -> None:
-    texts = [torch.arange(1000), torch.arange(5), torch.arange(700)]
-    found = pieces(texts, 900)
-    assert 900 <= sum(p.shape[0] for p in found) <= 902
-    assert max(p.shape[0] for p in found) <= 256
-    assert sum(p.shape[0] for p in pieces(texts, 10**6)) == 1705
-    assert pieces([], 100) == []
+    texts = {"a": torch.arange(1000), "b": torch.arange(5), "c": torch.arange(700)}
+    found = text_pieces(texts, 900, 256)
+    assert 900 <= sum(p.tokens.shape[0] for p in found) <= 902
+    assert max(p.tokens.shape[0] for p in found) <= 256
+    assert sum(p.tokens.shape[0] for p in text_pieces(texts, 10**6, 256)) == 1705
+    assert text_pieces({}, 100, 256) == []
+    assert [(name, start[0].item()) for name, start in openings(texts, 256)][:5] == [
+        ("a", 0),
+        ("b", 0),
+        ("c", 0),
+        ("a", 256),
+        ("c", 256),
+    ]
 
 
-def test_too_little_data_is_refused() -> None:
-    with pytest.raises(
-        NotEnoughDataError, match=r"wanted at least 4000 tokens to fit a width of 1000 and 8 sequences, got \d+"
-    ):
-        corpus(([torch.zeros(300)] * 16, [0] * 16), [], 1000, seed=0)
-    with pytest.raises(NotEnoughDataError):
-        corpus(([torch.zeros(5000)], [0]), [], 10, seed=0)
+def test_few_texts_are_continued_until_the_share_is_met() -> None:
+    """One long text: its pieces' openings are continued, and every split holds generated text."""
+    model = tiny_models.shared("llama")
+    book = torch.randint(3, tiny_models.VOCABULARY, (16000,))
+    data = collect(
+        model, [book], None, tokens=8000, own=0.5, new_tokens=24, batch=8, seed=0, width=48, context=1 << 20
+    )  # fmt: skip
+    mine = [p for p in data.pieces if p.start == 31]  # given text is judged from its sixteenth token
+    assert sum(p.tokens.shape[0] for p in mine) >= 3500
+    for name in (FIT, TUNE, TEST):
+        assert any(p.start == 31 for p in data.of(name))
+
+
+def test_no_piece_is_longer_than_the_context() -> None:
+    data = collect(
+        tiny_models.shared("gpt2"), [torch.randint(3, 90, (9000,))], None, tokens=3000, own=0.3, new_tokens=24, batch=8, seed=0,
+        width=48, context=128,
+    )  # fmt: skip
+    assert max(p.tokens.shape[0] for p in data.pieces) == 128
+
+
+@pytest.mark.parametrize(("pieces", "name"), [((4, 1, 300), "fit"), ((7, 1, 5000), "test"), ((8, 1, 102), "tune")])
+def test_too_little_data_is_refused(pieces: tuple[int, int, int], name: str) -> None:
+    """The split that lacks rows is named, whichever it is."""
+    with pytest.raises(NotEnoughDataError, match=rf"wanted at least \d+ tokens to judge in the {name} split, got \d+ of"):
+        deal(_pieces("own", *pieces), [], {"fit": 1000, "test": 10, "tune": 10}[name] if name != "tune" else 10, seed=0)
+
+
+class Bos:
+    """A tokenizer that opens with token 1 and closes with token 2 unless told not to."""
+
+    bos_token, eos_token, eos_token_id = "<s>", "</s>", 2
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = [10 + ord(letter) for letter in text.removeprefix("<s>")]
+        opened = [1, *ids] if add_special_tokens or text.startswith("<s>") else ids
+        return {"input_ids": [*opened, 2] if add_special_tokens else opened}
+
+
+def test_strings_open_as_generation_opens_them() -> None:
+    for text in ("ab", "<s>ab"):
+        assert encode([text], Bos(), special=True)[0].tolist() == [1, 107, 108]
+    assert encode(["ab"], Bos())[0].tolist() == [107, 108]
+    with pytest.raises(ArgumentError, match=r"texts must be a sequence of strings .* got one str"):
+        encode("the quick brown fox", Bos())
 
 
 # -- search -----------------------------------------------------------------------------------------------------------------
@@ -346,11 +430,7 @@ def test_recorded_numbers_are_reproducible(fitted: tuple[Any, Exits], tmp_path: 
     model, exits = fitted
     exits.save_pretrained(tmp_path)
     loaded = Exits.from_pretrained(tmp_path)
-    from dyndepth.closed_form.data import continuations, encode
-
-    given = encode(_texts(), None)
-    own = continuations(model, [t[:32] for t in given], 960, 24, 8, lambda _: None)
-    data = corpus(own, pieces(given, 1440), 48, 0)
+    data = collect(model, _texts(), None, tokens=2400, own=0.4, new_tokens=24, batch=8, seed=0, width=48, context=1 << 20)
     tokens, start = data.part(TEST)
     full, found = (score(model, tokens, e, start=start, kv="predict" if e else None) for e in (None, loaded))
     agree = float((full.argmax() == found.argmax())[full.judged].float().mean())
@@ -368,13 +448,43 @@ def test_fit_is_deterministic(fitted: tuple[Any, Exits]) -> None:
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "opt_post_norm", "gpt_neox"])
 def test_fit_serves_other_families(family: str) -> None:
-    exits = _fit(tiny_models.tiny(family), candidates=[(2, 4), (4, 6)], agreement=0.6)
-    assert exits.record["tune"]["agreement"] >= 0.6 or all(math.isinf(band.threshold) for band in exits)
+    """Rows really leave, and the recorded agreement is what a fresh measurement of the returned exits gives."""
+    model = tiny_models.tiny(family)
+    exits = _fit(model, candidates=[(2, 4), (4, 6)], agreement=0.5)
+    assert exits.record["tune"]["agreement"] >= 0.5
+    assert exits.record["tune"]["rows_x_layers"] < 1
+    limit = bind(model).positions_limit or 1 << 20
+    data = collect(model, _texts(), None, tokens=2400, own=0.4, new_tokens=24, batch=8, seed=0, width=48, context=limit)
+    measured = Sample.of(model, *data.part(TUNE)).run(exits, "predict")
+    assert measured.agreement == pytest.approx(exits.record["tune"]["agreement"], abs=1e-9)
 
 
-def test_unreachable_agreement_closes_the_bands() -> None:
-    exits = _fit(tiny_models.tiny("llama"), agreement=1.0, candidates=[(1, 5)])
-    assert exits.record["tune"]["agreement"] == 1.0
+def test_unreachable_agreement_closes_the_bands(capsys: pytest.CaptureFixture[str]) -> None:
+    """A head of noise disagrees wherever a row leaves: no price but zero is perfect, and the user is told."""
+    model = tiny_models.shared("llama")
+    band = tiny_exits.band(model, 1, 6)
+    sample = Sample.of(model, [torch.randint(3, tiny_models.VOCABULARY, (40,)) for _ in range(4)], [4, 0, 9, 30])
+    exits = tiny_exits.exits_of(model, band)
+    assert sample.run(exits.with_thresholds(-1.0), "predict").agreement < 0.2
+    closed, measured = set_price([Candidate(band, {}, harm=0.0)], exits, sample, 1.0, 7, lambda: None)
+    assert [b.threshold for b in closed] == [math.inf]
+    assert (measured.agreement, measured.rows_x_layers) == (1.0, 1.0)
+    closed.record = {"wanted_agreement": 1.0, "test": {"agreement": 1.0, "rows_x_layers": 1.0}}
+    Progress(True).result(closed)
+    assert "the exits are closed" in capsys.readouterr().err
+
+
+def test_closed_bands_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A band without a reachable threshold costs nothing, unless something later waits for what it would have seen."""
+    model = tiny_models.shared("llama")
+    asked: list[int] = []
+    monkeypatch.setattr(TopProbability, "score", lambda self, view: asked.append(view.leave) or torch.zeros(len(view.seq)))
+    tokens = [torch.randint(3, 90, (6,))]
+    plain = [Band(leave, 6, TopProbability(), threshold=math.inf) for leave in (2, 4)]
+    score(model, tokens, tiny_exits.exits_of(model, *plain), kv="propagate")
+    assert asked == []
+    score(model, tokens, tiny_exits.exits_of(model, plain[0], Band(5, 6, Saturation(), threshold=0.9)), kv="propagate")
+    assert asked == [2]
 
 
 def test_exit_answers_are_the_runtime_s() -> None:
@@ -398,7 +508,7 @@ def test_exit_answers_are_the_runtime_s() -> None:
         ({"bands": 0}, ArgumentError, "must be at least 1"),
         ({"candidates": []}, ArgumentError, "no candidate bands"),
         ({"candidates": [(3, 9)]}, ArgumentError, r"spans 1 <= leave < resume <= 6, got \(3, 9\)"),
-        ({"tokens": 100}, NotEnoughDataError, "wanted at least 256 tokens"),
+        ({"tokens": 100}, NotEnoughDataError, "wanted at least 256 tokens to judge in the fit split"),
     ],
 )
 def test_wrong_wishes(options: dict[str, Any], error: type[Exception], message: str) -> None:

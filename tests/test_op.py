@@ -57,9 +57,10 @@ LAYERS = {
     **dict.fromkeys(("testing", "exits"), 3),
     "runtime": 4,
     "closed_form": 5,
-    "demo": 6,
-    "info": 6,
-    "cli": 7,
+    "calibration": 6,
+    "demo": 7,
+    "info": 7,
+    "cli": 8,
 }
 
 

@@ -78,13 +78,13 @@ class MapFitter:
         layers = {layer for b in self.boundaries for layer in range(b.leave, max(b.resumes))}
         return sorted(boundaries), sorted(layers)
 
-    def add(self, chunk: Chunk, held_out: Tensor) -> None:
-        """Take in a chunk; rows where `held_out` (bool) is true only judge penalties."""
+    def add(self, chunk: Chunk, fitting: Tensor, held_out: Tensor) -> None:
+        """Take in rows of a chunk where `fitting` (bool) is true; those where `held_out` is true judge penalties."""
         for boundary in self.boundaries:
             residual = chunk.residual[boundary.leave]
             x = rms_normalise(residual, EPS).cpu()
             y = torch.cat([self._target(kind, at, boundary, chunk) for kind, at in boundary.columns], dim=1)
-            for accumulator, mask in ((boundary.fitting, ~held_out), (boundary.held_out, held_out)):
+            for accumulator, mask in ((boundary.fitting, fitting), (boundary.held_out, held_out)):
                 if bool(mask.any()):
                     accumulator.add(x[mask], y[mask])
 

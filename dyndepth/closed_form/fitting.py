@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.closed_form.candidates import MapFitter, candidate_spans
-from dyndepth.closed_form.data import FIT, TEST, TEXT_PIECE, TUNE, Corpus, continuations, corpus, encode, pieces
+from dyndepth.closed_form.data import FIT, TEST, TEXT_PIECE, TUNE, Corpus, collect, document, encode
 from dyndepth.closed_form.heads import exit_argmax, exit_statistics, frequent, judging_cost
 from dyndepth.closed_form.measure import Measured, Sample
 from dyndepth.closed_form.progress import Progress
@@ -52,7 +52,7 @@ def fit(
 ) -> Exits:
     """Find bands, maps, routers and thresholds by regression and measurement.
 
-    1. The model's own greedy continuations of `prompts` and pieces of `texts` make the corpus: of every eight sequences six
+    1. The model's own greedy continuations of `prompts` and pieces of `texts` make the corpus: of every eight documents six
        fit, one tunes, one reports.
     2. One streaming pass accumulates normal equations (fp64) for the jump maps, translators and K,V maps of all candidate
        bands; ridge penalties by held-out error.
@@ -68,9 +68,10 @@ def fit(
         model: a supported transformers causal LM in eval mode.
         texts: strings (with `tokenizer`) or int64 [t] tensors.
         prompts: prompts for the continuations, ready to be continued (chat template applied); None takes the first 32
-            tokens of each text.
+            tokens of each piece of the texts. Strings get the tokenizer's BOS unless they bring it.
         agreement: wanted share of tokens whose arg max is the full model's, over all judged tokens.
-        tokens: size of the corpus; `own` of it are continuations (with their prompts).
+        tokens: size of the corpus; `own` of it are continuations (with their prompts). Documents, not sequences, are dealt
+            over the splits; a prompt is a document, and so is a text, or a section of it where texts are few.
         bands: at most this many bands.
         candidates: spans (leave, resume) to consider; None takes dyndepth.closed_form.candidates.candidate_spans.
         new_tokens, batch: length and number of continuations decoded at once.
@@ -92,7 +93,7 @@ def fit(
     report = Progress(progress)
     report.plan(tokens, len(spans), MapFitter.memory(bound, spans) + _memory_of_residuals(bound, tokens))
     with report, torch.no_grad():
-        data = _corpus(model, texts, tokenizer, prompts, tokens, own, new_tokens, batch, seed, report)
+        data, names = _corpus(model, texts, tokenizer, prompts, tokens, own, new_tokens, batch, seed, report)
         found = _maps(bound, data, spans, report)
         fit_sample, tune, test = (Sample.of(model, *data.part(name)) for name in (FIT, TUNE, TEST))
         with report.stage("measuring bands", len(found)) as advance:
@@ -107,6 +108,7 @@ def fit(
             if part is not None:
                 part.to(bound.dtype)  # what the runtime would round them to anyway; halves the file of a bf16 model
     exits.record = _record(data, found, chosen, agreement, tuned, tested)
+    exits.record["documents"] = names  # by which calibrate knows prompts that were learned from
     report.result(exits)
     return exits
 
@@ -137,28 +139,36 @@ def _corpus(
     batch: int,
     seed: int,
     report: Progress,
-) -> Corpus:
-    given = encode(texts, tokenizer)
-    starts = [text[:32] for text in given if text.shape[0]] if prompts is None else encode(prompts, tokenizer)
-    starts = [prompt for prompt in starts if prompt.shape[0]]
-    wanted = round(tokens * own)
-    mine: tuple[list[Tensor], list[int]] = ([], [])
-    if wanted and starts:
-        with report.stage("continuing prompts", wanted) as advance:
-            mine = continuations(model, starts, wanted, new_tokens, batch, advance)
-    return corpus(mine, pieces(given, tokens - wanted), bind(model).hidden_size, seed)
+) -> tuple[Corpus, list[str]]:
+    """The corpus, and names of everything it may have been taken from."""
+    bound = bind(model)
+    given = encode(texts, tokenizer, "fit: texts", special=True)
+    asked = None if prompts is None else encode(prompts, tokenizer, "fit: prompts", special=True)
+    for name, part in (("texts", given), ("prompts", asked or [])):
+        for number, ids in enumerate(part):
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < bound.vocab_size:
+                raise ArgumentError(f"fit: {name}[{number}] must hold token ids in [0, {bound.vocab_size})")
+    context = bound.positions_limit or getattr(bound.config, "max_position_embeddings", None) or TEXT_PIECE + new_tokens
+    with report.stage("continuing prompts", round(tokens * own)) as advance:
+        data = collect(
+            model, given, asked, tokens=tokens, own=own, new_tokens=new_tokens, batch=batch, seed=seed,
+            width=bound.hidden_size, context=context, advance=advance,
+        )  # fmt: skip
+    return data, sorted({document(text) for text in [*given, *(asked or [])]})
 
 
 def _maps(model: Model, data: Corpus, spans: Sequence[Span], report: Progress) -> list[Candidate]:
     fitter = MapFitter(model, spans)
-    tokens, _ = data.part(FIT)
-    held_out, _ = data.part(TUNE)
-    everything = [*tokens, *held_out]
-    total, fitting = sum(t.shape[0] for t in everything), sum(t.shape[0] for t in tokens)
+    pieces = [*data.of(FIT), *data.of(TUNE)]
+    total, fitting = sum(p.tokens.shape[0] for p in pieces), data.count(FIT)
+    # Rows that can never leave must not weigh in: the first token of a text is an attention sink with a residual a hundred
+    # times larger than any other, and one in 256 rows bent every map (docs/notes/routers.md).
+    judged = torch.cat([torch.arange(p.tokens.shape[0]) >= p.start for p in pieces])
     with report.stage("regressing maps", total) as advance:
-        for chunk in trace(model, everything, *fitter.needs(), advance=advance):
-            row = torch.arange(chunk.begin, chunk.begin + chunk.ready.shape[0])
-            fitter.add(chunk, row >= fitting)
+        for chunk in trace(model, [p.tokens for p in pieces], *fitter.needs(), advance=advance):
+            part = slice(chunk.begin, chunk.begin + chunk.ready.shape[0])
+            early = torch.arange(part.start, part.stop) < fitting
+            fitter.add(chunk, judged[part] & early, judged[part] & ~early)
     return [Candidate(*fitter.band(span)) for span in spans]
 
 
@@ -223,8 +233,8 @@ def _record(
 ) -> dict[str, Any]:
     """Plain JSON about how the exits came to be and what they reach."""
     digest = hashlib.sha256()
-    for tokens in data.tokens:
-        digest.update(tokens.numpy().tobytes())
+    for piece in data.pieces:
+        digest.update(piece.tokens.numpy().tobytes())
     return {
         "method": "closed form (dyndepth.fit)",
         "tokens": {name: data.count(name) for name in (FIT, TUNE, TEST)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -31,6 +32,13 @@ class Progress:
     def result(self, exits: Exits) -> None:
         test = exits.record["test"]
         bands = ", ".join(f"[{band.leave}, {band.resume}) at {band.threshold:.3f}" for band in exits)
+        if all(math.isinf(band.threshold) for band in exits):
+            self.console.print(
+                f"fit: no threshold reached the wanted agreement of {exits.record['wanted_agreement']:.1%} on the tuning "
+                "split: the exits are closed. Give more tokens, or ask for less.",
+                style="yellow",
+            )
+            return
         self.console.print(
             f"fit: bands {bands or 'none'}; on unseen rows {test['agreement']:.1%} agree with full depth, "
             f"{test['rows_x_layers']:.1%} of rows x layers run"

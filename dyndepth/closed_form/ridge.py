@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dyndepth.errors import ArgumentError
+
 Key = TypeVar("Key", bound=Hashable)
 
 #: Penalties tried, as a share of the mean squared feature (features are rms-normed, so that is 1).
@@ -60,6 +62,8 @@ def solve_best(
     best: dict[Key, tuple[Tensor, float]] = {}
     for penalty in PENALTIES:
         weights = fitting.solve(penalty)
+        if not bool(torch.isfinite(weights).all()):
+            raise ArgumentError("fit: the model's activations are not finite; nothing can be regressed on them")
         for key, part in columns.items():
             error = held_out.error(weights[:, part], part)
             if key not in best or error < best[key][1]:

@@ -170,8 +170,9 @@ def _walk(bands: Sequence[Candidate], chances: Sequence[Tensor], limits: Sequenc
 
 
 def thresholds(candidates: Sequence[Candidate], price: float) -> list[float]:
-    """Per band: leave if the expected disagreements per layer saved are at most `price`."""
-    return [1 - price * c.saved + c.harm for c in candidates]
+    """Per band: leave if the expected disagreements per layer saved are at most `price`; inf where no chance is high enough."""
+    limits = [1 - price * c.saved + c.harm for c in candidates]
+    return [limit if limit <= 1 else math.inf for limit in limits]
 
 
 def set_price(
