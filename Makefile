@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu wheel clean
+.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu results calibrate-demo wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention store_kv project_qkv backfill_kv
 
@@ -33,6 +33,17 @@ bench-gpu:
 bench: $(VENV)/.built
 	$(BIN)/pytest benchmarks --benchmark-columns=median,iqr,min,rounds --benchmark-sort=name
 
+# What the demo's exits can be certified for; about ten minutes.
+calibrate-demo: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/calibrate_demo.py build
+
+# Measures anew and rewrites the tables of README.md and docs from what was measured.
+results: demo bench
+	mkdir -p docs/results
+	cp build/demo.json build/demo.png build/bench.json docs/results/
+	$(BIN)/dyndepth info --json > docs/results/machine.json
+	$(BIN)/python docs/tables.py
+
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,7 +59,7 @@ wheel: $(VENV)/.built
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist *.egg-info dyndepth/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist $(VENV)/.built *.egg-info dyndepth/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # torch comes first and by name: building the extension needs it, and plain resolution would pick a CUDA build.

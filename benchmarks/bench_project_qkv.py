@@ -1,4 +1,4 @@
-"""project_qkv: the three weights are read once; rows in and out are small."""
+"""project_qkv: the weights of what is wanted are read once; rows in and out are small."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ OP = "project_qkv"
 
 
 def moved(arguments: Arguments) -> int:
-    names = ("q_weight", "k_weight", "v_weight")
-    rows = len(arguments["x"]) * sum(arguments[name].shape[0] for name in names) * arguments["x"].element_size()
-    return size(arguments["x"], *(arguments[name] for name in names)) + rows
+    """Queries are wanted for live rows only: without any, their weight need not be read."""
+    x, live = arguments["x"], arguments["live"]
+    wanted = len(x) if live is None else int(live)
+    q, kv = arguments["q_weight"], (arguments["k_weight"], arguments["v_weight"])
+    out = (wanted * q.shape[0] + len(x) * sum(weight.shape[0] for weight in kv)) * x.element_size()
+    return size(x, *kv) + (size(q) if wanted else 0) + out
 
 
 @cases(OP)

@@ -32,7 +32,7 @@ def flush() -> Callable[[], Any]:
 
 
 def replay_us(call: Callable[[], Any], clear: Callable[[], Any]) -> list[float]:
-    """Microseconds of single replays of a graph of `call`, cold; the graph's own launch is subtracted."""
+    """Microseconds of single replays of a graph of `call`, cold. The launch of the graph is in it."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def writable(folder: Path) -> None:
+    """Make `folder` and raise OSError unless files can be made in it: asked before long work, not found out after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder):
+        pass
+
+
+def require(module: str, message: str) -> None:
+    """Raise ModuleNotFoundError with `message` unless the module is installed; does not import it."""
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(message)
 
 
 def _umask() -> int:

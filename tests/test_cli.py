@@ -65,7 +65,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder
     )
     for number in range(3):
-        (folder / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog. " * (20 + number))
+        # Words in ever another order: sections that repeat each other would count once.
+        words = torch.randint(0, 9, (180,), generator=torch.Generator().manual_seed(number)).tolist()
+        text = " ".join(["the", "quick", "brown", "fox", "jumps", "over", "some", "lazy", "dog"][word] for word in words)
+        (folder / f"{number}.txt").write_text(text)
     return folder
 
 
@@ -112,13 +115,67 @@ def test_fit_then_generate(checkpoint: Path, tmp_path: Path) -> None:
         (["generate", "{model}", "hi", "--dtype", "float8"], "dtype must be one of float32, bfloat16, float16, got 'float8'"),
         (["generate", "{model}", "hi", "--kv", "copy"], "kv must be one of predict, propagate, none, got 'copy'"),
         (["fit", "{model}", "{model}/0.txt", "--output", "/tmp/x", "--tokens", "50"], "fit: wanted at least 256 tokens"),
+        (["generate", "{model}", "", "--dtype", "float32"], "every prompt must have at least one token"),
+        (["generate", "{model}", "hi", "--chat", "--dtype", "float32"], "this tokenizer has no chat template"),
+        (["generate", "/no/model", "hi"], "model: there is no folder /no/model"),
+        (["generate", "{empty}", "hi"], "cannot be loaded"),
+        (["generate", "{broken}", "hi"], "cannot be loaded"),
+        (["fit", "{model}", "{model}/0.txt", "--output", "{model}/0.txt"], "File exists"),
+        (["calibrate", "{model}", "/nowhere", "{model}/0.txt", "--output", "{empty}/out"], "exits.json does not exist"),
+        (["exits", "show", "/nowhere"], "exits.json does not exist"),
         (["fit", "{model}", "/no/text.txt", "--output", "/tmp/x"], "No such file or directory: '/no/text.txt'"),
     ],
 )
-def test_errors_are_one_line(checkpoint: Path, arguments: list[str], message: str) -> None:
-    done = run(*(argument.format(model=checkpoint) for argument in arguments), expect=1)
-    assert message in done.stderr
+def test_errors_are_one_line(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    import shutil
+
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    shutil.copytree(checkpoint, broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    done = run(*(argument.format(model=checkpoint, empty=empty, broken=broken) for argument in arguments), expect=1)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("dyndepth: ")]
+    assert len(ours) == 1
+    assert message in ours[0]
+    assert done.stderr.rstrip().endswith(ours[0]), "nothing follows the one line"
     assert "Traceback" not in done.stderr
+
+
+def test_calibrate_and_show(checkpoint: Path, tmp_path: Path) -> None:
+    """From the command line: nothing certified is said, written and closed; files of prompts that are wrong are named."""
+    import tiny_exits
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tiny_exits.exits_of(model, tiny_exits.band(model, 1, 6, threshold=0.1)).save_pretrained(tmp_path / "exits")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"number {i}"}) for i in range(30)))
+    options = [
+        "--dtype",
+        "float32",
+        "--risk",
+        "0.1",
+        "--confidence",
+        "0.9",
+        "--new-tokens",
+        "3",
+        "--output",
+        str(tmp_path / "new"),
+    ]
+    done = run("calibrate", str(checkpoint), str(tmp_path / "exits"), str(prompts), *options)
+    assert "not certified: expected disagreement at most 0.1 with 90% confidence" in " ".join(done.stderr.split())
+    shown = json.loads(run("exits", "show", str(tmp_path / "new"), "--json").stdout)
+    assert shown["certificate"]["certified"] is False
+    assert shown["bands"][0]["threshold"] == "inf"
+    assert shown["certificate"]["n"] == 30
+    assert "exits are closed" in " ".join(run("exits", "show", str(tmp_path / "new")).stdout.split())
+    out = run(
+        "generate", str(checkpoint), "hi", "--exits", str(tmp_path / "new"), "--max-new-tokens", "3", "--dtype", "float32"
+    )
+    assert "exits are closed" in " ".join(out.stdout.split())
+    prompts.write_text('{"text": 1}')
+    done = run("calibrate", str(checkpoint), str(tmp_path / "exits"), str(prompts), *options, expect=1)
+    assert "entry 1 must be a JSON object with a key `prompt`" in done.stderr
 
 
 def test_version_is_one() -> None:

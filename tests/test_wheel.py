@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -24,6 +25,9 @@ print(compact_rows(state, [torch.tensor([10, 20])])[0][0].tolist())
 
 @pytest.mark.wheel
 def test_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
+    stale = ROOT / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "dyndepth" / "stale.py"
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.write_text("")
     build = [
         sys.executable,
         "-m",
@@ -42,7 +46,11 @@ def test_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     assert "dyndepth/py.typed" in names
     assert "dyndepth/kernels/__init__.py" in names
     assert any(name.startswith("dyndepth/_C.") for name in names)
-    assert not [name for name in names if name.split("/")[0] in ("kernels", "tests", "benchmarks")]
+    # Exactly the sources: nothing left out, and nothing of what was renamed or removed since an earlier build.
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "dyndepth").rglob("*.py")} | {"dyndepth/py.typed"}
+    sources |= {f"dyndepth/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    sources |= {f"dyndepth/_cuda_sources/{p.name}" for p in (ROOT / "csrc" / "cuda").glob("*.*")}
+    assert {name for name in names if ".dist-info/" not in name and not name.startswith("dyndepth/_C.")} == sources
 
     folder = tmp_path / "empty"
     venv.create(folder, with_pip=False)

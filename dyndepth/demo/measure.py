@@ -32,7 +32,7 @@ class Row:
     tokens_per_s_p90: float
     #: Share of rows x layers run, decode passes only.
     rows_x_layers: float
-    #: Share of tokens whose arg max equals full depth's, given full depth's tokens so far.
+    #: Share of tokens whose arg max equals full depth's, given full depth's tokens so far (up to its end of sequence).
     agreement_teacher_forced: float
     #: Share of positions with full depth's token when each system continues its own text.
     agreement_free: float
@@ -122,39 +122,53 @@ def measure(settings: list[Setting], repetitions: int, advance: Callable[[], Non
 
 
 def agreement(settings: list[Setting], outputs: dict[tuple[str, str], list[Any]], key: tuple[str, str]) -> tuple[float, float]:
-    """(teacher-forced, free-running) agreement of a system with dyndepth at full depth."""
-    same_given = same_free = total = 0
+    """(teacher-forced, free-running) agreement of a system with dyndepth at full depth.
+
+    Both end where full depth would end its answer: every system has to make the same number of tokens, but what comes after
+    the end-of-sequence token that was suppressed for it is not judged. Teacher-forced, the reference is a scoring pass at
+    full depth over full depth's own text (it differs from the decoded tokens where half precision rounds differently at
+    other row counts); free-running, it is the decoded text.
+    """
+    same_given = same_free = given = free = 0
     for number, setting in enumerate(settings):
         width = setting.inputs["input_ids"].shape[1]
         full = outputs["dyndepth", "full depth"][number].sequences
         mine = outputs[key][number].sequences
-        same_free += int((full[:, width:] == mine[:, width:]).sum())
         kept = setting.inputs["attention_mask"].bool()
         prompts = [setting.inputs["input_ids"][row][kept[row]] for row in range(full.shape[0])]
         sequences = [torch.cat([prompt, full[row, width:]]) for row, prompt in enumerate(prompts)]
         start = [prompt.shape[0] - 1 for prompt in prompts]
-        reference, judged = _answers(setting, sequences, start, None)
+        reference = _answers(setting, sequences, start, None)
         if key == ("transformers", "static cache"):
-            answers = _transformers_answers(setting.model, sequences)
+            answers = _transformers_answers(setting.model, sequences, start)
         else:
-            answers, _ = _answers(setting, sequences, start, setting.exits if key[1] == "dynamic" else None)
-        same_given += int((reference == answers)[judged].sum())
-        total += int(judged.sum())
-    return same_given / total, same_free / sum(s.batch * s.new_tokens for s in settings)
+            answers = _answers(setting, sequences, start, setting.exits if key[1] == "dynamic" else None)
+        ends = _ends(reference, setting.model.generation_config.eos_token_id)
+        said = ends.cumsum(1) - ends == 0  # up to and with the row that would have ended the answer
+        same_given += int((reference == answers)[said].sum())
+        given += int(said.sum())
+        said &= ends == 0  # that row's own token was suppressed
+        same_free += int((full[:, width:] == mine[:, width:])[said].sum())
+        free += int(said.sum())
+    return same_given / given, same_free / free if free else 1.0
 
 
-def _answers(setting: Setting, sequences: list[Tensor], start: list[int], exits: Exits | None) -> tuple[Tensor, Tensor]:
-    """Arg max of every row, and which rows produce a new token (the last row's successor was not generated)."""
+def _answers(setting: Setting, sequences: list[Tensor], start: list[int], exits: Exits | None) -> Tensor:
+    """int64 [batch, new tokens]: arg max of the rows that produce new tokens (what follows the last one was not made)."""
     scored = score(setting.model, sequences, exits, start=start)
-    ends = torch.tensor([s.shape[0] for s in sequences]).cumsum(0) - 1
-    judged = scored.judged.clone()
-    judged[ends] = False
-    return scored.argmax(), judged
+    parts = scored.argmax().split([sequence.shape[0] for sequence in sequences])
+    return torch.stack([part[first:-1] for part, first in zip(parts, start, strict=True)])
 
 
-def _transformers_answers(model: Any, sequences: list[Tensor]) -> Tensor:
+def _ends(answers: Tensor, eos: int | list[int] | None) -> Tensor:
+    """int64 [batch, new tokens]: 1 where the answer is an end-of-sequence token."""
+    return torch.isin(answers, torch.tensor([] if eos is None else eos, dtype=torch.int64)).long()
+
+
+def _transformers_answers(model: Any, sequences: list[Tensor], start: list[int]) -> Tensor:
     with torch.no_grad():
-        return torch.cat([model(input_ids=s[None]).logits[0].argmax(-1) for s in sequences])
+        answers = [model(input_ids=s[None]).logits[0].argmax(-1) for s in sequences]
+    return torch.stack([part[first:-1] for part, first in zip(answers, start, strict=True)])
 
 
 def _quantile(ordered: list[float], share: float) -> float:

@@ -35,7 +35,7 @@ def draw(path: Path, rows: list[Row], exits: Exits, tokenizer: Any, output: Any,
             if bits >> number & 1:
                 column[band.leave : band.resume] = 0
         ran = np.hstack([ran, column])
-        labels.append(tokenizer.decode([token]).replace("\n", "\\n").replace("$", "\\$"))
+        labels.append(_printable(tokenizer.decode([token])))
 
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(14, 9), height_ratios=[3, 2], constrained_layout=True)
     top.imshow(ran, aspect="auto", origin="lower", cmap=_map(), vmin=0, vmax=1, interpolation="nearest")
@@ -76,6 +76,12 @@ def draw(path: Path, rows: list[Row], exits: Exits, tokenizer: Any, output: Any,
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
+
+
+def _printable(text: str) -> str:
+    """What the picture's font has: line ends spelt out, other scripts and symbols as a box."""
+    text = text.replace("\n", "\\n").replace("\t", "\\t").replace("$", "\\$")
+    return "".join(letter if letter.isprintable() and ord(letter) < 0x250 else "\u25a1" for letter in text)
 
 
 def _map() -> Any:

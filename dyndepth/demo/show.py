@@ -15,16 +15,16 @@ from dyndepth.demo.measure import Row
 
 
 def table(rows: list[Row], title: str) -> Table:
-    """The rows as a rich table that fits eighty columns."""
-    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in ("batch", "system", "tokens/s", "p10-p90", "rows x layers", "agree", "agree free"):
+    """The rows as a rich table that fits eighty columns, so that nothing is cut where output is piped."""
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("B", "system", "tokens/s", "p10-p90", "work", "agree", "free"):
         result.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
     for number, row in enumerate(rows):
         result.add_row(
             str(row.batch),
             f"{row.system}, {row.mode}",
             f"{row.tokens_per_s_median:.1f}",
-            f"{row.tokens_per_s_p10:.1f}-{row.tokens_per_s_p90:.1f}",
+            f"{row.tokens_per_s_p10:.0f}-{row.tokens_per_s_p90:.0f}",
             f"{row.rows_x_layers:.1%}",
             f"{row.agreement_teacher_forced:.1%}",
             f"{row.agreement_free:.1%}",
@@ -44,10 +44,15 @@ def colour(layers_run: int, depth: int) -> Style:
 def coloured(tokenizer: Any, tokens: Tensor, layers_run: Tensor, depth: int) -> Text:
     """One continuation [t] with its tokens coloured; stops at the end of the sequence."""
     text = Text()
+    pending: list[int] = []
     for token, layers in zip(tokens.tolist(), layers_run.tolist(), strict=True):
         if layers < 0 or token == tokenizer.eos_token_id:
             break
-        text.append(tokenizer.decode([token]), colour(layers, depth))
+        pending.append(token)
+        piece = tokenizer.decode(pending)
+        if not piece.endswith("\ufffd"):  # a character of several tokens is shown, whole, with the last of them
+            text.append(piece, colour(layers, depth))
+            pending = []
     return text
 
 

@@ -6,15 +6,17 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dyndepth import env
 from dyndepth.closed_form import fit
 from dyndepth.demo import prompts
-from dyndepth.errors import ExitsError
+from dyndepth.errors import ArgumentError, ExitsError
 from dyndepth.exits import Exits
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -44,10 +46,13 @@ def load_model(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArgumentError(f"the converted model in {folder} is damaged ({error}); remove that folder") from error
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return model, tokenizer
 
 
 def load_exits(model: Any, tokenizer: Any, *, progress: bool = True) -> Exits:
@@ -98,6 +103,9 @@ def _convert(folder: Path) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{MODEL}.*"):  # of a run that was killed; a living one is seconds old
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{MODEL}.", dir=folder.parent))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
@@ -111,6 +119,9 @@ def _convert(folder: Path) -> None:
         tokenizer.save_pretrained(staged)
         if not (folder / "config.json").exists():  # else another process was faster, and its copy is as good
             shutil.rmtree(folder, ignore_errors=True)
+            staged.chmod(0o755)  # mkdtemp's is private; a shared cache is for others too
+            for path in staged.iterdir():
+                path.chmod(0o644)
             os.replace(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
