@@ -117,7 +117,7 @@ def calibrate(
     risk: Annotated[float, typer.Option(help="Bound on the expected loss of a request.")] = 0.05,
     confidence: Annotated[float, typer.Option(help="With this confidence.")] = 0.95,
     loss: Annotated[str, typer.Option(help="disagreement or inconsistency.")] = "disagreement",
-    bound: Annotated[str, typer.Option(help="hoeffding_bentkus, hoeffding or betting.")] = "hoeffding_bentkus",
+    bound: Annotated[str, typer.Option(help="betting, hoeffding_bentkus or hoeffding.")] = "betting",
     new_tokens: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 64,
     kv: Annotated[str | None, typer.Option(help="predict, propagate or none.")] = None,
     chat: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template.")] = False,

@@ -162,13 +162,13 @@ def test_refusals(model: Any, exits: Exits) -> None:
         return dyndepth.calibrate(model, exits, given, **(SMALL | options))
 
     with pytest.raises(NotEnoughDataError, match="takes at least 59 prompts even if none loses anything"):
-        call(distinct(58), risk=0.05, confidence=0.95)
+        call(distinct(58), risk=0.05, confidence=0.95, bound="hoeffding_bentkus")
     with pytest.raises(NotEnoughDataError, match="got 0"):
         call([])
-    with pytest.raises(ArgumentError, match=r"prompts\[59\] repeats prompts\[0\]"):
-        call([*distinct(59), distinct(1)[0]])
-    with pytest.raises(ArgumentError, match=r"prompts\[59\] is empty"):
-        call([*distinct(59), torch.empty(0, dtype=torch.int64)])
+    with pytest.raises(ArgumentError, match=r"prompts\[80\] repeats prompts\[0\]"):
+        call([*distinct(80), distinct(1)[0]])
+    with pytest.raises(ArgumentError, match=r"prompts\[80\] is empty"):
+        call([*distinct(80), torch.empty(0, dtype=torch.int64)])
     with pytest.raises(ArgumentError, match="risk must be in"):
         call(distinct(1), risk=1.0)
     with pytest.raises(ArgumentError, match="loss must be one of disagreement, inconsistency, got 'kl'"):
@@ -178,7 +178,7 @@ def test_refusals(model: Any, exits: Exits) -> None:
     with pytest.raises(ArgumentError, match="path must be threshold vectors of 1 numbers"):
         call(distinct(1), path=[[0.1, 0.2]])
     with pytest.raises(ArgumentError, match="so a tokenizer is needed"):
-        dyndepth.calibrate(model, exits, ["hello"] * 60, **SMALL)
-    learned = Exits(exits.bands, exits.model, {"documents": [document(distinct(60)[7])]})
+        dyndepth.calibrate(model, exits, ["hello"] * 80, **SMALL)
+    learned = Exits(exits.bands, exits.model, {"documents": [document(distinct(80)[7])]})
     with pytest.raises(ArgumentError, match=r"prompts \[7\] were seen by fit"):
-        dyndepth.calibrate(model, learned, distinct(60), **SMALL)
+        dyndepth.calibrate(model, learned, distinct(80), **SMALL)

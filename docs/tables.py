@@ -1,0 +1,105 @@
+"""Writes the measured tables of README.md and docs/*.md from the files in docs/results, so that no number is typed by hand.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a function of TABLES.
+`make results` measures and then runs this; `tests/test_docs.py` fails when a page and its files differ.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """The page with every table written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return match[1] + TABLES[match[2]](results) + match[3]
+
+    return _BLOCK.sub(block, text)
+
+
+def demo(results: Path) -> str:
+    """What `make demo` printed."""
+    lines = _header("batch", "system", "tokens/s (p10–p90)", "rows × layers", "agreement", "free-running")
+    for row in _load(results / "demo.json"):
+        lines.append(
+            f"| {row['batch']} | {row['system']}, {row['mode']} | {row['tokens_per_s_median']:.1f} "
+            f"({row['tokens_per_s_p10']:.1f}–{row['tokens_per_s_p90']:.1f}) | {row['rows_x_layers']:.1%} "
+            f"| {row['agreement_teacher_forced']:.1%} | {row['agreement_free']:.1%} |"
+        )
+    return "\n".join([*lines, "", f"`make demo` on {_machine(results)}.", ""])
+
+
+def bench(results: Path) -> str:
+    """What `make bench` printed: per op, case and dtype, every provider beside the reference."""
+    found = _load(results / "bench.json")
+    lines = _header("op", "case", "dtype", "provider", "median µs", "p90 µs", "KiB", "GB/s", "of copy roof")
+    for row in found["rows"]:
+        rate, share = row["bytes_per_s"] / 1e9, row["share_of_copy_roof"]
+        lines.append(
+            f"| `{row['op']}` | {row['case']} | {row['dtype']} | {row['provider']} | {row['median_us']:.1f} "
+            f"| {row['p90_us']:.1f} | {row['bytes'] / 1024:.0f} | {rate:.1f} | {share:.1%} |"
+        )
+    roof = f"Copy roof in the same run: {found['copy_roof_bytes_per_s'] / 1e9:.1f} GB/s, read and write counted."
+    return "\n".join([*lines, "", f"`make bench` on {_machine(results)}; cold caches. {roof}", ""])
+
+
+def calibration(results: Path) -> str:
+    """What `make calibrate-demo` found: the path, then certificates."""
+    found = _load(results / "calibration.json")
+    bands = ", ".join(f"[{leave}, {resume})" for leave, resume in found["bands"])
+    lines = _header("point of the path", "thresholds", "disagreement", "rows × layers")
+    for number, point in enumerate(found["path"]):
+        thresholds = ", ".join(f"{value:.3f}" for value in point["thresholds"])
+        lines.append(f"| {number} | {thresholds} | {point['disagreement']:.2%} | {point['rows_x_layers']:.1%} |")
+    lines += ["", *_header("risk", "confidence", "bound", "certified point", "measured", "rows × layers")]
+    for entry in found["certified"]:
+        if entry["point"] is None:
+            held = "none: closed | – | 100.0%"
+        else:
+            held = f"{entry['point']} | {entry['measured_risk']:.2%} | {entry['rows_x_layers']:.1%}"
+        lines.append(f"| {entry['risk']:.0%} | {entry['confidence']:.0%} | {entry['bound']} | {held} |")
+    text = (
+        f"`make calibrate-demo`: SmolLM2-135M-Instruct, {found['dtype']}, bands {bands}, {found['requests']} requests of up to "
+        f"{found['new_tokens']} tokens; rounding alone makes {found['rounding_floor']:.2%} of tokens differ."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"demo": demo, "bench": bench, "calibration": calibration}
+
+
+def _header(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+
+
+def _machine(results: Path) -> str:
+    """From `dyndepth info --json`, kept beside the figures."""
+    facts = _load(results / "machine.json")
+    cpu = facts["cpu"]
+    return f"{cpu['name']} ({cpu['capability']}), {facts['threads']} threads, torch {facts['packages']['torch']}"
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    for page in pages():
+        old = page.read_text(encoding="utf-8")
+        new = rendered(old)
+        if new != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"wrote the tables of {page.relative_to(ROOT)}")

@@ -1,0 +1,68 @@
+"""Pages say what the files of docs/results say, their links lead somewhere, and their Python is Python."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import dyndepth
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TABLES = _tables()
+PAGES = [*TABLES.pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@each_page
+def test_tables_are_those_of_the_files(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert TABLES.rendered(text) == text, "run `make results`, or `.venv/bin/python docs/tables.py` after changing a result"
+
+
+def test_every_table_is_on_a_page() -> None:
+    """A marker that was misspelt would render nothing and compare equal."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for name, table in TABLES.TABLES.items():
+        assert f"<!-- table: {name} -->\n{table(TABLES.RESULTS)}<!-- end of table -->" in pages
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@each_page
+def test_python_blocks_parse_and_name_what_exists(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dyndepth":
+                assert hasattr(dyndepth, node.attr), ast.unparse(node)
+
+
+def test_the_readme_says_it_all_on_its_first_screen() -> None:
+    """What it is, how to run it, three lines of use and the demo's table with its machine, within thirty lines."""
+    screen = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:30])
+    for wanted in ("make demo", "make test", "custom_generate=dyndepth.generate", "<!-- end of table -->", "torch 2."):
+        assert wanted in screen, wanted
