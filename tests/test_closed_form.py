@@ -1,9 +1,8 @@
-"""Closed form: regression against textbook answers, search against brute force, and a whole fit on a small model."""
+"""Closed form: regression against textbook answers, search against brute force."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
@@ -11,33 +10,17 @@ import tiny_exits
 import tiny_models
 import torch
 
-import dyndepth
 from dyndepth.closed_form import candidate_spans
 from dyndepth.closed_form.candidates import MapFitter
-from dyndepth.closed_form.data import (
-    FIT,
-    TEST,
-    TUNE,
-    Piece,
-    collect,
-    deal,
-    encode,
-    openings,
-    sections,
-    text_pieces,
-)
-from dyndepth.closed_form.heads import exit_argmax, exit_statistics, frequent
+from dyndepth.closed_form.heads import frequent
 from dyndepth.closed_form.measure import Lottery, Sample, draw
-from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.ridge import NormalEquations, solve_best
 from dyndepth.closed_form.router import _auc, fit_router
-from dyndepth.closed_form.search import Candidate, _walk, choose, label, set_price, thresholds
+from dyndepth.closed_form.search import Candidate, _walk, choose, label, thresholds
 from dyndepth.closed_form.trace import trace
-from dyndepth.errors import ArgumentError, NotEnoughDataError
-from dyndepth.exits import Band, Exits, Saturation, TopProbability
+from dyndepth.exits import Band, Exits
 from dyndepth.ops._math import rms_normalise
 from dyndepth.runtime.bind import bind
-from dyndepth.runtime.score import score
 
 # -- regression -----------------------------------------------------------------------------------------------------------
 
@@ -186,109 +169,6 @@ def test_area_under_the_curve_by_hand() -> None:
     assert _auc(torch.zeros(4), positive) == pytest.approx(0.5)
 
 
-# -- data -------------------------------------------------------------------------------------------------------------------
-
-
-def _pieces(kind: str, documents: int, each: int, length: int) -> list[Piece]:
-    return [Piece(torch.full((length,), d), 3, f"{kind} {d}") for d in range(documents) for _ in range(each)]
-
-
-def test_splits_never_share_a_document_and_are_fixed_by_the_seed() -> None:
-    own, text = _pieces("own", 24, 2, 30), _pieces("text", 16, 3, 40)
-    data = deal(own, text, 10, seed=1)
-    names = {name: {piece.document for piece in data.of(name)} for name in (FIT, TUNE, TEST)}
-    assert not names[FIT] & names[TUNE]
-    assert not names[FIT] & names[TEST]
-    assert not names[TUNE] & names[TEST]
-    assert len(set().union(*names.values())) == 40
-    assert sum(data.judged(name) for name in names) == 48 * 27 + 48 * 37
-    assert all(any(n.startswith(kind) for n in names[name]) for name in names for kind in ("own", "text"))
-    again, other = deal(own, text, 10, seed=1), deal(own, text, 10, seed=2)
-    assert [p.document for p in again.pieces] == [p.document for p in data.pieces]
-    assert [p.document for p in other.pieces] != [p.document for p in data.pieces]
-
-
-def test_a_texts_continuation_stays_with_the_text() -> None:
-    both = [Piece(torch.zeros(60), 3, f"text {d}") for d in range(24)]
-    data = deal(both, [Piece(torch.ones(60), 3, p.document) for p in both], 10, seed=0)
-    split = {}
-    for piece, name in zip(data.pieces, data.split, strict=True):
-        assert split.setdefault(piece.document, name) == name
-
-
-def test_few_texts_are_cut_into_sections_and_many_are_not() -> None:
-    book = torch.arange(10_000)
-    found = sections([book, book], 256)
-    assert sum(part.shape[0] for part in found.values()) == 10_000, "a text given twice counts once"
-    assert len(found) >= 12
-    assert max(part.shape[0] for part in found.values()) <= 1024
-    texts = [torch.arange(i, i + 2000) for i in range(30)]
-    assert [part.shape[0] for part in sections(texts, 256).values()] == [2000] * 30
-
-
-def test_pieces_respect_the_budget() -> None:
-    texts = {"a": torch.arange(1000), "b": torch.arange(5), "c": torch.arange(700)}
-    found = text_pieces(texts, 900, 256)
-    assert 900 <= sum(p.tokens.shape[0] for p in found) <= 902
-    assert max(p.tokens.shape[0] for p in found) <= 256
-    assert sum(p.tokens.shape[0] for p in text_pieces(texts, 10**6, 256)) == 1705
-    assert text_pieces({}, 100, 256) == []
-    assert [(name, start[0].item()) for name, start in openings(texts, 256)][:5] == [
-        ("a", 0),
-        ("b", 0),
-        ("c", 0),
-        ("a", 256),
-        ("c", 256),
-    ]
-
-
-def test_few_texts_are_continued_until_the_share_is_met() -> None:
-    """One long text: its pieces' openings are continued, and every split holds generated text."""
-    model = tiny_models.shared("llama")
-    book = torch.randint(3, tiny_models.VOCABULARY, (16000,))
-    data = collect(
-        model, [book], None, tokens=8000, own=0.5, new_tokens=24, batch=8, seed=0, width=48, context=1 << 20
-    )  # fmt: skip
-    mine = [p for p in data.pieces if p.start == 31]  # given text is judged from its sixteenth token
-    assert sum(p.tokens.shape[0] for p in mine) >= 3500
-    for name in (FIT, TUNE, TEST):
-        assert any(p.start == 31 for p in data.of(name))
-
-
-def test_no_piece_is_longer_than_the_context() -> None:
-    data = collect(
-        tiny_models.shared("gpt2"), [torch.randint(3, 90, (9000,))], None, tokens=3000, own=0.3, new_tokens=24, batch=8, seed=0,
-        width=48, context=128,
-    )  # fmt: skip
-    assert max(p.tokens.shape[0] for p in data.pieces) == 128
-
-
-@pytest.mark.parametrize(("pieces", "name"), [((4, 1, 300), "fit"), ((7, 1, 5000), "test"), ((8, 1, 102), "tune")])
-def test_too_little_data_is_refused(pieces: tuple[int, int, int], name: str) -> None:
-    """The split that lacks rows is named, whichever it is."""
-    with pytest.raises(NotEnoughDataError, match=rf"wanted at least \d+ tokens to judge in the {name} split, got \d+ of"):
-        deal(_pieces("own", *pieces), [], {"fit": 1000, "test": 10, "tune": 10}[name] if name != "tune" else 10, seed=0)
-
-
-class Bos:
-    """A tokenizer that opens with token 1 and closes with token 2 unless told not to."""
-
-    bos_token, eos_token, eos_token_id = "<s>", "</s>", 2
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = [10 + ord(letter) for letter in text.removeprefix("<s>")]
-        opened = [1, *ids] if add_special_tokens or text.startswith("<s>") else ids
-        return {"input_ids": [*opened, 2] if add_special_tokens else opened}
-
-
-def test_strings_open_as_generation_opens_them() -> None:
-    for text in ("ab", "<s>ab"):
-        assert encode([text], Bos(), special=True)[0].tolist() == [1, 107, 108]
-    assert encode(["ab"], Bos())[0].tolist() == [107, 108]
-    with pytest.raises(ArgumentError, match=r"texts must be a sequence of strings .* got one str"):
-        encode("the quick brown fox", Bos())
-
-
 # -- search -----------------------------------------------------------------------------------------------------------------
 
 
@@ -386,138 +266,3 @@ def test_candidate_spans() -> None:
         assert candidate_spans(layers)
         assert all(1 <= leave < resume <= layers for leave, resume in candidate_spans(layers))
     assert candidate_spans(1) == []
-
-
-# -- a whole fit --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def fitted() -> tuple[Any, Exits]:
-    model = tiny_models.tiny("llama")
-    return model, _fit(model)
-
-
-def _texts(count: int = 24, length: int = 64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(9)
-    return [torch.randint(3, tiny_models.VOCABULARY, (length,), generator=generator) for _ in range(count)]
-
-
-def _fit(model: Any, **options: Any) -> Exits:
-    settings = {"agreement": 0.8, "tokens": 2400, "own": 0.4, "new_tokens": 24, "batch": 8, "progress": False} | options
-    return dyndepth.fit(model, _texts(), **settings)
-
-
-def test_fit_meets_its_wish_on_the_tuning_split(fitted: tuple[Any, Exits]) -> None:
-    model, exits = fitted
-    assert len(exits) >= 1
-    assert exits.record["tune"]["agreement"] >= 0.8
-    assert exits.record["tune"]["rows_x_layers"] < 1
-    assert exits.record["test"]["rows"] > 50
-    assert all(band.kv is not None for band in exits)
-    out = model.generate(
-        **tiny_models.prompts(5),
-        custom_generate=dyndepth.generate,
-        exits=exits,
-        max_new_tokens=8,
-        do_sample=False,
-        return_dict_in_generate=True,
-    )
-    assert out.kv == "predict"
-
-
-def test_recorded_numbers_are_reproducible(fitted: tuple[Any, Exits], tmp_path: Any) -> None:
-    """The test split's agreement and work, measured again from the saved exits by other code."""
-    model, exits = fitted
-    exits.save_pretrained(tmp_path)
-    loaded = Exits.from_pretrained(tmp_path)
-    data = collect(model, _texts(), None, tokens=2400, own=0.4, new_tokens=24, batch=8, seed=0, width=48, context=1 << 20)
-    tokens, start = data.part(TEST)
-    full, found = (score(model, tokens, e, start=start, kv="predict" if e else None) for e in (None, loaded))
-    agree = float((full.argmax() == found.argmax())[full.judged].float().mean())
-    assert agree == pytest.approx(exits.record["test"]["agreement"], abs=1e-9)
-    assert found.work.fraction == pytest.approx(exits.record["test"]["rows_x_layers"], abs=1e-9)
-
-
-def test_fit_is_deterministic(fitted: tuple[Any, Exits]) -> None:
-    again = _fit(tiny_models.tiny("llama"))
-    assert [(b.leave, b.resume, b.threshold) for b in again] == [(b.leave, b.resume, b.threshold) for b in fitted[1]]
-    for one, other in zip(again, fitted[1], strict=True):
-        for name, value in one.state_dict().items():
-            assert torch.equal(value, other.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("family", ["gemma3", "gpt2", "opt_post_norm", "gpt_neox"])
-def test_fit_serves_other_families(family: str) -> None:
-    """Rows really leave, and the recorded agreement is what a fresh measurement of the returned exits gives."""
-    model = tiny_models.tiny(family)
-    exits = _fit(model, candidates=[(2, 4), (4, 6)], agreement=0.5)
-    assert exits.record["tune"]["agreement"] >= 0.5
-    assert exits.record["tune"]["rows_x_layers"] < 1
-    limit = bind(model).positions_limit or 1 << 20
-    data = collect(model, _texts(), None, tokens=2400, own=0.4, new_tokens=24, batch=8, seed=0, width=48, context=limit)
-    measured = Sample.of(model, *data.part(TUNE)).run(exits, "predict")
-    assert measured.agreement == pytest.approx(exits.record["tune"]["agreement"], abs=1e-9)
-
-
-def test_unreachable_agreement_closes_the_bands(capsys: pytest.CaptureFixture[str]) -> None:
-    """A head of noise disagrees wherever a row leaves: no price but zero is perfect, and the user is told."""
-    model = tiny_models.shared("llama")
-    band = tiny_exits.band(model, 1, 6)
-    sample = Sample.of(model, [torch.randint(3, tiny_models.VOCABULARY, (40,)) for _ in range(4)], [4, 0, 9, 30])
-    exits = tiny_exits.exits_of(model, band)
-    assert sample.run(exits.with_thresholds(-1.0), "predict").agreement < 0.2
-    closed, measured = set_price([Candidate(band, {}, harm=0.0)], exits, sample, 1.0, 7, lambda: None)
-    assert [b.threshold for b in closed] == [math.inf]
-    assert (measured.agreement, measured.rows_x_layers) == (1.0, 1.0)
-    closed.record = {"wanted_agreement": 1.0, "test": {"agreement": 1.0, "rows_x_layers": 1.0}}
-    Progress(True).result(closed)
-    assert "the exits are closed" in capsys.readouterr().err
-
-
-def test_closed_bands_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A band without a reachable threshold costs nothing, unless something later waits for what it would have seen."""
-    model = tiny_models.shared("llama")
-    asked: list[int] = []
-    monkeypatch.setattr(TopProbability, "score", lambda self, view: asked.append(view.leave) or torch.zeros(len(view.seq)))
-    tokens = [torch.randint(3, 90, (6,))]
-    plain = [Band(leave, 6, TopProbability(), threshold=math.inf) for leave in (2, 4)]
-    score(model, tokens, tiny_exits.exits_of(model, *plain), kv="propagate")
-    assert asked == []
-    score(model, tokens, tiny_exits.exits_of(model, plain[0], Band(5, 6, Saturation(), threshold=0.9)), kv="propagate")
-    assert asked == [2]
-
-
-def test_exit_answers_are_the_runtime_s() -> None:
-    """Labels of exits come from kept residuals; a pass in which everybody takes that exit gives the same tokens."""
-    model = tiny_models.shared("llama")
-    bound = bind(model)
-    band = tiny_exits.band(model, 4, 6, threshold=-1.0, shortlist=torch.tensor([3, 50, 99, 120]))
-    tokens = torch.randint(3, tiny_models.VOCABULARY, (30,))
-    residual = next(trace(bound, [tokens], [4], [])).residual[4]
-    scored = score(model, [tokens], tiny_exits.exits_of(model, band))
-    assert torch.equal(exit_argmax(bound, band, residual), scored.argmax())
-    logits = bound.logits(scored.ready)[:, [3, 50, 99, 120]]
-    torch.testing.assert_close(exit_statistics(bound, band, residual).logsumexp, logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"agreement": 0.0}, ArgumentError, r"agreement must be in \(0, 1\], got 0.0"),
-        ({"own": 1.5}, ArgumentError, r"own must be in \[0, 1\]"),
-        ({"bands": 0}, ArgumentError, "must be at least 1"),
-        ({"candidates": []}, ArgumentError, "no candidate bands"),
-        ({"candidates": [(3, 9)]}, ArgumentError, r"spans 1 <= leave < resume <= 6, got \(3, 9\)"),
-        ({"tokens": 100}, NotEnoughDataError, "wanted at least 256 tokens to judge in the fit split"),
-    ],
-)
-def test_wrong_wishes(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        _fit(tiny_models.shared("llama"), **options)
-
-
-def test_texts_need_a_tokenizer() -> None:
-    with pytest.raises(ArgumentError, match=r"texts\[0\] is a string, so a tokenizer is needed"):
-        dyndepth.fit(tiny_models.shared("llama"), ["hello"], progress=False)
-    with pytest.raises(ArgumentError, match=r"texts\[0\] must be a string or int64 \[t\]"):
-        dyndepth.fit(tiny_models.shared("llama"), [torch.zeros(3, 3)], progress=False)
