@@ -1,8 +1,8 @@
 // compact_rows on a GPU: stable three-way partition of rows (runners, leaving, away) and the move of every payload.
 //
-// Up to 1024 rows take one launch: every block partitions the whole state (1 KiB at most) and then moves its share of rows,
-// which costs less than a second launch or a grid barrier. More rows take two launches, count and move. Nothing is read
-// back by the host, so a pass that calls this can be captured in a CUDA graph.
+// Up to 1024 rows take one launch: every block partitions the whole state (1 KiB at most) and then moves its share of
+// rows, which costs less than a second launch or a grid barrier. More rows take two launches, count and move. Nothing
+// is read back by the host, so a pass that calls this can be captured in a CUDA graph.
 //
 // Plain pointers, sizes, strides; no torch headers. Compiled through NVRTC at first use, by nvcc in a pinch, and by g++
 // against tests/cuda_on_cpu/ for tests.
@@ -12,7 +12,8 @@ constexpr int kWarps = kBlockRows / 32;
 constexpr unsigned kEveryLane = 0xffffffffu;
 constexpr int kMaxPayloads = 16;
 
-// A tensor that moves with the rows. `unit` is the widest of 16, 4, 1 that divides both addresses, the stride and the row.
+// A tensor that moves with the rows. `unit` is the widest of 16, 4, 1 that divides both addresses, the stride and the
+// row.
 struct Payload {
   const char* from;
   char* to;
@@ -127,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(kBlockRows)
   }
   for (int i = 0; i < 4; ++i)
     if (own[i]) atomicAdd(&sums[i], own[i]);
-  __syncthreads();
+  // partition() has barriers between here and the first look at the sums.
   const int row = block * kBlockRows + threadIdx.x;
   const Partition p = partition(state, row, rows);
   const int earlier_away = block * kBlockRows - sums[0] - sums[1];

@@ -1,0 +1,251 @@
+// Runs CUDA C++ kernels on the CPU, for tests: include this, then the .cu file, then call launch(kernel, grid, block,
+// ...).
+//
+// A block's threads are fibers of one OS thread. A fiber runs until it waits for others, at a barrier or a warp
+// collective; who runs next is shuffled by a seed, so a kernel that lacks a barrier meets an order in which it reads
+// too early. Shared memory is poisoned before every block. Misuse throws, with what happened where:
+//   - a barrier that some threads of the block reach at another place, or never reach while the others wait;
+//   - a warp collective by a lane that its mask does not name, naming a lane that has exited, or met by another
+//   collective.
+// What it cannot show: data races inside a stretch without waiting (threads never interleave there), and anything of
+// timing.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(threads)
+// One section holds all shared variables, so that it can be poisoned without knowing them.
+#define __shared__ __attribute__((section("cuda_shared"))) static
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+extern "C" char __start_cuda_shared[] __attribute__((weak));  // made by the linker
+extern "C" char __stop_cuda_shared[] __attribute__((weak));
+
+namespace cuda_on_cpu {
+
+constexpr unsigned kWarpSize = 32;
+constexpr std::size_t kStackBytes = 128 << 10;
+
+// Lanes of one warp that named the same mask and meet at one collective; then the next starts.
+struct Meeting {
+  const char* operation = nullptr;
+  unsigned arrived = 0;
+  unsigned long rounds = 0;  // how many collectives were completed
+  std::uint64_t given[kWarpSize] = {};
+  std::uint64_t taken[kWarpSize] = {};  // values of the last completed one
+};
+
+struct Thread {
+  ucontext_t context;
+  unsigned index = 0;
+  bool finished = false;
+  const char* waits_for = nullptr;         // null: can run
+  const unsigned long* counter = nullptr;  // it can go on when *counter differs from `seen`
+  unsigned long seen = 0;
+};
+
+struct Warp {
+  unsigned alive = 0;
+  std::vector<std::pair<unsigned, std::unique_ptr<Meeting>>> meetings;  // by mask
+
+  Meeting& meeting(unsigned mask) {
+    for (auto& [key, meeting] : meetings)
+      if (key == mask) return *meeting;
+    meetings.emplace_back(mask, std::make_unique<Meeting>());
+    return *meetings.back().second;
+  }
+};
+
+struct Block {
+  uint3 index{}, size{}, grid{};
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned alive = 0, at_barrier = 0;
+  int barrier_line = 0;
+  unsigned long barriers = 0;  // how many were completed
+  ucontext_t scheduler;
+  const std::function<void()>* kernel = nullptr;
+  std::exception_ptr error;
+};
+
+inline Block* block = nullptr;
+inline Thread* thread = nullptr;
+
+inline unsigned lane() { return thread->index % kWarpSize; }
+inline Warp& warp() { return block->warps[thread->index / kWarpSize]; }
+
+inline void wait_until_changed(const unsigned long& counter, unsigned long seen, const char* what) {
+  thread->counter = &counter;
+  thread->seen = seen;
+  thread->waits_for = what;
+  while (counter == seen) swapcontext(&thread->context, &block->scheduler);
+  thread->waits_for = nullptr;
+}
+
+inline void release_barrier() {
+  block->at_barrier = 0;
+  ++block->barriers;
+}
+
+inline void barrier(int line) {
+  if (block->at_barrier > 0 && block->barrier_line != line)
+    throw std::runtime_error("divergent barrier: threads of one block wait at lines " +
+                             std::to_string(block->barrier_line) + " and " + std::to_string(line));
+  block->barrier_line = line;
+  const unsigned long seen = block->barriers;
+  if (++block->at_barrier == block->alive) {
+    release_barrier();
+  } else {
+    wait_until_changed(block->barriers, seen, "__syncthreads");
+  }
+}
+
+// All lanes of `mask` give a value and see everybody's; lane i's is result.taken[i].
+inline const Meeting& meet(unsigned mask, std::uint64_t value, const char* operation) {
+  const unsigned bit = 1u << lane();
+  if (!(mask & bit)) throw std::runtime_error(std::string(operation) + ": the calling lane is not in its own mask");
+  if (mask & ~warp().alive)
+    throw std::runtime_error(std::string(operation) + ": the mask names a lane that has exited");
+  Meeting& meeting = warp().meeting(mask);
+  if (meeting.arrived && std::strcmp(meeting.operation, operation) != 0)
+    throw std::runtime_error(std::string("lanes of one warp meet in different collectives: ") + meeting.operation +
+                             " and " + operation);
+  meeting.operation = operation;
+  meeting.given[lane()] = value;
+  meeting.arrived |= bit;
+  const unsigned long seen = meeting.rounds;
+  if (meeting.arrived == mask) {
+    std::copy(std::begin(meeting.given), std::end(meeting.given), meeting.taken);
+    meeting.arrived = 0;
+    ++meeting.rounds;
+  } else {
+    wait_until_changed(meeting.rounds, seen, operation);
+  }
+  return meeting;
+}
+
+inline void run_thread() {
+  try {
+    (*block->kernel)();
+  } catch (...) {
+    if (!block->error) block->error = std::current_exception();
+  }
+  thread->finished = true;
+  warp().alive &= ~(1u << lane());
+  // Since Volta a barrier waits for the threads that have not exited.
+  if (--block->alive > 0 && block->at_barrier == block->alive) release_barrier();
+  swapcontext(&thread->context, &block->scheduler);
+}
+
+inline void run_block(Block& current, std::vector<char>& stacks, std::mt19937& random) {
+  block = &current;
+  const unsigned count = current.size.x * current.size.y * current.size.z;
+  std::memset(__start_cuda_shared, 0xab, static_cast<std::size_t>(__stop_cuda_shared - __start_cuda_shared));
+  current.threads = std::vector<Thread>(count);
+  current.warps = std::vector<Warp>((count + kWarpSize - 1) / kWarpSize);
+  current.alive = count;
+  std::vector<unsigned> order(count);
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& one = current.threads[i];
+    one.index = order[i] = i;
+    current.warps[i / kWarpSize].alive |= 1u << i % kWarpSize;
+    getcontext(&one.context);
+    one.context.uc_stack.ss_sp = stacks.data() + i * kStackBytes;
+    one.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&one.context, run_thread, 0);
+  }
+  while (current.alive > 0) {
+    std::shuffle(order.begin(), order.end(), random);
+    bool somebody_ran = false;
+    for (const unsigned i : order) {
+      Thread& next = current.threads[i];
+      if (next.finished || (next.waits_for && *next.counter == next.seen)) continue;
+      somebody_ran = true;
+      thread = &next;
+      swapcontext(&current.scheduler, &next.context);
+      if (current.error) std::rethrow_exception(current.error);
+    }
+    if (somebody_ran) continue;
+    std::string who;
+    for (const Thread& one : current.threads)
+      if (!one.finished && who.size() < 200) who += " " + std::to_string(one.index) + " at " + one.waits_for;
+    throw std::runtime_error("deadlock: nobody can run, threads wait:" + who);
+  }
+}
+
+// Runs every block of a grid, in an order shuffled by the seed.
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, unsigned grid, unsigned threads, unsigned seed, Arguments... arguments) {
+  std::vector<char> stacks(threads * kStackBytes);
+  const std::function<void()> body = [&] { kernel(arguments...); };
+  std::mt19937 random(seed);
+  std::vector<unsigned> order(grid);
+  for (unsigned i = 0; i < grid; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), random);
+  for (const unsigned i : order) {
+    Block current;
+    current.index = {i, 0, 0};
+    current.size = {threads, 1, 1};
+    current.grid = {grid, 1, 1};
+    current.kernel = &body;
+    run_block(current, stacks, random);
+  }
+  block = nullptr;
+  thread = nullptr;
+}
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx (uint3{cuda_on_cpu::thread->index, 0, 0})
+#define blockIdx (cuda_on_cpu::block->index)
+#define blockDim (cuda_on_cpu::block->size)
+#define gridDim (cuda_on_cpu::block->grid)
+#define __syncthreads() cuda_on_cpu::barrier(__LINE__)
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const auto& found = cuda_on_cpu::meet(mask, predicate != 0, "__ballot_sync");
+  unsigned result = 0;
+  for (unsigned i = 0; i < 32; ++i)
+    if (mask >> i & 1 && found.taken[i]) result |= 1u << i;
+  return result;
+}
+
+// A lane reads the lane `distance` below it, or itself where there is none; reading one outside the mask is undefined.
+inline int __shfl_up_sync(unsigned mask, int value, unsigned distance) {
+  const auto& found = cuda_on_cpu::meet(mask, static_cast<std::uint32_t>(value), "__shfl_up_sync");
+  const unsigned self = cuda_on_cpu::lane();
+  if (self < distance) return value;
+  if (!(mask >> (self - distance) & 1)) throw std::runtime_error("__shfl_up_sync: reads a lane outside its mask");
+  return static_cast<int>(found.taken[self - distance]);
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::meet(mask, 0, "__syncwarp"); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int min(int a, int b) { return std::min(a, b); }
+inline int max(int a, int b) { return std::max(a, b); }
+// Fibers never interleave between two waits, so plain memory is atomic here.
+inline int atomicAdd(int* address, int value) {
+  const int old = *address;
+  *address += value;
+  return old;
+}
