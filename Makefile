@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
-.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu results calibrate-demo wheel clean
+.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu results calibrate-demo static-report wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention store_kv project_qkv backfill_kv
 
@@ -37,6 +37,10 @@ bench: $(VENV)/.built
 # What the demo's exits can be certified for; about ten minutes.
 calibrate-demo: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/calibrate_demo.py build
+
+# Every Triton kernel compiled for every target, without a GPU; about seven minutes.
+static-report: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/static_report.py
 
 # Measures anew and rewrites the tables of README.md and docs from what was measured.
 results: demo bench

@@ -78,7 +78,26 @@ def calibration(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"demo": demo, "bench": bench, "calibration": calibration}
+def static(results: Path) -> str:
+    """What `make static-report` found: per kernel and target the worst over the bfloat16 cases."""
+    rows = [row for row in _load(results / "static_report.json")["rows"] if row["dtype"] == "bfloat16"]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    worst: dict[tuple[str, str, str], tuple[int, int, int]] = {}
+    for row in rows:
+        key = row["op"], row["kernel"], row["target"]
+        found = row["registers"], row["shared"], row["spilled"]
+        worst[key] = tuple(map(max, worst.get(key, found), found))  # type: ignore[assignment]
+    lines = _header("op", "kernel", *targets)
+    for op, kernel in dict.fromkeys((op, kernel) for op, kernel, _ in worst):
+        cells = []
+        for target in targets:
+            registers, shared, spilled = worst[op, kernel, target]
+            cells.append(f"{registers} · {shared / 1024:.0f}" + (f" · spills {spilled} B" if spilled else ""))
+        lines.append(f"| `{op}` | `{kernel}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Registers per thread · KiB of shared memory per program, the most over the cases.", ""])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"demo": demo, "bench": bench, "calibration": calibration, "static": static}
 
 
 def _header(*names: str) -> list[str]:

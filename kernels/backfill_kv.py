@@ -93,7 +93,9 @@ def backfill_kv(
         _composed(residual, weight, bias, norm, eps, cos, sin, variant, pos, slots, pages, first_layer, section)
         return
     half = head_dim // 2
-    config = launch.projection(rows, width, 2 * layers * kv_heads, half, False, launch.Device.of(residual))
+    config = launch.projection(
+        rows, width, 2 * layers * kv_heads, half, False, launch.Device.of(residual), residual.element_size()
+    )
     _backfill_kv[config.grid](
         residual, weight, bias, eps, cos, sin, variant, pos, slots, pages, section,
         rows, pages.stride(0), pages.stride(1), 0 if cos is None else cos.stride(0), first_layer,

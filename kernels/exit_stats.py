@@ -186,7 +186,7 @@ def exit_stats(
     if rows > launch.EXIT_STATS_HANDOVER:
         parts, best, blocks = _parts_from_library(hidden, head_weight, head_bias, norm_gain, eps, vocab_ids, softcap, words)
     else:
-        config = launch.exit_stats(rows, width, words, launch.Device.of(hidden))
+        config = launch.exit_stats(rows, width, words, launch.Device.of(hidden), hidden.element_size())
         blocks = config.grid[1]
         parts, best = _scratch(rows, blocks, hidden.device)
         _block_stats[config.grid](

@@ -25,6 +25,9 @@ class Device:
 
     #: Streaming multiprocessors (compute units).
     processors: int = 132
+    #: Shared memory (LDS) that one program can have: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, 89 and 120; 64 on
+    #: gfx942 and 160 on gfx950. What asks for more fails at its first launch.
+    shared_bytes: int = 232448
 
     @staticmethod
     def of(tensor: Tensor) -> Device:
@@ -34,7 +37,9 @@ class Device:
 
 @functools.cache
 def _known(index: int) -> Device:
-    return Device(torch.cuda.get_device_properties(index).multi_processor_count)
+    facts = torch.cuda.get_device_properties(index)
+    most = getattr(facts, "shared_memory_per_block_optin", 0) or getattr(facts, "shared_memory_per_block", 0)
+    return Device(facts.multi_processor_count, most or 49152)
 
 
 @dataclass(frozen=True)
@@ -59,59 +64,86 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def fitting(device: Device, itemsize: int, tile_rows: int, inner: int, stages: int, least_inner: int = 16) -> tuple[int, int]:
+    """(inner, stages): the deepest pipeline, then the widest step over the inner dimension, that shared memory holds.
+
+    A stage holds `tile_rows` rows of `inner` elements, operands of one step. Two stages overlap loading with computing,
+    so the inner dimension shrinks before the pipeline gets shorter than that. A quarter is left for layout conversions.
+    """
+    room = device.shared_bytes * 3 // 4
+
+    def bytes_of(stages: int) -> int:
+        return stages * tile_rows * inner * itemsize
+
+    while stages > 2 and bytes_of(stages) > room:
+        stages -= 1
+    while inner > least_inner and bytes_of(stages) > room:
+        inner //= 2
+    return inner, stages
+
+
 def row_bucket(rows: int, most: int = 64) -> int:
     """Rows per tile: 16 (the least a tensor core takes), 32 or 64."""
     return min(most, power_of_two(rows, 16))
 
 
-def exit_stats(rows: int, width: int, words: int, device: Device) -> LaunchConfig:
+def exit_stats(rows: int, width: int, words: int, device: Device, itemsize: int = 2) -> LaunchConfig:
     """One program per block of words for all rows of a tile: the head is read once per tile of 64 rows."""
     block_rows = row_bucket(rows)
     block_columns = 128 if block_rows <= 32 else 64
     if ceil_div(words, block_columns) < 2 * device.processors:
         block_columns = max(32, block_columns // 2)
+    inner, stages = fitting(device, itemsize, block_rows + block_columns, min(128, power_of_two(width, 16)), 4)
     return LaunchConfig(
         grid=(ceil_div(rows, block_rows), ceil_div(words, block_columns)),
-        num_warps=4 if block_columns <= 64 else 8,
-        num_stages=4,
+        # fp32 products run without tensor cores: their operands fill the registers of four warps.
+        num_warps=4 if block_columns <= 64 and itemsize < 4 else 8,
+        num_stages=stages,
         block_rows=block_rows,
         block_columns=block_columns,
-        block_inner=min(128, power_of_two(width, 16)),
+        block_inner=inner,
     )
 
 
-def projection(rows: int, width: int, heads: int, half: int, whole_head: bool, device: Device) -> LaunchConfig:
+def projection(
+    rows: int, width: int, heads: int, half: int, whole_head: bool, device: Device, itemsize: int = 2, products: int = 1
+) -> LaunchConfig:
     """Tiles of rotary pairs: channels i and i + half of a head meet in one program. `half` is head_dim / 2 rounded up.
 
-    `whole_head` (a norm over each head follows) forbids splitting a head's pairs over programs.
+    `whole_head` (a norm over each head follows) forbids splitting a head's pairs over programs. `products` is in how many
+    branches a program multiplies: the compiler gives each of them shared memory of its own.
     """
     block_rows = row_bucket(rows)
     pairs = power_of_two(half, 16)
     while not whole_head and pairs > 16 and heads * ceil_div(half, pairs) < 2 * device.processors:
         pairs //= 2
+    inner, stages = fitting(device, itemsize, products * (block_rows + 2 * pairs), min(128, power_of_two(width, 16)), 4)
     return LaunchConfig(
         grid=(heads * ceil_div(half, pairs), ceil_div(rows, block_rows)),
         num_warps=4,
-        num_stages=4,
+        num_stages=stages,
         block_rows=block_rows,
         block_columns=pairs,
-        block_inner=min(128, power_of_two(width, 16)),
+        block_inner=inner,
     )
 
 
-def ragged_attention(rows: int, kv_heads: int, group: int, head_dim: int, reach: int, device: Device) -> LaunchConfig:
+def ragged_attention(
+    rows: int, kv_heads: int, group: int, head_dim: int, reach: int, device: Device, itemsize: int = 2
+) -> LaunchConfig:
     """One program per row, K,V head and split of the context; splits fill the machine when rows are few.
 
     `reach` is how far the block table reaches: contexts are read on the device, so the split count comes from the bound.
     """
-    block_columns = 64 if head_dim <= 128 else 32
+    # Keys per step: K and V of a stage are what shared memory holds, and here the keys are what can shrink.
+    block_columns, stages = fitting(device, itemsize, 2 * power_of_two(head_dim, 16), 64 if head_dim <= 128 else 32, 3)
     most = max(1, ceil_div(reach, 4 * block_columns))
     wanted = ceil_div(4 * device.processors, max(1, rows * kv_heads))
     splits = max(1, min(most, wanted, 64))
     return LaunchConfig(
         grid=(rows, kv_heads, splits),
         num_warps=4,
-        num_stages=3,
+        num_stages=stages,
         block_rows=power_of_two(group, 16),
         block_columns=block_columns,
         block_inner=power_of_two(head_dim, 16),

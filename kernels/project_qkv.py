@@ -129,7 +129,7 @@ def project_qkv(
                          cos, sin, pos, slots, pages, live)  # fmt: skip
     half = head_dim // 2
     normed = q_gain is not None or k_gain is not None
-    config = launch.projection(rows, width, heads + 2 * kv_heads, half, normed, launch.Device.of(x))
+    config = launch.projection(rows, width, heads + 2 * kv_heads, half, normed, launch.Device.of(x), x.element_size(), 3)
     _project_qkv[config.grid](
         x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, eps, cos, sin, pos, slots, pages,
         live, out, rows, pages.stride(0), q_weight.stride(0), k_weight.stride(0), v_weight.stride(0),

@@ -124,7 +124,7 @@ def ragged_attention(
     page_size, kv_heads = pages.shape[2:4]
     reach = block_table.shape[1] * page_size
     reach = min(reach, window) if window else reach
-    config = launch.ragged_attention(rows, kv_heads, heads // kv_heads, dim, reach, launch.Device.of(q))
+    config = launch.ragged_attention(rows, kv_heads, heads // kv_heads, dim, reach, launch.Device.of(q), q.element_size())
     splits = config.splits
     partial = None
     if splits > 1:

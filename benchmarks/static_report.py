@@ -1,0 +1,162 @@
+"""`make static-report`: every Triton kernel compiled for every target without a GPU; registers, spills, shared memory.
+
+The host functions run as they would on a GPU, on the benchmark cases (tensors without memory), but their launches only
+compile: what is reported is what they would launch there. Writes build/static_report.json; status 1 if a kernel does not
+compile, spills much or asks for more shared memory than the target has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import dyndepth.ops  # noqa: F401  (registers the ops)
+from dyndepth.files import replacing
+from dyndepth.op import REGISTRY
+from dyndepth.testing import CASES
+from dyndepth.testing.cases import Case
+
+#: name -> target, processors, bytes of shared memory a program can have (CUDA C++ Programming Guide, table of compute
+#: capabilities; CDNA3 and CDNA4 ISA guides).
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 108, 166912),
+    "sm_86": (GPUTarget("cuda", 86, 32), 84, 101376),
+    "sm_89": (GPUTarget("cuda", 89, 32), 142, 101376),
+    "sm_90": (GPUTarget("cuda", 90, 32), 132, 232448),
+    "sm_100": (GPUTarget("cuda", 100, 32), 148, 232448),
+    "sm_120": (GPUTarget("cuda", 120, 32), 170, 101376),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 304, 65536),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), 256, 163840),
+}
+#: Bytes of stack per thread that are a fault; a few are index arithmetic that the assembler parked.
+_SPILL = 64
+launch: Any = importlib.import_module("dyndepth.kernels.launch")
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Offline:
+    """What Triton asks a driver for, answered for a device that is not there."""
+
+    def __init__(self, target: GPUTarget, number: int) -> None:
+        self.target, self.number = target, number
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compiled(targets: list[str], ops: list[str], dtypes: list[torch.dtype]) -> list[dict[str, Any]]:
+    """One entry per target, op, case, dtype and kernel that the op's host function would launch."""
+    rows: list[dict[str, Any]] = []
+    now: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        entry = now | {"kernel": self.__name__.lstrip("_"), **facts(kernel, now["target"])}
+        if entry not in rows:
+            rows.append(entry)
+        return kernel
+
+    JITFunction.run = compile_only
+    known = launch.Device.of
+    try:
+        for number, name in enumerate(targets):
+            target, processors, shared = TARGETS[name]
+            driver.set_active(Offline(target, number))
+            here = launch.Device(processors, shared)
+            launch.Device.of = staticmethod(lambda tensor, here=here: here)
+            for op in ops:
+                host = getattr(importlib.import_module(f"dyndepth.kernels.{op}"), op)
+                for case in CASES[op]:
+                    for dtype in dtypes if case.bench else ():
+                        now = {"target": name, "op": op, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
+                        host(**without_memory(case, dtype))
+    finally:
+        JITFunction.run = run
+        launch.Device.of = known
+    return rows
+
+
+def without_memory(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """A case's arguments on the meta device: shapes and strides alone."""
+
+    def emptied(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return [emptied(item) for item in value] if isinstance(value, list) else value
+
+    if not case.gpu:
+        return {name: emptied(value) for name, value in case.build(dtype).items()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        arguments = case.build(dtype)
+    return {name: emptied(value) for name, value in arguments.items()}
+
+
+def facts(kernel: Any, target: str) -> dict[str, Any]:
+    """Warps, shared memory, registers per thread and registers spilled, from the binary."""
+    found = {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
+    if target.startswith("sm_"):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        return found | {"registers": numbers["REG"], "spilled": numbers["LOCAL"] + numbers["STACK"]}
+    text = kernel.asm["amdgcn"]
+    numbers = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", text)}
+    return found | {"registers": numbers["vgpr_count"], "spilled": numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]}
+
+
+def wrong(row: dict[str, Any]) -> str | None:
+    """What is wrong with a kernel, or None."""
+    if row["shared"] > TARGETS[row["target"]][2]:
+        return f"asks for {row['shared']} bytes of shared memory, {row['target']} has {TARGETS[row['target']][2]}"
+    if row["spilled"] > _SPILL:
+        return f"spills {row['spilled']} bytes per thread"
+    return None
+
+
+def main() -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("static-report: compiles, so TRITON_INTERPRET must not be set")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--ops", nargs="*", default=sorted(REGISTRY), choices=sorted(REGISTRY))
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--output", type=Path, default=Path("build") / "static_report.json")
+    wish = parser.parse_args()
+    rows = compiled(wish.targets, wish.ops, [getattr(torch, name) for name in wish.dtypes])
+    result = {"triton": triton.__version__, "rows": rows}
+    with replacing(wish.output) as temporary:
+        temporary.write_text(json.dumps(result, indent=0) + "\n")
+    faults = [(row, why) for row in rows if (why := wrong(row))]
+    print(f"{len(rows)} kernels for {len(wish.targets)} targets; {len(faults)} at fault")
+    for row, why in faults:
+        print(f"{row['target']} {row['op']} {row['case']} {row['dtype']} {row['kernel']}: {why}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

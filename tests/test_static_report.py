@@ -1,0 +1,66 @@
+"""Triton's kernels compile without a GPU for what we say they run on, and fit into its shared memory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dyndepth import ops  # noqa: F401  (registers the ops)
+from dyndepth.op import REGISTRY
+
+ROOT = Path(__file__).parent.parent
+TARGETS = ("sm_86", "gfx942")  # the two with the least shared memory; `make static-report` does all of them
+launch: Any = importlib.import_module("dyndepth.kernels.launch")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A process of its own: the report replaces Triton's driver."""
+    output = tmp_path_factory.mktemp("report") / "report.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "static_report.py"), "--dtypes", "bfloat16", "--output", str(output),
+         "--targets", *TARGETS],
+        capture_output=True, text=True, timeout=800, env=environment | {"PYTHONPATH": str(ROOT / "benchmarks")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return json.loads(output.read_text())["rows"]
+
+
+def test_every_op_compiles_and_fits(rows: list[dict[str, Any]]) -> None:
+    for target in TARGETS:
+        assert {row["op"] for row in rows if row["target"] == target} == set(REGISTRY)
+    assert all(row["registers"] > 0 and row["warps"] > 0 for row in rows)
+    assert max(row["shared"] for row in rows if row["target"] == "gfx942") <= 65536
+    assert max(row["shared"] for row in rows if row["target"] == "sm_86") <= 101376
+
+
+def test_a_kernel_that_does_not_fit_is_a_fault() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    report = importlib.import_module("static_report")
+    row = {"target": "sm_86", "shared": 101377, "spilled": 0}
+    assert "asks for 101377 bytes of shared memory, sm_86 has 101376" in report.wrong(row)
+    assert "spills 65 bytes per thread" in report.wrong(row | {"shared": 0, "spilled": 65})
+    assert report.wrong(row | {"shared": 101376}) is None
+
+
+@pytest.mark.parametrize("shared", [65536, 101376, 163840, 232448])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_choices_shrink_with_shared_memory_and_never_below_what_a_tile_needs(shared: int, itemsize: int) -> None:
+    device = launch.Device(132, shared)
+    for rows_ in (1, 16, 64, 100):
+        for width in (64, 576, 4096, 16384):
+            config = launch.exit_stats(rows_, width, 128256, device, itemsize)
+            bytes_ = config.num_stages * (config.block_rows + config.block_columns) * config.block_inner * itemsize
+            assert bytes_ <= shared or config.block_inner == 16
+            assert config.block_inner >= 16
+            assert config.num_stages >= 2
+    small, large = (launch.exit_stats(64, 4096, 128256, launch.Device(132, s), 2) for s in (65536, 232448))
+    assert small.block_inner * small.num_stages < large.block_inner * large.num_stages
