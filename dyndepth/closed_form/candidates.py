@@ -61,16 +61,25 @@ class MapFitter:
 
     @staticmethod
     def memory(model: Model, spans: Sequence[Span]) -> int:
-        """Bytes of the accumulators."""
-        kv = 2 * model.layers[0].kv_heads * model.layers[0].head_dim
-        total = 0
+        """Bytes at the peak: accumulators of all boundaries, what solving one of them takes, and everybody's maps."""
+        width, kv = model.hidden_size, 2 * model.layers[0].kv_heads * model.layers[0].head_dim
+        accumulators = maps = solving = 0
         for leave in {e for e, _ in spans}:
             resumes = [r for e, r in spans if e == leave]
-            targets = sum(model.ready_size if r == model.depth else model.hidden_size for r in resumes) + kv * (
-                max(resumes) - leave
-            )
-            total += 2 * NormalEquations.bytes(model.hidden_size, targets)
-        return total
+            heads = sum(model.ready_size if r == model.depth else width for r in resumes)
+            targets = heads + kv * (max(resumes) - leave)
+            accumulators += 2 * NormalEquations.bytes(width, targets)
+            # fp64: the system and its factors, the solution and the product that judges it.
+            solving = max(solving, 8 * (width + 1) * (3 * (width + 1) + 2 * targets))
+            # fp32: the best solution, and the same columns again as maps of each band.
+            maps += 4 * (width + 1) * (targets + heads + kv * sum(r - leave for r in resumes))
+        return accumulators + solving + maps
+
+    @property
+    def accumulators(self) -> int:
+        """Bytes held by the normal equations."""
+        both = [equations for b in self.boundaries for equations in (b.fitting, b.held_out)]
+        return sum(t.numel() * t.element_size() for e in both for t in (e.gram, e.cross, e.square))
 
     def needs(self) -> tuple[list[int], list[int]]:
         """(boundaries, layers) to ask `trace` for."""

@@ -21,6 +21,7 @@ from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits, ModelFacts, RouterScore
 from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.fingerprint import facts_of
+from dyndepth.runtime.score import HEAD_ROWS
 
 Span = tuple[int, int]
 
@@ -124,8 +125,9 @@ def _spans(candidates: Sequence[Span] | None, layers: int) -> list[Span]:
 
 
 def _memory_of_residuals(model: Model, tokens: int) -> int:
-    """Residuals at the boundaries that go on are kept for the routers."""
-    return model.dtype.itemsize * (_RESUMING + 4) * tokens * model.hidden_size
+    """Residuals at the boundaries that go on are kept for the routers; scoring holds the logits of some rows at a time."""
+    residuals = model.dtype.itemsize * (_RESUMING + 4) * tokens * model.hidden_size
+    return residuals + HEAD_ROWS * model.vocab_size * (4 + model.dtype.itemsize)
 
 
 def _corpus(

@@ -19,7 +19,7 @@ from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.session import DEFAULT_CHUNK, Session, Work
 
 #: fp32 logits of this many rows at a time: 256 rows x 50k tokens x 4 bytes = 50 MB.
-_HEAD_ROWS = 256
+HEAD_ROWS = 256
 
 
 @dataclass
@@ -39,11 +39,11 @@ class Scored:
         """int64 [tokens], the most likely next token of every row."""
         if self.ready.shape[0] == 0:
             return torch.empty(0, dtype=torch.int64)
-        return torch.cat([self.model.argmax(part).cpu() for part in self.ready.split(_HEAD_ROWS)])
+        return torch.cat([self.model.argmax(part).cpu() for part in self.ready.split(HEAD_ROWS)])
 
     def logits(self) -> Tensor:
         """float32 [tokens, V]."""
-        return torch.cat([self.model.logits(part) for part in self.ready.split(_HEAD_ROWS)])
+        return torch.cat([self.model.logits(part) for part in self.ready.split(HEAD_ROWS)])
 
 
 def score(
