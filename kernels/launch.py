@@ -106,21 +106,20 @@ def exit_stats(rows: int, width: int, words: int, device: Device, itemsize: int 
 
 
 def projection(
-    rows: int, width: int, heads: int, half: int, whole_head: bool, device: Device, itemsize: int = 2, products: int = 1
+    rows: int, width: int, heads: int, half: int, whole_head: bool, device: Device, itemsize: int = 2
 ) -> LaunchConfig:
     """Tiles of rotary pairs: channels i and i + half of a head meet in one program. `half` is head_dim / 2 rounded up.
 
-    `whole_head` (a norm over each head follows) forbids splitting a head's pairs over programs. `products` is in how many
-    branches a program multiplies: the compiler gives each of them shared memory of its own.
+    `whole_head` (a norm over each head follows) forbids splitting a head's pairs over programs.
     """
     block_rows = row_bucket(rows)
     pairs = power_of_two(half, 16)
     while not whole_head and pairs > 16 and heads * ceil_div(half, pairs) < 2 * device.processors:
         pairs //= 2
-    inner, stages = fitting(device, itemsize, products * (block_rows + 2 * pairs), min(128, power_of_two(width, 16)), 4)
+    inner, stages = fitting(device, itemsize, block_rows + 2 * pairs, min(128, power_of_two(width, 16)), 4)
     return LaunchConfig(
         grid=(heads * ceil_div(half, pairs), ceil_div(rows, block_rows)),
-        num_warps=4,
+        num_warps=4 if itemsize < 4 else 8,  # as in exit_stats
         num_stages=stages,
         block_rows=block_rows,
         block_columns=pairs,

@@ -35,21 +35,21 @@ def _project_qkv(
     DIM: tl.constexpr = 2 * HALF
     pair = (tl.program_id(0) % TILES) * PAIRS + tl.arange(0, PAIRS)
     row_mask, pair_mask = row < count, pair < HALF
-    if head < HEADS:
-        first, second = _head(
-            x, q_weight, q_bias, q_gain, eps, head, row, row_mask, pair, pair_mask, q_row,
-            WIDTH, HALF, BLOCK_ROWS, PAIRS, BLOCK_INNER, EXACT,
-        )  # fmt: skip
-    elif head < HEADS + KV_HEADS:
-        first, second = _head(
-            x, k_weight, k_bias, k_gain, eps, head - HEADS, row, row_mask, pair, pair_mask, k_row,
-            WIDTH, HALF, BLOCK_ROWS, PAIRS, BLOCK_INNER, EXACT,
-        )  # fmt: skip
+    # One product for all three: a branch each would get shared memory of its own and leave a third of it to every one.
+    is_q, is_k = head < HEADS, (head >= HEADS) & (head < HEADS + KV_HEADS)
+    weight = tl.where(is_q, q_weight, tl.where(is_k, k_weight, v_weight))
+    weight_row = tl.where(is_q, q_row, tl.where(is_k, k_row, v_row))
+    own = tl.where(is_q, head, (head - HEADS) % KV_HEADS)  # this head among those of its projection
+    first, second, _ = dot_pairs(
+        x, weight + (own * DIM).to(tl.int64) * weight_row, row_mask, row, pair, pair_mask, WIDTH, weight_row, WIDTH, HALF,
+        BLOCK_ROWS, PAIRS, BLOCK_INNER, False, EXACT,
+    )  # fmt: skip
+    if is_q:
+        first, second = _biased_and_normed(first, second, q_bias, q_gain, eps, own, pair, pair_mask, HALF, x)
+    elif is_k:
+        first, second = _biased_and_normed(first, second, k_bias, k_gain, eps, own, pair, pair_mask, HALF, x)
     else:
-        first, second = _head(
-            x, v_weight, v_bias, None, eps, head - HEADS - KV_HEADS, row, row_mask, pair, pair_mask, v_row,
-            WIDTH, HALF, BLOCK_ROWS, PAIRS, BLOCK_INNER, EXACT,
-        )  # fmt: skip
+        first, second = _biased_and_normed(first, second, v_bias, None, eps, own, pair, pair_mask, HALF, x)
     mask = row_mask[:, None] & pair_mask[None, :]
     if head < HEADS + KV_HEADS:
         if ROTARY:
@@ -60,8 +60,7 @@ def _project_qkv(
     else:
         slot = tl.load(slots + row, mask=row_mask, other=-1).to(tl.int64)
         mask = mask & (slot >= 0)[:, None]
-        kv_head = (head - HEADS) % KV_HEADS
-        target = pages + (slot[:, None] * KV_HEADS + kv_head) * DIM + pair[None, :]
+        target = pages + (slot[:, None] * KV_HEADS + own) * DIM + pair[None, :]
         if head >= HEADS + KV_HEADS:
             target += plane
     tl.store(target, first.to(out.dtype.element_ty), mask=mask)
@@ -69,17 +68,9 @@ def _project_qkv(
 
 
 @triton.jit
-def _head(
-    x, weight, bias, gain, eps, head, row, row_mask, pair, pair_mask, weight_row,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """Pairs of one head: product, bias, and the norm over the head if there is a gain (PAIRS then covers the head)."""
-    base = head * 2 * HALF
-    first, second, _ = dot_pairs(
-        x, weight + base.to(tl.int64) * weight_row, row_mask, row, pair, pair_mask, WIDTH, weight_row, WIDTH, HALF,
-        BLOCK_ROWS, PAIRS, BLOCK_INNER, False, EXACT,
-    )  # fmt: skip
+def _biased_and_normed(first, second, bias, gain, eps, own, pair, pair_mask, HALF: tl.constexpr, x):
+    """What follows the product of one head: bias, and the norm over the head if there is a gain (pairs then cover it)."""
+    base = own * 2 * HALF
     if bias is not None:
         first += tl.load(bias + base + pair, mask=pair_mask, other=0.0).to(tl.float32)[None, :]
         second += tl.load(bias + base + HALF + pair, mask=pair_mask, other=0.0).to(tl.float32)[None, :]
@@ -129,7 +120,7 @@ def project_qkv(
                          cos, sin, pos, slots, pages, live)  # fmt: skip
     half = head_dim // 2
     normed = q_gain is not None or k_gain is not None
-    config = launch.projection(rows, width, heads + 2 * kv_heads, half, normed, launch.Device.of(x), x.element_size(), 3)
+    config = launch.projection(rows, width, heads + 2 * kv_heads, half, normed, launch.Device.of(x), x.element_size())
     _project_qkv[config.grid](
         x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_gain, k_gain, eps, cos, sin, pos, slots, pages,
         live, out, rows, pages.stride(0), q_weight.stride(0), k_weight.stride(0), v_weight.stride(0),
