@@ -1,8 +1,8 @@
 """`make calibrate-demo`: what the demo's exits can be certified for, and the losses it rests on.
 
 Writes build/calibration.json (certificates for several risks, and the loss of every point of the path) and
-build/disagreement.npz: `losses` [points of the path, requests], `rows_x_layers` and `levels` [points], which the tests of
-the bounds draw from. Ten minutes on two cores.
+build/disagreement.npz: `losses` [points of the path, requests] and `rows_x_layers` [points], which the tests of the bounds
+draw from.
 """
 
 from __future__ import annotations

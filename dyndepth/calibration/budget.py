@@ -54,15 +54,7 @@ def geometric_shares(costs: ArrayLike, budget: float) -> Array:
     costs [exits] ascending (layers run, say). Raises when the budget lies outside [costs[0], costs[-1]].
     """
     values = _costs(costs, budget, "geometric_shares")
-    if len(values) == 1:
-        return np.ones(1)
-
-    def shares(logarithm: float) -> Array:
-        exponent = logarithm * np.arange(len(values))
-        weights = np.exp(exponent - exponent.max())
-        return weights / weights.sum()
-
-    return _bisected(shares, values, budget)
+    return _bisected(lambda logarithm: _softmax(logarithm * np.arange(len(values), dtype=np.float64)), values, budget)
 
 
 def exponential_weights(risks: ArrayLike, costs: ArrayLike, budget: float, temperature: float) -> Array:
@@ -79,9 +71,7 @@ def exponential_weights(risks: ArrayLike, costs: ArrayLike, budget: float, tempe
         raise ArgumentError(f"exponential_weights: temperature must be positive, got {temperature}")
 
     def shares(gamma: float) -> Array:
-        exponent = -errors / temperature - gamma * values
-        weights = np.exp(exponent - exponent.max())
-        return weights / weights.sum()
+        return _softmax(-errors / temperature - gamma * values)
 
     free = shares(0.0)
     if float(free @ values) <= budget:
@@ -96,6 +86,12 @@ def _costs(costs: ArrayLike, budget: float, op: str) -> Array:
     if not values[0] <= budget <= values[-1]:
         raise ArgumentError(f"{op}: budget must be in [{values[0]:.6g}, {values[-1]:.6g}], got {budget}")
     return values
+
+
+def _softmax(exponent: Array) -> Array:
+    weights = np.exp(exponent - exponent.max())
+    found: Array = weights / weights.sum()
+    return found
 
 
 def _bisected(shares: Callable[[float], Array], costs: Array, budget: float) -> Array:

@@ -19,6 +19,7 @@ from dyndepth.calibration.requests import LOSSES, Lost, Requests
 from dyndepth.calibration.selection import Selection, learn_then_test
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits import Exits
+from dyndepth.exits.codec import number_to_json
 
 #: Strictness of the default path: 0 would be the highest score a criterion can give, 1 is the threshold the exits came with.
 _LEVELS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 2.0)
@@ -111,7 +112,7 @@ def calibrate(
             other = LOSSES[1 - LOSSES.index(loss)]
             advance = _stage(bars, f"measuring {other}", len(requests))
             certificate["other_loss"] = {other: float(requests.lost(result, other, kv, advance).losses.mean())}
-    certificate["thresholds"] = [number(band.threshold) for band in result]
+    certificate["thresholds"] = [number_to_json(band.threshold) for band in result]
     result.record = {**exits.record, "certificate": certificate}
     console.print(describe(certificate), highlight=False)
     return result
@@ -150,11 +151,6 @@ def describe(certificate: dict[str, Any]) -> str:
         f"certified: {claim} ({certificate['method']}, n {certificate['n']}, measured {certificate['measured_risk']:.3f}, "
         f"{certificate['rows_x_layers']:.1%} of rows x layers, K,V policy {certificate['kv'] or 'of the exits'})"
     )
-
-
-def number(threshold: float) -> float | str:
-    """JSON has no infinity."""
-    return threshold if math.isfinite(threshold) else str(threshold)
 
 
 def _requests(
@@ -207,7 +203,7 @@ def _checked(path: Sequence[Sequence[float]], exits: Exits) -> list[list[float]]
 def _tested(vectors: Sequence[Sequence[float]], measured: Sequence[Lost], selection: Selection) -> list[dict[str, Any]]:
     return [
         {
-            "thresholds": [number(t) for t in thresholds],
+            "thresholds": [number_to_json(t) for t in thresholds],
             "loss": float(lost.losses.mean()),
             "p_value": p,
             "rows_x_layers": lost.work.fraction,

@@ -197,7 +197,7 @@ def collect(
     documents = sections(texts, piece)
     wanted = round(tokens * own)
     starts = openings(documents, piece) if prompts is None else [(document(p), p) for p in prompts if p.shape[0]]
-    starts = [(name, prompt) for name, prompt in {(n, document(p)): (n, p) for n, p in starts}.values()]
+    starts = list({(name, document(prompt)): (name, prompt) for name, prompt in starts}.values())  # none twice
     starts = [(name, prompt) for name, prompt in starts if prompt.shape[0] + new_tokens <= context]
     mine: list[Piece] = []
     if wanted and starts:

@@ -17,6 +17,11 @@ from dyndepth.exits.maps import JumpMap, KVMap
 from dyndepth.exits.router import Router
 
 
+def number_to_json(value: float) -> float | str:
+    """JSON has no infinity; `float` reads both back."""
+    return value if math.isfinite(value) else str(value)
+
+
 def band_to_json(band: Band) -> dict[str, Any]:
     criterion: dict[str, Any] = {"kind": band.criterion.kind}
     criterion.update(
@@ -34,7 +39,7 @@ def band_to_json(band: Band) -> dict[str, Any]:
         "leave": band.leave,
         "resume": band.resume,
         "criterion": criterion,
-        "threshold": band.threshold if math.isfinite(band.threshold) else str(band.threshold),
+        "threshold": number_to_json(band.threshold),
         "decay": None if band.decay is None else dataclasses.asdict(band.decay),
         "head": None if band.head is None else _head_to_json(band.head),
         "shortlist": None if band.shortlist is None else band.shortlist.shape[0],

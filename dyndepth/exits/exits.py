@@ -80,12 +80,11 @@ class Exits:
 
     def closed(self) -> Exits:
         """The same exits, but no row leaves."""
-        bands = []
-        for band in self.with_thresholds(math.inf):
+        closed = self.with_thresholds(math.inf)
+        for band in closed:
             if not band.criterion.scored:  # a threshold does not stop these
                 band.criterion = Never()
-            bands.append(band)
-        return Exits(bands, self.model, self.record)
+        return closed
 
     @property
     def certificate(self) -> dict[str, Any] | None:

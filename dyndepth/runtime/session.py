@@ -177,10 +177,9 @@ class Session:
             self.pages.reserve(sequence, int(lengths[sequence]))
         reach = int(pos.max()) + 1 if count else 1
         if reach > self.reach:
-            self.reach = max(reach, self.reach + self.reach // 2)
-            model, limit = self.model, self.model.positions_limit
-            self.reach = self.reach if limit is None else max(reach, min(self.reach, limit))
-            self.cos, self.sin = model.rotary_tables(self.reach)
+            grown = self.reach + self.reach // 2
+            self.reach = max(reach, min(grown, self.model.positions_limit or grown))
+            self.cos, self.sin = self.model.rotary_tables(self.reach)
         positions = pos.to(device=device, dtype=torch.int32)
         if embeds is None:
             assert tokens is not None
