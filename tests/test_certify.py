@@ -14,7 +14,7 @@ import torch
 
 import dyndepth
 from dyndepth.calibration import Requests, default_path, describe
-from dyndepth.closed_form.data import document
+from dyndepth.data import document
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits import Always, Entropy, Exits, Patience, TopProbability
 

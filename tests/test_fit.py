@@ -11,16 +11,16 @@ import tiny_models
 import torch
 
 import dyndepth
-from dyndepth.closed_form.data import (
-    TEST,
-    TUNE,
-    collect,
-)
 from dyndepth.closed_form.heads import exit_argmax, exit_statistics
 from dyndepth.closed_form.measure import Sample
 from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.search import Candidate, set_price
 from dyndepth.closed_form.trace import trace
+from dyndepth.data import (
+    TEST,
+    TUNE,
+    collect,
+)
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits import Band, Exits, Saturation, TopProbability
 from dyndepth.runtime.bind import bind

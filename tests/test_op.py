@@ -56,11 +56,12 @@ LAYERS = {
     **dict.fromkeys(("cuda", "ops"), 2),
     **dict.fromkeys(("testing", "exits"), 3),
     "runtime": 4,
-    "closed_form": 5,
-    "calibration": 6,
-    "demo": 7,
-    "info": 7,
-    "cli": 8,
+    "data": 5,
+    "closed_form": 6,
+    **dict.fromkeys(("calibration", "training"), 7),
+    "recipes": 8,
+    **dict.fromkeys(("demo", "info", "report"), 9),
+    "cli": 10,
 }
 
 

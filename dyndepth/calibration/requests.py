@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dyndepth.calibration.losses import disagreement, inconsistency
-from dyndepth.closed_form.data import continuations, document, encode
+from dyndepth.data import continuations, document, encode
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 from dyndepth.runtime.score import score

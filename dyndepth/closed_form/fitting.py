@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dyndepth.closed_form.candidates import MapFitter, candidate_spans
-from dyndepth.closed_form.data import FIT, TEST, TEXT_PIECE, TUNE, Corpus, collect, document, encode
 from dyndepth.closed_form.heads import exit_argmax, exit_statistics, frequent, judging_cost
 from dyndepth.closed_form.measure import Measured, Sample
 from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.router import fit_router
 from dyndepth.closed_form.search import Candidate, choose, label, probe, promising, set_price, with_criterion
 from dyndepth.closed_form.trace import trace
+from dyndepth.data import FIT, TEST, TEXT_PIECE, TUNE, Corpus, collect, document, encode
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits, ModelFacts, RouterScore
 from dyndepth.runtime.bind import Model, bind
@@ -234,14 +233,11 @@ def _record(
     tested: Measured,
 ) -> dict[str, Any]:
     """Plain JSON about how the exits came to be and what they reach."""
-    digest = hashlib.sha256()
-    for piece in data.pieces:
-        digest.update(piece.tokens.numpy().tobytes())
     return {
         "method": "closed form (dyndepth.fit)",
         "tokens": {name: data.count(name) for name in (FIT, TUNE, TEST)},
         "text_piece": TEXT_PIECE,
-        "tokens_sha256": digest.hexdigest(),
+        "tokens_sha256": data.digest,
         "wanted_agreement": agreement,
         "tune": {"agreement": tuned.agreement, "rows_x_layers": tuned.rows_x_layers, "rows": int(tuned.judged.sum())},
         "test": {

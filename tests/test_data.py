@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 
-from dyndepth.closed_form.data import (
+from dyndepth.data import (
     FIT,
     TEST,
     TUNE,

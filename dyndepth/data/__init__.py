@@ -1,0 +1,23 @@
+"""What fits, trains and calibrates on: texts, the model's own continuations, splits that share no document."""
+
+from dyndepth.data.corpus import FIT, TEST, TUNE, Corpus, collect, deal
+from dyndepth.data.encode import document, encode
+from dyndepth.data.own import continuations
+from dyndepth.data.pieces import TEXT_PIECE, Piece, openings, sections, text_pieces
+
+__all__ = [
+    "FIT",
+    "TEST",
+    "TEXT_PIECE",
+    "TUNE",
+    "Corpus",
+    "Piece",
+    "collect",
+    "continuations",
+    "deal",
+    "document",
+    "encode",
+    "openings",
+    "sections",
+    "text_pieces",
+]

@@ -1,0 +1,108 @@
+"""A corpus: pieces of text and of the model's own continuations, dealt over splits that share no document."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.data.encode import document
+from dyndepth.data.own import continuations
+from dyndepth.data.pieces import TEXT_PIECE, Piece, openings, sections, text_pieces
+from dyndepth.errors import NotEnoughDataError
+
+#: Of every eight documents six fit maps and routers, one tunes thresholds, one reports.
+FIT, TUNE, TEST = "fit", "tune", "test"
+_SPLIT = (FIT, FIT, FIT, TUNE, FIT, FIT, FIT, TEST)
+#: Judged rows without which a split's agreement says nothing: its standard error at 95 % is two points.
+_JUDGED = 100
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Pieces in the order they are used, dealt over the splits."""
+
+    pieces: list[Piece]
+    split: list[str]
+
+    def of(self, name: str) -> list[Piece]:
+        return [piece for piece, split in zip(self.pieces, self.split, strict=True) if split == name]
+
+    def part(self, name: str) -> tuple[list[Tensor], list[int]]:
+        """(tokens, start) of a split."""
+        chosen = self.of(name)
+        return [piece.tokens for piece in chosen], [piece.start for piece in chosen]
+
+    def count(self, name: str | None = None) -> int:
+        """Tokens of a split, or of all."""
+        return sum(piece.tokens.shape[0] for piece in (self.pieces if name is None else self.of(name)))
+
+    def judged(self, name: str) -> int:
+        return sum(piece.judged for piece in self.of(name))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all token ids in order."""
+        whole = hashlib.sha256()
+        for piece in self.pieces:
+            whole.update(piece.tokens.numpy().tobytes())
+        return whole.hexdigest()
+
+
+def collect(
+    causal_lm: Any,
+    texts: Sequence[Tensor],
+    prompts: Sequence[Tensor] | None,
+    *,
+    tokens: int,
+    own: float,
+    new_tokens: int,
+    batch: int,
+    seed: int,
+    width: int,
+    context: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Corpus:
+    """`tokens` tokens for a fit: `own` of them continuations with their prompts, the rest given text.
+
+    A prompt is a document; without prompts, texts are continued from the openings of their pieces. Nothing is longer than
+    `context` positions.
+    """
+    piece = min(TEXT_PIECE, context)
+    documents = sections(texts, piece)
+    wanted = round(tokens * own)
+    starts = openings(documents, piece) if prompts is None else [(document(p), p) for p in prompts if p.shape[0]]
+    starts = list({(name, document(prompt)): (name, prompt) for name, prompt in starts}.values())  # none twice
+    starts = [(name, prompt) for name, prompt in starts if prompt.shape[0] + new_tokens <= context]
+    mine: list[Piece] = []
+    if wanted and starts:
+        made, begun = continuations(causal_lm, [prompt for _, prompt in starts], wanted, new_tokens, batch, advance)
+        mine = [Piece(text, begin, name) for text, begin, (name, _) in zip(made, begun, starts, strict=False)]
+    return deal(mine, text_pieces(documents, tokens - sum(p.tokens.shape[0] for p in mine), piece), width, seed)
+
+
+def deal(own: Sequence[Piece], text: Sequence[Piece], width: int, seed: int) -> Corpus:
+    """Shuffle documents (of continuations, then those of text alone) and deal them; refuse what cannot carry the estimates."""
+    generator = torch.Generator().manual_seed(seed)
+    place: dict[str, str] = {}
+    order: list[str] = []
+    for part in (own, text):
+        names = [name for name in dict.fromkeys(piece.document for piece in part) if name not in place]
+        for dealt, i in enumerate(torch.randperm(len(names), generator=generator).tolist()):
+            place[names[i]] = _SPLIT[dealt % len(_SPLIT)]
+            order.append(names[i])
+    rank = {name: number for number, name in enumerate(order)}
+    pieces = sorted([*own, *text], key=lambda piece: rank[piece.document])
+    result = Corpus(pieces, [place[piece.document] for piece in pieces])
+    # Below a few rows per weight of one column the regression only memorises; 4 is where held-out error starts to fall.
+    for name, wanted in ((FIT, max(256, 4 * width)), (TUNE, _JUDGED), (TEST, _JUDGED)):
+        if result.judged(name) < wanted:
+            raise NotEnoughDataError(
+                f"fit: wanted at least {wanted} tokens to judge in the {name} split, got {result.judged(name)} of "
+                f"{result.count()} tokens in {len(order)} documents; give more texts or prompts, or ask for more tokens"
+            )
+    return result
