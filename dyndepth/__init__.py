@@ -24,6 +24,7 @@ _LAZY = {
     "revert": "dyndepth.runtime.convert",
     "fit": "dyndepth.closed_form",
     "calibrate": "dyndepth.calibration",
+    "train": "dyndepth.training",
 }
 _MODULES = ("ops", "exits", "errors", "demo")
 
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
     from dyndepth.op import backend
     from dyndepth.runtime.convert import convert, revert
     from dyndepth.runtime.entry import generate
+    from dyndepth.training import train
 
 __all__ = [
     "Band", "Exits", "__version__", "backend", "calibrate", "convert", "demo", "errors", "exits", "fit", "generate", "ops",
-    "revert",
+    "revert", "train",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: `dyndepth info | demo | fit | calibrate | exits | generate`."""
+"""The command line: `dyndepth info | demo | fit | calibrate | report | exits | generate`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def demo(
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(help="A transformers checkpoint: folder or hub name.")],
-    texts: Annotated[list[Path], typer.Argument(help="Text files to learn from.")],
+    texts: Annotated[list[Path], typer.Argument(help="Files (.txt, .md, .jsonl, .parquet) or folders to learn from.")],
     output: Annotated[Path, typer.Option(help="Folder for the exits.")],
     agreement: Annotated[float, typer.Option(help="Wanted share of tokens that equal full depth's.")] = 0.95,
     tokens: Annotated[int, typer.Option(help="Tokens to learn from.")] = 16384,
@@ -99,10 +99,11 @@ def fit(
 ) -> None:
     """Make exits for a model in closed form and save them."""
     from dyndepth.closed_form import fit as run
+    from dyndepth.data import read_texts
 
     writable(output)
+    contents = read_texts(texts)
     causal_lm, tokenizer = _load(model, dtype)
-    contents = [path.read_text(errors="replace") for path in texts]
     exits = run(causal_lm, contents, tokenizer, agreement=agreement, tokens=tokens, own=own, bands=bands, seed=seed)
     exits.save_pretrained(output)
     typer.echo(f"wrote {output}")
@@ -136,6 +137,57 @@ def calibrate(
     )  # fmt: skip
     result.save_pretrained(output)
     typer.echo(f"wrote {output}")
+
+
+@app.command()
+def report(
+    model: Annotated[str, typer.Argument(help="A checkpoint: folder or hub name; or `demo`, alone (./demo for a folder).")],
+    output: Annotated[Path, typer.Option(help="Folder for report.json, report.png and report.html.")],
+    exits: Annotated[Path | None, typer.Argument(help="Exits folder; `demo` brings its own.", show_default=False)] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files of prompts, as for calibrate; `demo` brings its own.", show_default=False),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded at once; the first so many are timed.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.", show_default="all")] = None,
+    kv: Annotated[str | None, typer.Option(help="predict, propagate or none.")] = None,
+    chat: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template; `demo` always does.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed calls per point.")] = 3,
+) -> None:
+    """Draw risk against work and speed, how true the scores are, and which tokens leave: numbers, a picture, a page."""
+    import dyndepth
+    from dyndepth.report import FILES, table
+    from dyndepth.report import report as run
+
+    given = [str(path) for path in (exits, *(prompts or ())) if path is not None]
+    if model == "demo":
+        if given:
+            raise ArgumentError(f"report: `demo` brings its own exits and prompts, got {' '.join(given)} (./demo for a folder)")
+        from dyndepth.demo.prompts import calibrating
+
+        kind = _dtype(dtype)
+        writable(output)
+        causal_lm, tokenizer, loaded = dyndepth.demo.load(kind)
+        texts, chat = calibrating(), True
+    elif exits is None or not prompts:
+        raise ArgumentError(f"report: wanted MODEL EXITS PROMPTS..., or `demo` alone, got {' '.join([model, *given])}")
+    else:
+        writable(output)
+        loaded = dyndepth.Exits.from_pretrained(exits)
+        texts = [prompt for path in prompts for prompt in _prompts(path)]
+        causal_lm, tokenizer = _load(model, dtype)
+    facts = run(
+        causal_lm, loaded, _chat(tokenizer, texts[:limit], chat), tokenizer, output, new_tokens=new_tokens, batch=batch, kv=kv,
+        repetitions=repetitions,
+    )  # fmt: skip
+    console = Console()
+    console.print(table(facts))
+    for note in facts["notes"]:
+        console.print(note, style="yellow", highlight=False)
+    for name in FILES:
+        typer.echo(f"wrote {output / name}")
 
 
 exits_app = typer.Typer(help="Look at exits.", no_args_is_help=True)
@@ -241,23 +293,29 @@ def generate(
 
 
 def _load(name: str, dtype: str) -> tuple[Any, Any]:
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ArgumentError(f"model: there is no folder {name}")
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise ArgumentError(f"dtype must be one of {', '.join(kinds)}, got {dtype!r}")
+    kind = _dtype(dtype)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ArgumentError(f"model: {name} cannot be loaded: {' '.join(str(error).split())}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise ArgumentError(f"dtype must be one of {', '.join(kinds)}, got {name!r}")
+    return kinds[name]
 
 
 def _chat(tokenizer: Any, prompts: list[str], wanted: bool) -> list[str]:

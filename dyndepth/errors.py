@@ -23,3 +23,11 @@ class ExitsError(ValueError):
 
 class NotEnoughDataError(ValueError):
     """A fit was asked for with fewer tokens than its estimates need."""
+
+
+class CacheError(ValueError):
+    """A teacher cache is damaged, unfinished, of something else, or does not fit the disk."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss that is not finite, or a checkpoint of another run."""

@@ -73,7 +73,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fit_then_generate(checkpoint: Path, tmp_path: Path) -> None:
-    texts = [str(path) for path in sorted(checkpoint.glob("*.txt"))]
+    texts = [str(checkpoint / "0.txt"), str(tmp_path / "more")]
+    (tmp_path / "more").mkdir()
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / "more" / name).write_bytes((checkpoint / name).read_bytes())
     made = run(
         "fit",
         str(checkpoint),
@@ -123,7 +126,10 @@ def test_fit_then_generate(checkpoint: Path, tmp_path: Path) -> None:
         (["fit", "{model}", "{model}/0.txt", "--output", "{model}/0.txt"], "File exists"),
         (["calibrate", "{model}", "/nowhere", "{model}/0.txt", "--output", "{empty}/out"], "exits.json does not exist"),
         (["exits", "show", "/nowhere"], "exits.json does not exist"),
-        (["fit", "{model}", "/no/text.txt", "--output", "/tmp/x"], "No such file or directory: '/no/text.txt'"),
+        (["fit", "{model}", "/no/text.txt", "--output", "/tmp/x"], "read_texts: there is no file or folder /no/text.txt"),
+        (["fit", "{model}", "/no/folder/", "--output", "{empty}/out"], "read_texts: there is no file or folder /no/folder"),
+        (["fit", "{model}", "{empty}", "--output", "{empty}/out"], "read_texts: wanted at least one document, got none in"),
+        (["fit", "{model}", "{model}/model.safetensors", "--output", "{empty}/out"], "must end in .txt, .md, .jsonl, .parquet"),
     ],
 )
 def test_errors_are_one_line(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -1,6 +1,9 @@
-"""What fit learns from: documents, their pieces and openings, and splits that share none."""
+"""What fit learns from: documents, their pieces and openings, splits that share none, prompts the model writes itself."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_models
@@ -15,6 +18,7 @@ from dyndepth.data import (
     deal,
     encode,
     openings,
+    own_prompts,
     sections,
     text_pieces,
 )
@@ -119,3 +123,126 @@ def test_strings_open_as_generation_opens_them() -> None:
     assert encode(["ab"], Bos())[0].tolist() == [107, 108]
     with pytest.raises(ArgumentError, match=r"texts must be a sequence of strings .* got one str"):
         encode("the quick brown fox", Bos())
+
+
+class Chat:
+    """A tokenizer of letters with a chat template: `<message>|`, and `|` asks for the answer."""
+
+    chat_template: str | None = "{before}{message}{after}"
+
+    def __init__(self, before: str = "[<", after: str = ">|") -> None:
+        self.before, self.after = before, after
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        assert not add_special_tokens, "the template brings its own"
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+        assert not tokenize
+        assert add_generation_prompt
+        (message,) = messages
+        assert message["role"] == "user"
+        return self.before + message["content"] + self.after
+
+
+class Scripted:
+    """A model that says what it is told to, round by round."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *rounds: list[str]) -> None:
+        self.rounds, self.asked = list(rounds), list[dict[str, Any]]()
+        self.generation_config = SimpleNamespace(eos_token_id=[ord("."), ord(">")])
+
+    def generate(self, **options: Any) -> torch.Tensor:
+        self.asked.append(options)
+        said = self.rounds.pop(0) if self.rounds else ["" for _ in options["input_ids"]]
+        made = [[ord(letter) for letter in text.ljust(8, ">")[:8]] for text in said]
+        return torch.cat([options["input_ids"], torch.tensor(made)], dim=1)
+
+
+def _shown(prompts: list[torch.Tensor]) -> list[str]:
+    return ["".join(map(chr, prompt.tolist())) for prompt in prompts]
+
+
+def test_own_prompts_are_what_the_model_ended_itself() -> None:
+    """Too short, unended, ended by another token than the template's, and repeated messages are left out."""
+    model = Scripted(["abcd>", "abc>", "abcdefgh", "abcde.>>", "abcd>xy>"], ["efghi>", "abcd>", "jklmnop>", "qrst>", "uvwx>"])
+    told: list[int] = []
+    made = own_prompts(model, Chat(), 3, new_tokens=8, batch=5, temperature=0.5, top_p=0.75, advance=told.append)
+    assert _shown(made) == ["[<abcd>|", "[<efghi>|", "[<jklmnop>|"]
+    assert all(prompt.dtype == torch.int64 for prompt in made)
+    assert told == [1, 2]
+    asked = model.asked[0]
+    assert _shown(list(asked["input_ids"])) == ["[<"] * 5
+    assert asked["attention_mask"].tolist() == [[1, 1]] * 5
+    assert asked["eos_token_id"] == [ord("."), ord(">")]
+    assert (asked["temperature"], asked["top_p"], asked["top_k"], asked["max_new_tokens"]) == (0.5, 0.75, 0, 8)
+
+
+def test_own_prompts_end_in_reason() -> None:
+    """512 samples in a row that brought nothing; one new message among them starts the count anew."""
+    model = Scripted(["abcd>"] * 200, ["abc>"] * 150 + ["abcdefgh"] * 50, ["abcd>"] * 200, ["efgh>"] * 200)
+    told = (
+        r"own_prompts: wanted 3 prompts, got 2: of 1400 sampled 50 did not end within 8 tokens, 750 had fewer than 4, "
+        r"598 were there already, and the last 600 brought nothing new"
+    )
+    with pytest.raises(NotEnoughDataError, match=f"^{told}$"):
+        own_prompts(model, Chat(), 3, new_tokens=8, batch=200)
+    assert len(model.asked) == 7
+
+
+def test_own_prompts_are_fixed_by_the_seed_and_leave_torchs_alone() -> None:
+    model = tiny_models.shared("llama")
+    options: dict[str, Any] = {"new_tokens": 24, "batch": 64, "temperature": 3.0, "top_p": 1.0}
+    state = torch.get_rng_state()
+    made = own_prompts(model, Chat(), 12, seed=1, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    again, more = own_prompts(model, Chat(), 12, seed=1, **options), own_prompts(model, Chat(), 20, seed=1, **options)
+    assert _shown(again) == _shown(made)
+    assert _shown(more)[:12] == _shown(made), "the first of a larger count are the same"
+    shown = _shown(more)
+    assert len(set(shown)) == 20
+    assert not set(shown) & set(_shown(own_prompts(model, Chat(), 20, seed=2, **options)))
+    for text in shown:
+        message = text.removeprefix("[<").removesuffix(">|")
+        assert 4 <= len(message) < 24
+        assert len(text) == len(message) + 4
+        assert ">" not in message
+        assert "\x02" not in message, "the model's own EOS ends a message that is not the template's"
+
+
+def test_own_prompts_of_a_model_that_repeats_itself() -> None:
+    """Near greedy, every sample is the same."""
+    model = tiny_models.shared("llama")
+    ids = torch.tensor([[ord("["), ord("<")]])
+    greedy = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
+    closing = chr(int(greedy[0, -1]))
+    assert closing not in map(chr, greedy[0, 2:-1].tolist())
+    options: dict[str, Any] = {"new_tokens": 8, "batch": 256, "temperature": 1e-3}
+    assert _shown(own_prompts(model, Chat(after=closing), 1, **options)) == _shown(list(greedy))
+    with pytest.raises(NotEnoughDataError, match=r"got 1: of 768 sampled 0 did not end .* 767 were there already"):
+        own_prompts(model, Chat(after=closing), 2, **options)
+
+
+def test_a_blank_before_the_message_is_left_to_the_message() -> None:
+    assert _shown(own_prompts(Scripted(["abcd>"]), Chat(before="[ "), 1, new_tokens=8, batch=1)) == ["[abcd>|"]
+
+
+@pytest.mark.parametrize(("before", "after"), [("", ">"), (" ", ">"), ("<", ""), ("<", ">QXQmessageQXQ>")])
+def test_templates_without_two_sides_are_refused(before: str, after: str) -> None:
+    with pytest.raises(ArgumentError, match=r"own_prompts: the chat template must have text before and after a user's message"):
+        own_prompts(Scripted(), Chat(before, after), 1)
+
+
+def test_own_prompts_refuse_wrong_arguments() -> None:
+    plain = Chat()
+    plain.chat_template = None
+    with pytest.raises(ArgumentError, match="own_prompts: tokenizer must have a chat template, got none"):
+        own_prompts(Scripted(), plain, 1)
+    with pytest.raises(ArgumentError, match="own_prompts: tokenizer must have a chat template, got none"):
+        own_prompts(Scripted(), None, 1)
+    for name, least in (("count", 1), ("new_tokens", 5), ("batch", 1)):
+        with pytest.raises(ArgumentError, match=rf"own_prompts: {name} must be at least {least}, got {least - 1}"):
+            own_prompts(Scripted(), Chat(), **({"count": 1} | {name: least - 1}))

@@ -17,9 +17,10 @@ from dyndepth.closed_form.search import Candidate, choose, label, probe, promisi
 from dyndepth.closed_form.trace import trace
 from dyndepth.data import FIT, TEST, TEXT_PIECE, TUNE, Corpus, collect, document, encode
 from dyndepth.errors import ArgumentError
-from dyndepth.exits import Exits, ModelFacts, RouterScore
+from dyndepth.exits import BlockHead, Exits, ModelFacts, RouterScore
+from dyndepth.exits.heads import Head, StoredBlock
 from dyndepth.runtime.bind import Model, bind
-from dyndepth.runtime.fingerprint import facts_of
+from dyndepth.runtime.fingerprint import check_exits, facts_of
 from dyndepth.runtime.score import HEAD_ROWS
 
 Span = tuple[int, int]
@@ -36,10 +37,11 @@ _PRICE_STEPS = 7
 
 def fit(
     model: Any,
-    texts: Sequence[str | Tensor] = (),
+    texts: Sequence[str | Tensor] | Corpus = (),
     tokenizer: Any = None,
     *,
     prompts: Sequence[str | Tensor] | None = None,
+    heads: Exits | None = None,
     agreement: float = 0.95,
     tokens: int = 16384,
     own: float = 0.5,
@@ -66,9 +68,12 @@ def fit(
 
     Args:
         model: a supported transformers causal LM in eval mode.
-        texts: strings (with `tokenizer`) or int64 [t] tensors.
+        texts: strings (with `tokenizer`) or int64 [t] tensors; or a corpus that was collected before (dyndepth.data.Corpus),
+            which makes `tokens`, `own`, `new_tokens` and `seed` idle.
         prompts: prompts for the continuations, ready to be continued (chat template applied); None takes the first 32
             tokens of each piece of the texts. Strings get the tokenizer's BOS unless they bring it.
+        heads: exits whose trained heads (dyndepth.train) early exits at the same boundaries take instead of a fitted
+            translator; their boundaries join the candidates.
         agreement: wanted share of tokens whose arg max is the full model's, over all judged tokens.
         tokens: size of the corpus; `own` of it are continuations (with their prompts). Documents, not sequences, are dealt
             over the splits; a prompt is a document, and so is a text, or a section of it where texts are few.
@@ -89,12 +94,13 @@ def fit(
             f"fit: tokens, bands, new_tokens and batch must be at least 1, got {tokens}, {bands}, {new_tokens}, {batch}"
         )
     bound, facts = bind(model), facts_of(bind(model))
-    spans = _spans(candidates, bound.depth)
+    trained = _trained(heads, bound)
+    spans = _spans(candidates, trained, bound.depth)
     report = Progress(progress)
     report.plan(tokens, len(spans), MapFitter.memory(bound, spans) + _memory_of_residuals(bound, tokens))
     with report, torch.no_grad():
         data, names = _corpus(model, texts, tokenizer, prompts, tokens, own, new_tokens, batch, seed, report)
-        found = _maps(bound, data, spans, report)
+        found = _maps(bound, data, spans, trained, report)
         fit_sample, tune, test = (Sample.of(model, *data.part(name)) for name in (FIT, TUNE, TEST))
         with report.stage("measuring bands", len(found)) as advance:
             probe(found, fit_sample.head(_PROBE_ROWS), facts, _PROBE_SHARE, lambda: advance(1))
@@ -108,13 +114,33 @@ def fit(
             if part is not None:
                 part.to(bound.dtype)  # what the runtime would round them to anyway; halves the file of a bf16 model
     exits.record = _record(data, found, chosen, agreement, tuned, tested)
+    if heads is not None:
+        exits.record["training"] = heads.record.get("training")
+        names = sorted({*names, *heads.record.get("documents", ())})
     exits.record["documents"] = names  # by which calibrate knows prompts that were learned from
     report.result(exits)
     return exits
 
 
-def _spans(candidates: Sequence[Span] | None, layers: int) -> list[Span]:
+def _trained(heads: Exits | None, model: Model) -> dict[int, Head]:
+    """Heads by boundary."""
+    if heads is None:
+        return {}
+    check_exits(heads, model)
+    found = {band.leave: band.head_or_norm() for band in heads if band.resume == model.depth}
+    for leave, head in found.items():
+        if isinstance(head, BlockHead | StoredBlock):
+            raise ArgumentError(
+                f"fit: the head at boundary {leave} is a block, which attends to other rows; wanted a norm, translator or "
+                "mlp head"
+            )
+    return found
+
+
+def _spans(candidates: Sequence[Span] | None, trained: dict[int, Head], layers: int) -> list[Span]:
     spans = candidate_spans(layers) if candidates is None else sorted(set(candidates))
+    if candidates is None:
+        spans = sorted({*spans, *((leave, layers) for leave in trained)})
     if not spans:
         raise ArgumentError(f"fit: no candidate bands for a model of {layers} layers")
     for leave, resume in spans:
@@ -131,7 +157,7 @@ def _memory_of_residuals(model: Model, tokens: int) -> int:
 
 def _corpus(
     model: Any,
-    texts: Sequence[str | Tensor],
+    texts: Sequence[str | Tensor] | Corpus,
     tokenizer: Any,
     prompts: Sequence[str | Tensor] | None,
     tokens: int,
@@ -143,6 +169,8 @@ def _corpus(
 ) -> tuple[Corpus, list[str]]:
     """The corpus, and names of everything it may have been taken from."""
     bound = bind(model)
+    if isinstance(texts, Corpus):
+        return texts, sorted({piece.document for piece in texts.pieces})
     given = encode(texts, tokenizer, "fit: texts", special=True)
     asked = None if prompts is None else encode(prompts, tokenizer, "fit: prompts", special=True)
     for name, part in (("texts", given), ("prompts", asked or [])):
@@ -158,7 +186,7 @@ def _corpus(
     return data, sorted({document(text) for text in [*given, *(asked or [])]})
 
 
-def _maps(model: Model, data: Corpus, spans: Sequence[Span], report: Progress) -> list[Candidate]:
+def _maps(model: Model, data: Corpus, spans: Sequence[Span], trained: dict[int, Head], report: Progress) -> list[Candidate]:
     fitter = MapFitter(model, spans)
     pieces = [*data.of(FIT), *data.of(TUNE)]
     total, fitting = sum(p.tokens.shape[0] for p in pieces), data.count(FIT)
@@ -170,7 +198,12 @@ def _maps(model: Model, data: Corpus, spans: Sequence[Span], report: Progress) -
             part = slice(chunk.begin, chunk.begin + chunk.ready.shape[0])
             early = torch.arange(part.start, part.stop) < fitting
             fitter.add(chunk, judged[part] & early, judged[part] & ~early)
-    return [Candidate(*fitter.band(span)) for span in spans]
+    found = [Candidate(*fitter.band(span)) for span in spans]
+    for candidate in found:
+        if candidate.band.resume == model.depth and candidate.band.leave in trained:
+            candidate.band.head = trained[candidate.band.leave]
+            candidate.errors.pop("head")
+    return found
 
 
 def _judged(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from dyndepth.exits import Exits
+
+
+class Advance(Protocol):
+    """Advances a bar by some steps, with a word on how it goes."""
+
+    def __call__(self, steps: int, text: str = "") -> None: ...
 
 
 class Progress:
@@ -21,7 +28,7 @@ class Progress:
         self.console = Console(stderr=True, quiet=not show)
         self.bar = Bar(
             TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=self.console, disable=not show,
+            TextColumn("{task.fields[text]}"), console=self.console, disable=not show,
         )  # fmt: skip
 
     def plan(self, tokens: int, candidates: int, memory: int) -> None:
@@ -45,12 +52,12 @@ class Progress:
         )
 
     @contextmanager
-    def stage(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def stage(self, description: str, total: int) -> Iterator[Advance]:
         """A bar of `total` steps; yields the function that advances it."""
-        task = self.bar.add_task(description, total=total)
+        task = self.bar.add_task(description, total=total, text="")
 
-        def advance(steps: int) -> None:
-            self.bar.advance(task, steps)
+        def advance(steps: int, text: str = "") -> None:
+            self.bar.update(task, advance=steps, text=text)
 
         yield advance
         self.bar.update(task, completed=total)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dyndepth.data.encode import document
 from dyndepth.data.own import continuations
 from dyndepth.data.pieces import TEXT_PIECE, Piece, openings, sections, text_pieces
-from dyndepth.errors import NotEnoughDataError
+from dyndepth.errors import CacheError, NotEnoughDataError
+from dyndepth.files import replacing
 
 #: Of every eight documents six fit maps and routers, one tunes thresholds, one reports.
 FIT, TUNE, TEST = "fit", "tune", "test"
@@ -43,6 +48,30 @@ class Corpus:
 
     def judged(self, name: str) -> int:
         return sum(piece.judged for piece in self.of(name))
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file, in full or not at all."""
+        tensors = {
+            "tokens": torch.cat([piece.tokens for piece in self.pieces]).int(),
+            "lengths": torch.tensor([piece.tokens.shape[0] for piece in self.pieces], dtype=torch.int32),
+            "start": torch.tensor([piece.start for piece in self.pieces], dtype=torch.int32),
+        }
+        names = {"documents": json.dumps([piece.document for piece in self.pieces]), "split": json.dumps(self.split)}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=names)
+
+    @classmethod
+    def load(cls, path: Path) -> Corpus:
+        """What `save` wrote; CacheError if it is something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                tokens, lengths, start = (file.get_tensor(name) for name in ("tokens", "lengths", "start"))
+            parts = tokens.long().split(lengths.tolist())
+            pieces = [Piece(*entry) for entry in zip(parts, start.tolist(), names["documents"], strict=True)]
+            return cls(pieces, names["split"])
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise CacheError(f"corpus: {path} is damaged ({error}); remove it to collect anew") from error
 
     @property
     def digest(self) -> str:

@@ -26,10 +26,9 @@ def continuations(
 
     At full depth unless `options` (of dyndepth.generate) say otherwise. Each batch's work goes to `works`.
     """
-    config = causal_lm.generation_config
-    eos = config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
+    ends = end_tokens(causal_lm)
+    pad = causal_lm.generation_config.pad_token_id
+    pad = pad if pad is not None else next(iter(ends), 0)
     tokens: list[Tensor] = []
     start: list[int] = []
     total = 0
@@ -57,3 +56,9 @@ def continuations(
         if total >= budget:
             break
     return tokens, start
+
+
+def end_tokens(causal_lm: Any) -> set[int]:
+    """Tokens that end what the model writes, by its generation config."""
+    eos = causal_lm.generation_config.eos_token_id
+    return set(eos if isinstance(eos, list) else [] if eos is None else [eos])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,44 @@ from torch import Tensor
 from dyndepth.exits import Exits
 from dyndepth.runtime.entry import generate
 from dyndepth.runtime.score import score
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second over repetitions."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, tokens: int, seconds: Sequence[float]) -> Rates:
+        """Of repetitions that each made so many tokens."""
+        rates = sorted(tokens / taken for taken in seconds)
+        return cls(statistics.median(rates), _quantile(rates, 0.1), _quantile(rates, 0.9))
+
+
+def interleaved(
+    calls: Mapping[Key, Callable[[], Any]], repetitions: int, advance: Callable[[], None]
+) -> tuple[dict[Key, Any], dict[Key, list[float]]]:
+    """What every call returned first (not counted), and the seconds of `repetitions` more, taken in turn.
+
+    In turn, so that a machine that slows down slows all of them.
+    """
+    first = {}
+    for key, run in calls.items():
+        first[key] = run()
+        advance()
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    for _ in range(repetitions):
+        for key, run in calls.items():
+            begin = time.perf_counter()
+            run()
+            seconds[key].append(time.perf_counter() - begin)
+            advance()
+    return first, seconds
 
 
 @dataclass(frozen=True)
@@ -83,23 +121,12 @@ def measure(settings: list[Setting], repetitions: int, advance: Callable[[], Non
     The settings' prompts are one batch measured whole or in parts (batch 1): their tokens are pooled per system.
     """
     batch, model = settings[0].batch, settings[0].model
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in settings[0].systems()}
-    outputs: dict[tuple[str, str], list[Any]] = {key: [] for key in seconds}
-    for setting in settings:
-        for key, run in setting.systems().items():
-            outputs[key].append(run())
-            advance()
-    for _ in range(repetitions):
-        for setting in settings:
-            for key, run in setting.systems().items():
-                begin = time.perf_counter()
-                run()
-                seconds[key].append(time.perf_counter() - begin)
-                advance()
+    calls = {(number, key): run for number, setting in enumerate(settings) for key, run in setting.systems().items()}
+    first, seconds = interleaved(calls, repetitions, advance)
+    outputs = {key: [first[number, key] for number in range(len(settings))] for key in settings[0].systems()}
     rows = []
-    for key, times in seconds.items():
-        made = settings[0].new_tokens * batch
-        rates = sorted(made / t for t in times)
+    for key in outputs:
+        rates = Rates.of(settings[0].new_tokens * batch, [s for number in range(len(settings)) for s in seconds[number, key]])
         teacher, free = agreement(settings, outputs, key)
         works = [getattr(out, "work", None) for out in outputs[key]]
         possible = sum(work.possible for work in works if work is not None)
@@ -110,9 +137,9 @@ def measure(settings: list[Setting], repetitions: int, advance: Callable[[], Non
                 dtype=str(model.dtype).removeprefix("torch."),
                 batch=batch,
                 context=max(s.inputs["input_ids"].shape[1] for s in settings) + settings[0].new_tokens,
-                tokens_per_s_median=statistics.median(rates),
-                tokens_per_s_p10=_quantile(rates, 0.1),
-                tokens_per_s_p90=_quantile(rates, 0.9),
+                tokens_per_s_median=rates.median,
+                tokens_per_s_p10=rates.p10,
+                tokens_per_s_p90=rates.p90,
                 rows_x_layers=sum(work.run for work in works if work is not None) / possible if possible else 1.0,
                 agreement_teacher_forced=teacher,
                 agreement_free=free,

@@ -58,7 +58,8 @@ def _head_to_json(head: Any) -> dict[str, Any]:
         rank, width = (None, head.up.shape[1]) if head.down is None else head.down.shape
         return {"kind": head.kind, "rank": rank, "width": width, "ready": head.up.shape[0]}
     if isinstance(head, MlpHead):
-        return {"kind": head.kind, "inner": head.up.shape[0], "width": head.up.shape[1]}
+        readout = None if head.readout is None else _head_to_json(head.readout)
+        return {"kind": head.kind, "inner": head.up.shape[0], "width": head.up.shape[1], "readout": readout}
     if isinstance(head, BlockHead | StoredBlock):
         return {"kind": head.kind, "source": head.source}
     return {"kind": head.kind}
@@ -107,15 +108,20 @@ def _head(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
     if kind == NormHead.kind:
         return NormHead()
     if kind == TranslatorHead.kind:
-        return TranslatorHead(entry["width"], entry["ready"], entry["rank"])
+        return _translator(entry)
     if kind == MlpHead.kind:
-        return MlpHead(entry["width"], entry["inner"])
+        readout = entry.get("readout")
+        return MlpHead(entry["width"], entry["inner"], None if readout is None else _translator(readout))
     if kind == BlockHead.kind:
         if type(entry["source"]) is not int or entry["source"] < 0:
             raise ExitsError(f"exits: source of a block head must be the number of a layer, got {entry['source']!r}")
         stored = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
         return StoredBlock(stored, entry["source"])
     raise ExitsError(f"exits: head must be norm, translator, mlp or block, got {kind!r}")
+
+
+def _translator(entry: dict[str, Any]) -> TranslatorHead:
+    return TranslatorHead(entry["width"], entry["ready"], entry["rank"])
 
 
 def _check_finite(band: Band) -> None:

@@ -49,19 +49,27 @@ class TranslatorHead(nn.Module):
 
 
 class MlpHead(nn.Module):
-    """`finish(h + down @ silu(up @ rms_norm(h)))`: one feed-forward block, no attention (EE-LLM's `exit-use-mlp`)."""
+    """`read(h + down @ silu(up @ rms_norm(h)))`: one feed-forward block, no attention (EE-LLM's `exit-use-mlp`).
+
+    `read` is `finish`, or a translator if there is a `readout`: closed form starts there, and gradients add the rest.
+    """
 
     kind = "mlp"
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, readout: TranslatorHead | None = None) -> None:
         super().__init__()
         self.up = nn.Parameter(torch.zeros(inner, width), requires_grad=False)
         self.down = nn.Parameter(torch.zeros(width, inner), requires_grad=False)
+        self.readout = readout
 
-    def forward(self, hidden: Tensor, finish: Finish) -> Tensor:
+    def stream(self, hidden: Tensor) -> Tensor:
+        """The residual after the feed-forward block."""
         x = rms_normalise(hidden, EPS).to(hidden.dtype)
         x = nn.functional.silu(nn.functional.linear(x, self.up))
-        return finish(hidden + nn.functional.linear(x, self.down))
+        return hidden + nn.functional.linear(x, self.down)
+
+    def forward(self, hidden: Tensor, finish: Finish) -> Tensor:
+        return read(self.stream(hidden), finish, self.readout)
 
 
 class BlockHead(nn.Module):
@@ -70,16 +78,17 @@ class BlockHead(nn.Module):
     `layer` and `norm` are copies of modules of the model: by default its last decoder layer, and the input norm of the
     layer after the exit (the final norm for the last boundary or a family without input norms), as Balcony
     (arXiv 2503.05005) initialises them. `source` is the number of the layer copied: it says whether the block attends
-    to a window and which rotary angles it uses.
+    to a window and which rotary angles it uses. `readout` corrects the normed result, as a translator does.
     """
 
     kind = "block"
 
-    def __init__(self, layer: nn.Module, norm: nn.Module, source: int) -> None:
+    def __init__(self, layer: nn.Module, norm: nn.Module, source: int, readout: TranslatorHead | None = None) -> None:
         super().__init__()
         self.source = source
         self.layer = layer
         self.norm = norm
+        self.readout = readout
 
     def forward(self, hidden: Tensor, finish: Finish) -> Tensor:
         raise RuntimeError("a block head attends to other rows; the runtime runs it (dyndepth/runtime/block.py)")
@@ -103,6 +112,11 @@ class StoredBlock(nn.Module):
         into = kwargs.get("destination", {})
         into.update({prefix + name: value for name, value in self.tensors.items()})
         return into
+
+
+def read(stream: Tensor, finish: Finish, readout: TranslatorHead | None) -> Tensor:
+    """Head-ready rows of residuals."""
+    return finish(stream) if readout is None else readout(stream, finish)
 
 
 HEADS = ("norm", "translator", "mlp", "block")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyndepth.errors import ExitsError
 from dyndepth.exits import Band, BlockHead
-from dyndepth.exits.heads import StoredBlock
+from dyndepth.exits.heads import StoredBlock, TranslatorHead, read
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.bind_layer import bind_layer, optional
 from dyndepth.runtime.layer import Context, Layer
@@ -55,7 +55,11 @@ def restore(stored: StoredBlock, model: Model, leave: int) -> BlockHead:
     if not 0 <= stored.source < model.depth:
         raise ExitsError(f"exits: block head at boundary {leave} copies layer {stored.source}, the model has {model.depth}")
     fresh = block_head(model, leave)
-    head = BlockHead(_frozen(model.layers[stored.source].module), fresh.norm, stored.source)
+    readout = None
+    if "readout.up" in stored.tensors:
+        down = stored.tensors.get("readout.down")
+        readout = TranslatorHead(model.hidden_size, model.ready_size, None if down is None else down.shape[0])
+    head = BlockHead(_frozen(model.layers[stored.source].module), fresh.norm, stored.source, readout)
     try:
         head.load_state_dict(stored.tensors)
     except RuntimeError as error:
@@ -85,6 +89,7 @@ class Block:
     layer: Layer
     norm: nn.Module
     project_out: nn.Module | None
+    readout: TranslatorHead | None = None
 
     def store(self, rows: Rows, context: Context) -> None:
         """K,V of every row, whether it exits here or not: a later token that does reads them.
@@ -99,6 +104,10 @@ class Block:
         count = end - begin
         seq, pos, slots = rows.seq[begin:end], rows.pos[begin:end], rows.slots[begin:end]
         self.layer.run(stream, count, count, seq, pos, slots, context)
+        return read(stream, self.finish, self.readout)
+
+    def finish(self, stream: Tensor) -> Tensor:
+        """The block's own norm and what follows the model's."""
         normed = self.norm(stream)
         return normed if self.project_out is None else self.project_out(normed)
 
@@ -107,4 +116,4 @@ def bind_block(band: Band, model: Model, index: int) -> Block:
     """Bind a band's block head to layer `index` of the pages."""
     head: Any = band.head
     layer = bind_layer(head.layer, index, head.source, model.config, model.family)
-    return Block(layer, head.norm, optional(model.decoder, model.family.project_out))
+    return Block(layer, head.norm, optional(model.decoder, model.family.project_out), head.readout)

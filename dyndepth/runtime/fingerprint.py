@@ -104,10 +104,16 @@ def _check_widths(band: Band, model: Model) -> None:
     if band.router is not None:
         wanted["router"] = [width], list(band.router.weight1.shape[1:])
     if isinstance(band.head, TranslatorHead):
-        first = band.head.up if band.head.down is None else band.head.down
-        wanted["translator"] = [width, ready], [first.shape[1], band.head.up.shape[0]]
+        wanted["translator"] = [width, ready], _translator_widths(band.head)
     if isinstance(band.head, MlpHead):
+        if band.head.readout is not None:
+            wanted["readout"] = [width, ready], _translator_widths(band.head.readout)
         wanted["mlp"] = [width, width], [band.head.up.shape[1], band.head.down.shape[0]]
     for name, (want, got) in wanted.items():
         if want != got:
             raise ExitsError(f"band [{band.leave}, {band.resume}): {name} must be {want} for this model, got {got}")
+
+
+def _translator_widths(head: TranslatorHead) -> list[int]:
+    first = head.up if head.down is None else head.down
+    return [first.shape[1], head.up.shape[0]]

@@ -114,16 +114,16 @@ class Layer:
         if self.after_attention is not None:
             attention = self.after_attention(attention)
         if self.parallel:
-            stream.copy_(self._feed_forward(stream) + attention + stream)
+            stream.copy_(self.feed_forward(stream) + attention + stream)
             return
         torch.add(stream, attention, out=stream)
         if self.after_attention_residual is not None:
             stream.copy_(self.after_attention_residual(stream))
-        torch.add(stream, self._feed_forward(stream), out=stream)
+        torch.add(stream, self.feed_forward(stream), out=stream)
         if self.after_mlp_residual is not None:
             stream.copy_(self.after_mlp_residual(stream))
 
-    def _feed_forward(self, stream: Tensor) -> Tensor:
+    def feed_forward(self, stream: Tensor) -> Tensor:
         x = stream if self.before_mlp is None else self.before_mlp(stream)
         for module in self.mlp:
             x = module(x)

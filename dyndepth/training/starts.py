@@ -1,0 +1,110 @@
+"""Where heads start: copies of layers, random weights, and the closed-form readout that no gradient has to find again.
+
+On SmolLM2-135M a ridge regression from an exit's residual to the final normed state agrees with the full model about as often
+as Balcony's start does after a hundred thousand tokens of training, so `ridge` starts are the default.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dyndepth.closed_form.ridge import NormalEquations, solve_best
+from dyndepth.errors import ArgumentError
+from dyndepth.exits import MlpHead, NormHead, TranslatorHead
+from dyndepth.exits.heads import HEADS, Head
+from dyndepth.exits.maps import EPS
+from dyndepth.ops._math import rms_normalise
+from dyndepth.runtime.bind import Model
+from dyndepth.runtime.bind_layer import optional
+from dyndepth.runtime.block import block_head
+
+#: Per head, the starts it can have; the first is the default. `zero` and `random` agree with the final norm alone, before
+#: training. `+ridge` adds a readout in closed form to a copied layer; `last` alone is Balcony's.
+INITS: dict[str, tuple[str, ...]] = {
+    "norm": ("none",),
+    "translator": ("ridge", "zero"),
+    "mlp": ("ridge", "random"),
+    "block": ("next+ridge", "last+ridge", "random+ridge", "next", "last", "random"),
+}
+
+
+def start_head(
+    kind: str, model: Model, leave: int, init: str, *, rank: int | None, inner: int | None, generator: torch.Generator
+) -> Head:
+    """A head before any data: what a ridge start does not decide. `readout` (see `fit_readout`) fills in the rest."""
+    if kind not in HEADS:
+        raise ArgumentError(f"train: head must be one of {', '.join(HEADS)}, got {kind!r}")
+    if init not in INITS[kind]:
+        raise ArgumentError(f"train: init of a {kind} head must be one of {', '.join(INITS[kind])}, got {init!r}")
+    width, ready = model.hidden_size, model.ready_size
+    if kind == "norm":
+        return NormHead()
+    readout = TranslatorHead(width, ready, rank) if "ridge" in init or kind == "translator" else None
+    if kind == "translator":
+        assert readout is not None
+        if readout.down is not None:
+            readout.down.data.normal_(0, width**-0.5, generator=generator)
+        return readout
+    if kind == "mlp":
+        head = MlpHead(width, inner or width, readout)
+        head.up.data.normal_(0, width**-0.5, generator=generator)
+        return head
+    source = init.partition("+")[0]
+    block = block_head(model, leave, "next" if source == "next" else "last")
+    if source == "random":
+        _randomise(block.layer, 0.0 if model.family.one_plus_gain else 1.0, generator)
+    norm = optional(model.decoder, model.family.final_norm)
+    if readout is not None and norm is not None:
+        block.norm = copy.deepcopy(norm).requires_grad_(False)  # the readout corrects what the final norm makes of it
+    block.readout = readout
+    return block
+
+
+def fit_readout(
+    readout: TranslatorHead, rows: Iterable[tuple[Tensor, Tensor, Tensor]], rank_by: float = 1e-6
+) -> dict[str, float]:
+    """Ridge regression of what `finish` leaves to explain, from the rms-normed stream; low rank by reduced-rank regression.
+
+    Args:
+        readout: filled in place.
+        rows: (stream [n, d], finish(stream) [n, r], the full model's ready rows [n, r]) in parts. Every fifth row judges the
+            penalty.
+
+    Returns its relative squared error on those rows.
+    """
+    width, ready = readout.up.shape[1] if readout.down is None else readout.down.shape[1], readout.up.shape[0]
+    fitting, held_out = NormalEquations(width, ready), NormalEquations(width, ready)
+    for stream, finished, wanted in rows:
+        x = rms_normalise(stream, EPS).float().cpu()
+        y = (wanted.float() - finished.float()).cpu()
+        mask = torch.arange(x.shape[0]) % 5 == 0
+        fitting.add(x[~mask], y[~mask])
+        held_out.add(x[mask], y[mask])
+    weights, error = solve_best(fitting, held_out, {"readout": slice(None)})["readout"]
+    weight, bias = weights[:-1].T, weights[-1]
+    readout.bias.data = bias.contiguous()
+    if readout.down is None:
+        readout.up.data = weight.contiguous()
+        return {"error": error}
+    # The best map of rank k in the metric of the features: truncated in the space where they are white.
+    gram = fitting.gram[:-1, :-1] / fitting.rows
+    scale = torch.linalg.cholesky(gram + rank_by * torch.eye(width, dtype=torch.float64))
+    left, values, right = torch.linalg.svd(weight.double() @ scale, full_matrices=False)
+    rank = readout.down.shape[0]
+    root = values[:rank].sqrt()
+    readout.up.data = (left[:, :rank] * root).float().contiguous()
+    readout.down.data = torch.linalg.solve_triangular(scale.T, (right[:rank].T * root), upper=True).T.float().contiguous()
+    return {"error": error}
+
+
+def _randomise(layer: nn.Module, gain: float, generator: torch.Generator) -> None:
+    """Matrices as for a fresh model (Balcony's `random` ablation); norms without effect, biases zero."""
+    for name, parameter in layer.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.02, generator=generator)
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else gain)

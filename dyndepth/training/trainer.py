@@ -1,0 +1,264 @@
+"""The training loop: heads on cached residuals, with checkpoints that resume bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.closed_form.progress import Advance
+from dyndepth.errors import TrainingError
+from dyndepth.exits.heads import Head
+from dyndepth.files import replacing, require
+from dyndepth.runtime.bind import Model
+from dyndepth.training.batches import Batch, Batches
+from dyndepth.training.config import TrainConfig
+from dyndepth.training.evaluate import Quality, evaluate
+from dyndepth.training.losses import Readout
+from dyndepth.training.objective import Objective
+from dyndepth.training.stack import frozen
+from dyndepth.training.student import Student, trainable
+from dyndepth.training.weighting import WEIGHTS
+
+METRICS, RUN, BEST = "metrics.jsonl", "run.json", "best.pt"
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside weights and the optimizer."""
+
+    update: int = 0
+    best: float = math.inf
+    best_update: int = 0
+    waited: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Heads with the weights of the best look at the validation split."""
+
+    heads: dict[int, Head]
+    quality: dict[int, Quality]
+    updates: int
+    best_update: int
+    tokens: int
+    rows_per_s: float
+
+
+@dataclass
+class Trainer:
+    """One run in one folder: metrics, checkpoints, the best weights.
+
+    Every update is a function of the settings, the data and the weights before it (order and sampled words come from seed and
+    step), so a run that was killed and resumes ends with the weights it would have had.
+    """
+
+    model: Model
+    student: Student
+    objective: Objective
+    training: Batches
+    validation: Batches
+    config: TrainConfig
+    folder: Path
+    advance: Advance = lambda steps, text="": None
+
+    @property
+    def updates(self) -> int:
+        per_update = self.training.judged_per_step * self.config.accumulate
+        return max(1, math.ceil(self.config.tokens / per_update))
+
+    def run(self) -> Trained:
+        """Train, from the newest checkpoint if there is one."""
+        require("accelerate", "training needs the package accelerate: pip install 'dyndepth[train]'")
+        from accelerate import Accelerator
+        from accelerate.utils import DataLoaderConfiguration
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        bf16 = self.model.dtype == torch.bfloat16
+        accelerator = Accelerator(
+            mixed_precision="bf16" if bf16 else "no", cpu=self.model.device.type == "cpu",
+            gradient_accumulation_steps=self.config.accumulate, dataloader_config=DataLoaderConfiguration(),
+        )  # fmt: skip
+        if accelerator.device.type != self.model.device.type:
+            raise TrainingError(f"train: the model is on {self.model.device}, accelerate runs on {accelerator.device}")
+        self._claim()
+        parameters = trainable(self.student)
+        optimizer: Any = torch.optim.AdamW(parameters, lr=self.config.lr, weight_decay=self.config.weight_decay)
+        student: Any
+        student, optimizer = accelerator.prepare(self.student.to(accelerator.device), optimizer)
+        state = _State()
+        accelerator.register_for_checkpointing(state)
+        newest = _checkpoints(self.folder)
+        if newest:
+            accelerator.load_state(str(newest[-1]))
+        self._rewind(state.update)
+        began, shown = time.perf_counter(), 0
+        with torch.enable_grad(), frozen(self.model.causal_lm):
+            if not newest:
+                self._look(accelerator, student, state)
+            self.advance(state.update)
+            while state.update < self.updates and not self._tired(state):
+                rows, loss = self._update(accelerator, student, optimizer, state)
+                shown += rows
+                self.advance(1, f"loss {loss:.3f}, {shown / (time.perf_counter() - began):.0f} rows/s")
+                if state.update % self.config.evaluate_every == 0 or state.update == self.updates:
+                    self._look(accelerator, student, state)
+                if state.update % self.config.checkpoint_every == 0 or state.update == self.updates:
+                    self._keep(accelerator, state)
+        seconds = time.perf_counter() - began
+        best = torch.load(self.folder / BEST, weights_only=True)
+        self.student.load_state_dict(best["heads"])
+        quality = {int(leave): Quality(**entry) for leave, entry in best["quality"].items()}
+        heads: dict[int, Any] = {int(leave): head for leave, head in self.student.heads.items()}
+        return Trained(
+            heads, quality, state.update, state.best_update,
+            round(self.training.judged_per_step * self.config.accumulate * state.update), shown / seconds if seconds else 0.0,
+        )  # fmt: skip
+
+    def _update(self, accelerator: Any, student: Any, optimizer: Any, state: _State) -> tuple[int, float]:
+        """One step of the optimizer; returns the judged rows it saw and their weighted loss."""
+        rate = self.config.rate(state.update, self.updates)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        exits = sorted(int(leave) for leave in self.student.heads)
+        weights = dict(zip(exits, WEIGHTS[self.config.weighting](exits, self.model.depth), strict=True))
+        rows, losses = 0, dict.fromkeys(exits, 0.0)
+        norm = 0.0
+        for micro in range(self.config.accumulate):
+            step = (state.update * self.config.accumulate + micro) * accelerator.num_processes + accelerator.process_index
+            batch = self.training.at(step).to(accelerator.device)
+            with accelerator.accumulate(student):
+                ready = student(batch, batch.judged)
+                found, slopes = self.objective(ready, batch, step)
+                for leave, loss in found.items():
+                    losses[leave] += float(loss) / self.config.accumulate
+                    if not math.isfinite(losses[leave]):
+                        raise TrainingError(
+                            f"train: the loss of exit {leave} is {float(loss)} at update {state.update}; a lower lr or a "
+                            f"smaller clip may help. The last checkpoint in {self.folder} is whole"
+                        )
+                # The gradient of this sum is what the losses' would be: their graph ends at the head-ready rows.
+                accelerator.backward(torch.stack([weights[e] * (ready[e] * slopes[e]).sum() for e in exits]).sum())
+                if accelerator.sync_gradients:
+                    limit = self.config.clip or math.inf
+                    norm = float(accelerator.clip_grad_norm_(student.parameters(), limit))
+                optimizer.step()
+                optimizer.zero_grad()
+            rows += int(batch.judged.sum())
+        state.update += 1
+        self._log({"update": state.update, "loss": losses, "lr": rate, "gradient_norm": norm, "rows": rows})
+        return rows, sum(weights[e] * losses[e] for e in exits)
+
+    def _look(self, accelerator: Any, student: Any, state: _State) -> None:
+        """Measure the validation split, and keep the weights if they are the best so far."""
+        with torch.no_grad(), accelerator.autocast():
+            quality = evaluate(self.student, self.objective.readout, self.validation, self.config.evaluate_rows)
+        mean = sum(q.kl for q in quality.values()) / len(quality)
+        self._log({"update": state.update, "validation": {e: dataclasses.asdict(q) for e, q in quality.items()}})
+        state.waited += 1
+        if mean < state.best:
+            state.best, state.best_update, state.waited = mean, state.update, 0
+            heads = {name: value.detach().cpu() for name, value in accelerator.unwrap_model(student).state_dict().items()}
+            if accelerator.is_main_process:
+                reached = {str(leave): dataclasses.asdict(found) for leave, found in quality.items()}
+                with replacing(self.folder / BEST) as temporary:
+                    torch.save({"heads": heads, "quality": reached}, temporary)
+
+    def _tired(self, state: _State) -> bool:
+        return bool(self.config.patience) and state.waited >= self.config.patience
+
+    def _keep(self, accelerator: Any, state: _State) -> None:
+        """A checkpoint that is there in full or not at all; older ones go once it is."""
+        old = _checkpoints(self.folder)
+        staged = self.folder / f".checkpoint-{state.update:08d}"
+        if accelerator.is_main_process:
+            shutil.rmtree(staged, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(staged))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            final = self.folder / f"checkpoint-{state.update:08d}"
+            shutil.rmtree(final, ignore_errors=True)
+            staged.rename(final)
+            for folder in old:
+                if folder != final:
+                    shutil.rmtree(folder, ignore_errors=True)
+        accelerator.wait_for_everyone()
+
+    def _claim(self) -> None:
+        """Write what this run is, or refuse to go on with another run's checkpoints."""
+        run = {"config": dataclasses.asdict(self.config), "data": self.training.cache.manifest["tokens_sha256"],
+               "heads": _digest(self.student.state_dict()), "updates": self.updates}  # fmt: skip
+        run = json.loads(json.dumps(run))
+        path = self.folder / RUN
+        if path.exists():
+            old = json.loads(path.read_text())
+            different = sorted(key for key in run if old.get(key) != run[key])
+            if different:
+                raise TrainingError(
+                    f"train: {self.folder} holds another run (its {', '.join(different)} differ); choose another folder or "
+                    "remove it"
+                )
+            return
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(run, indent=1) + "\n")
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _rewind(self, update: int) -> None:
+        """Forget what was logged after the checkpoint that is resumed from: it will be logged again."""
+        kept = [entry for entry in metrics(self.folder) if entry["update"] <= update] if update else []
+        with replacing(self.folder / METRICS) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """Entries of a run's log; a last line that a kill cut short is left out."""
+    if not (folder / METRICS).exists():
+        return
+    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def readout_of(model: Model) -> Readout:
+    """The model's LM head for training; it must be a plain linear, because losses read parts of it."""
+    plain = model.plain_head()
+    if plain is None:
+        raise TrainingError("train: the LM head is no plain linear layer (quantised, wrapped or hooked), which losses need")
+    return Readout(plain[0], plain[1], model.logit_softcap)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        whole.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    return whole.hexdigest()
+
+
+__all__ = ["Batch", "Trained", "Trainer", "metrics", "readout_of"]
