@@ -26,7 +26,7 @@ _LAZY = {
     "calibrate": "dyndepth.calibration",
     "train": "dyndepth.training",
 }
-_MODULES = ("ops", "exits", "errors", "demo")
+_MODULES = ("ops", "exits", "errors", "demo", "recipes")
 
 if TYPE_CHECKING:
     from dyndepth import demo, errors, exits, ops
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Band", "Exits", "__version__", "backend", "calibrate", "convert", "demo", "errors", "exits", "fit", "generate", "ops",
-    "revert", "train",
+    "recipes", "revert", "train",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from dyndepth.closed_form.heads import exit_argmax
 from dyndepth.closed_form.trace import trace
 from dyndepth.data import document
 from dyndepth.errors import ArgumentError, ExitsError, UnsupportedModelError
-from dyndepth.exits import Always, Band, Exits, FixedDepth, Never, Patience, Schedule, TopProbability
+from dyndepth.exits import Always, Band, Exits, FixedDepth, Never, Patience, Saturation, Schedule, TopProbability
 from dyndepth.report import KINDS, kind, report
 from dyndepth.report.measure import CLOSED, GIVEN
 from dyndepth.runtime.bind import bind
@@ -108,13 +108,14 @@ def test_timed_calls_do_the_same_work(
     def listening(self: Any, **options: Any) -> Any:
         out = original(self, **options)
         if "min_new_tokens" in options:
-            calls.append({**options, "made": out.shape[1] - options["input_ids"].shape[1]})
+            calls.append({**options, "made": out[:, options["input_ids"].shape[1] :]})
         return out
 
     monkeypatch.setattr(type(model), "generate", listening)
     report(model, exits, prompts(13), Words(), tmp_path, **(SMALL | {"repetitions": 2, "kv": "propagate"}))
     assert len(calls) == 13 * 3
-    assert {call["made"] for call in calls} == {6}, "although an answer would end earlier"
+    assert {call["made"].shape for call in calls} == {(5, 6)}
+    assert not any(bool((call["made"] == model.generation_config.eos_token_id).any()) for call in calls), "nothing ends early"
     for call in calls:
         real = [row[mask.bool()] for row, mask in zip(call["input_ids"], call["attention_mask"], strict=True)]
         assert all(torch.equal(a, b) for a, b in zip(real, prompts(5), strict=True))
@@ -217,6 +218,20 @@ def test_a_silent_criterion_says_so(made: Any) -> None:
     assert entry["rows"] == entry["silent"] == made[0]["prompts"]["judged_rows"]
     assert entry["bins"] == []
     assert "has no score here" in entry["note"]
+
+
+def test_saturation_looks_back_at_every_band(model: Any, tmp_path: Path, answered: Any) -> None:
+    """Also at one without a score, which must not let rows go while scores are heard."""
+    texts, starts = answered
+    bands = tiny_exits.band(model, 2, 3, Always()), tiny_exits.band(model, 4, 6, Saturation(), threshold=math.inf)
+    facts = report(model, tiny_exits.exits_of(model, *bands), prompts(13), Words(), tmp_path, **SMALL)
+    residual = next(iter(trace(bind(model), texts, [2, 4], ()))).residual
+    judged = torch.cat([torch.arange(len(text)) >= start for text, start in zip(texts, starts, strict=True)])
+    cosine = torch.nn.functional.cosine_similarity(residual[4], residual[2])[judged]
+    entry = facts["reliability"][1]
+    assert entry["silent"] == 0
+    mean = sum(each["score"] * each["rows"] for each in entry["bins"]) / entry["rows"]
+    assert mean == pytest.approx(float(cosine.double().mean()), abs=1e-5)
 
 
 def test_histogram_is_what_forced_passes_say(model: Any, exits: Exits, made: Any, answered: Any) -> None:

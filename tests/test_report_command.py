@@ -106,6 +106,9 @@ def test_errors_are_one_line(
     arguments: list[str],
     message: str,
 ) -> None:
+    import dyndepth.demo
+
+    monkeypatch.setattr(dyndepth.demo, "load", lambda *_: pytest.fail("the demo was loaded"))
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     filled = [argument.format(model=checkpoint, empty=empty) for argument in arguments]

@@ -16,7 +16,7 @@ from dyndepth.exits import Exits
 from dyndepth.report import FILES, figures, page, report, table
 from dyndepth.report.measure import CLOSED, GIVEN
 
-HOSTILE = '<script>alert("x")</script><img src=http://example.com/a.png> $\\frac{'
+HOSTILE = '<script>alert("x")</script><img src=http://example.com/a.png> $\\frac{$'
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def test_files_hold_the_same(made: Any) -> None:
     assert facts["notes"] == []
 
 
-def test_the_picture_has_its_panels(made: Any) -> None:
+def test_the_picture_has_its_panels(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib
     from matplotlib.image import imread
 
     facts, folder = made
-    before = dict(matplotlib.rcParams)
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 13.0)
     for theme in (figures.LIGHT, figures.DARK):
         figure = figures.draw(facts, theme)
         titles = [axis.get_title(loc="left") for axis in figure.get_axes() if axis.get_visible()]
@@ -73,7 +73,7 @@ def test_the_picture_has_its_panels(made: Any) -> None:
     names = [label.get_text() for label in figure.get_axes()[-1].get_yticklabels()]
     assert len(bars) == len(names) * len(facts["histogram"]["layers"])
     assert sum(bar.get_width() for bar in bars) == pytest.approx(100 * len(names))
-    assert dict(matplotlib.rcParams) == before, "nobody's settings change"
+    assert matplotlib.rcParams["font.size"] == 13, "nobody's settings change"
     assert imread(folder / "report.png").shape[1] > 1000
 
 
@@ -177,12 +177,18 @@ def test_a_certificate_is_told_and_drawn(model: Any, tmp_path: Path) -> None:
     assert "Certified: expected disagreement at most 0.25 with 90% confidence (by hand, n 99" in text
     assert facts["notes"] == ["This report used K,V policy predict: the certificate does not speak for it."]
     assert facts["notes"][0] in text
-    work = figures.draw(facts).get_axes()[0]
-    assert "certified bound, 90%" in [label.get_text() for label in work.get_legend().get_texts()]
-    assert any(list(line.get_ydata()) == [25.0, 25.0] for line in work.get_lines())
+    figure = figures.draw(facts)
+    assert "certified bound, 90%" in labels(figure)
+    assert any(list(line.get_ydata()) == [25.0, 25.0] for line in figure.get_axes()[0].get_lines())
     changed = report(model, exits.with_thresholds(0.4), prompts(3), Words(), tmp_path, **SMALL)
     assert changed["exits"]["certificate"] is None
-    assert "certified bound" not in str([t.get_text() for t in figures.draw(changed).get_axes()[0].get_legend().get_texts()])
+    wanted = {"path of thresholds", CLOSED, GIVEN, "rounding alone", "full depth, without exits"}
+    assert set(labels(figures.draw(changed))) == wanted
+
+
+def labels(figure: Any) -> list[str]:
+    """Of the frontier's legend."""
+    return [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
 
 
 def test_old_files_stay_until_new_ones_are_whole(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +217,9 @@ def test_the_table_fits_eighty_columns(made: Any) -> None:
     console = Console(width=80, force_terminal=False)
     with console.capture() as capture:
         console.print(table(made[0]))
-    printed = capture.get()
-    assert "…" not in printed
-    for wanted in ("none: full depth", GIVEN, CLOSED, "11"):
-        assert wanted in printed
+    printed = capture.get().splitlines()
+    assert not any("…" in line for line in printed)
+    for point in made[0]["frontier"]["points"]:
+        rates = point["tokens_per_s"]
+        wanted = [point["name"], f"{point['disagreement']:.2%}", f"{rates['p10']:.0f}-{rates['p90']:.0f}"]
+        assert any(all(each in line for each in wanted) for line in printed), wanted

@@ -11,18 +11,18 @@ import pytest
 import tiny_exits
 import tiny_models
 import torch
+from tiny_training import SETTINGS, batches, looks, texts, train
 from torch import Tensor
 
 import dyndepth
 from dyndepth.closed_form.measure import Lottery
-from dyndepth.data import FIT, TUNE, Corpus, Piece
+from dyndepth.data import FIT, TUNE, Corpus
 from dyndepth.errors import ArgumentError, ExitsError, NotEnoughDataError, TrainingError
 from dyndepth.exits import Band, BlockHead, Exits, MlpHead, TopProbability, TranslatorHead
 from dyndepth.ops._math import rms_normalise
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.score import score
 from dyndepth.training.batches import Batches
-from dyndepth.training.cache import TeacherCache
 from dyndepth.training.config import TrainConfig
 from dyndepth.training.evaluate import evaluate, selective
 from dyndepth.training.losses import kl
@@ -30,17 +30,6 @@ from dyndepth.training.run import frequent_answers, started
 from dyndepth.training.stack import frozen, run_layer
 from dyndepth.training.starts import INITS, fit_readout, start_head
 from dyndepth.training.trainer import metrics, readout_of
-
-
-def texts(count: int, length: int = 24, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, tiny_models.VOCABULARY, (length,), generator=generator) for _ in range(count)]
-
-
-def batches(folder: Path, name: str = "llama", exits: tuple[int, ...] = (2, 4), count: int = 40) -> Batches:
-    pieces = [Piece(text, 3, str(i)) for i, text in enumerate(texts(count, 20))]
-    cache = TeacherCache.build(bind(tiny_models.shared(name)), pieces, exits, folder, top=8)
-    return Batches(cache, range(count), 100, 0, exits)
 
 
 @pytest.mark.parametrize("name", tiny_models.FAMILIES)
@@ -189,29 +178,14 @@ def test_selective_agreement_by_hand() -> None:
     assert selective(-scores, agrees, 0.9) == 0.0
 
 
-_CONFIG = {
-    "exits": [2, 4], "corpus": 3000, "tokens": 12_000, "batch": 400, "lr": 3e-3, "evaluate_every": 5, "checkpoint_every": 5,
-    "frequent": 40, "random": 40, "evaluate_rows": 400,
-}  # fmt: skip
-
-
-def _train(folder: Path, name: str = "llama", **changes: Any) -> Exits:
-    config = TrainConfig.of(_CONFIG | changes)
-    return dyndepth.train(tiny_models.shared(name), texts(800), output=folder, config=config, progress=False)
-
-
-def _looks(folder: Path) -> list[dict[str, Any]]:
-    return [entry["validation"] for entry in metrics(folder / "run") if "validation" in entry]
-
-
 @pytest.mark.parametrize("kind", ["translator", "mlp", "block"])
 def test_training_lowers_the_divergence_on_unseen_rows(kind: str, tmp_path: Path) -> None:
-    exits = _train(tmp_path, head=kind, own=0.0, corpus=12_000, tokens=24_000, lr=1e-3)
-    looks = _looks(tmp_path)
+    exits = train(tmp_path, head=kind, own=0.0, corpus=12_000, tokens=24_000, lr=1e-3)
+    seen = looks(tmp_path)
     for leave in ("2", "4"):
-        assert looks[-1][leave]["kl"] < 0.97 * looks[0][leave]["kl"]
+        assert seen[-1][leave]["kl"] < 0.97 * seen[0][leave]["kl"]
     record = exits.record["training"]
-    assert record["validation"]["2"]["kl"] == min(look["2"]["kl"] for look in looks)
+    assert record["validation"]["2"]["kl"] == min(look["2"]["kl"] for look in seen)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     loaded = Exits.from_pretrained(tmp_path / "exits")
     corpus = Corpus.load(tmp_path / "corpus.safetensors")
@@ -244,7 +218,7 @@ def _exact(model: Any, exits: Exits, leave: int, tokens: list[Tensor]) -> Tensor
 
 def test_a_run_that_stops_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: Any) -> None:
     """Stopped in the middle (between checkpoints too), the weights, the log and the exits are those of one go."""
-    _train(tmp_path / "whole")
+    train(tmp_path / "whole")
     from dyndepth.training.trainer import Trainer
 
     step = Trainer._update
@@ -261,32 +235,32 @@ def test_a_run_that_stops_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: Any) -
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "_update", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                _train(folder)
-        _train(folder)
+                train(folder)
+        train(folder)
         for name in ("exits/exits.json", "run/metrics.jsonl"):
             assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
         assert len(list((folder / "run").glob("*checkpoint-*"))) == 1
 
 
 def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
-    _train(tmp_path)
+    train(tmp_path)
     with pytest.raises(TrainingError, match="holds another run"):
-        _train(tmp_path, lr=1e-3)
+        train(tmp_path, lr=1e-3)
     with pytest.raises(dyndepth.errors.CacheError, match="holds another cache"):
-        _train(tmp_path, name="qwen2")
+        train(tmp_path, name="qwen2")
 
 
 def test_training_ends_early_when_nothing_gets_better(tmp_path: Path) -> None:
-    _train(tmp_path, tokens=60_000, lr=1.0, clip=0.0, patience=2, evaluate_every=1)
+    train(tmp_path, tokens=60_000, lr=1.0, clip=0.0, patience=2, evaluate_every=1)
     updates = [entry["update"] for entry in metrics(tmp_path / "run") if "loss" in entry]
     assert len(updates) < 30
 
 
 def test_accumulated_steps_are_one_larger_batch(tmp_path: Path) -> None:
     """Two half batches per update see each row as often; the gradient is their mean."""
-    _train(tmp_path / "one", loss="kl", tokens=2000, batch=800, evaluate_every=1)
-    _train(tmp_path / "two", loss="kl", tokens=2000, batch=400, accumulate=2, evaluate_every=1)
-    one, two = (_looks(tmp_path / name) for name in ("one", "two"))
+    train(tmp_path / "one", loss="kl", tokens=2000, batch=800, evaluate_every=1)
+    train(tmp_path / "two", loss="kl", tokens=2000, batch=400, accumulate=2, evaluate_every=1)
+    one, two = (looks(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two)
     assert one[-1]["2"]["kl"] == pytest.approx(two[-1]["2"]["kl"], rel=0.05)
 
@@ -296,32 +270,32 @@ def test_a_loss_that_is_not_finite_stops_with_a_whole_checkpoint(tmp_path: Path,
 
     call = Objective.__call__
 
-    def broken(self: Any, ready: Any, batch: Any, step: int) -> Any:
-        losses, slopes = call(self, ready, batch, step)
+    def broken(self: Any, ready: Any, batch: Any, which: Any, step: int) -> Any:
+        losses, slopes = call(self, ready, batch, which, step)
         return ({e: loss * math.nan for e, loss in losses.items()} if step == 7 else losses), slopes
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "__call__", broken)
         with pytest.raises(TrainingError, match="loss of exit 2 is nan at update 7"):
-            _train(tmp_path)
-    _train(tmp_path)
-    assert len(_looks(tmp_path)) > 2
+            train(tmp_path)
+    train(tmp_path)
+    assert len(looks(tmp_path)) > 2
 
 
 def test_what_training_refuses(tmp_path: Path) -> None:
     model = tiny_models.shared("llama")
     with pytest.raises(ArgumentError, match="norm head has nothing to train"):
-        _train(tmp_path / "norm", head="norm")
+        train(tmp_path / "norm", head="norm")
     with pytest.raises(NotEnoughDataError, match="to judge in the"):
-        dyndepth.train(model, texts(3), output=tmp_path / "few", config=TrainConfig.of(_CONFIG), progress=False)
+        dyndepth.train(model, texts(3), output=tmp_path / "few", config=TrainConfig.of(SETTINGS), progress=False)
     short = [torch.tensor([5])] * 100
     with pytest.raises(NotEnoughDataError, match="to judge in the"):
-        dyndepth.train(model, short, output=tmp_path / "short", config=TrainConfig.of(_CONFIG), progress=False)
+        dyndepth.train(model, short, output=tmp_path / "short", config=TrainConfig.of(SETTINGS), progress=False)
     foreign = [torch.full((30,), tiny_models.VOCABULARY)]
     with pytest.raises(ArgumentError, match="tokenizer of another model"):
-        dyndepth.train(model, foreign, output=tmp_path / "foreign", config=TrainConfig.of(_CONFIG), progress=False)
+        dyndepth.train(model, foreign, output=tmp_path / "foreign", config=TrainConfig.of(SETTINGS), progress=False)
     with pytest.raises(ArgumentError, match=r"exits must be in \[1, 6\)"):
-        _train(tmp_path / "exits", exits=[9])
+        train(tmp_path / "exits", exits=[9])
     empty = batches(tmp_path / "cache")
     with pytest.raises(NotEnoughDataError, match="at least one sequence"):
         Batches(empty.cache, [], 100, 0, [2])
@@ -343,7 +317,7 @@ def test_frequent_answers(tmp_path: Path) -> None:
 
 def test_fit_takes_trained_heads(tmp_path: Path) -> None:
     """Maps, routers and thresholds around heads that training made; heads of another model are refused."""
-    heads = _train(tmp_path)
+    heads = train(tmp_path)
     model = tiny_models.shared("llama")
     corpus = Corpus.load(tmp_path / "corpus.safetensors")
     exits = dyndepth.fit(model, corpus, heads=heads, agreement=0.4, candidates=[(2, 6), (4, 6)], progress=False)
@@ -356,7 +330,7 @@ def test_fit_takes_trained_heads(tmp_path: Path) -> None:
     assert set(heads.record["documents"]) <= set(exits.record["documents"])
     with pytest.raises(ExitsError):
         dyndepth.fit(tiny_models.shared("qwen2"), corpus, heads=heads, progress=False)
-    blocks = _train(tmp_path / "block", head="block", tokens=400)
+    blocks = train(tmp_path / "block", head="block", tokens=400)
     with pytest.raises(ArgumentError, match="is a block"):
         dyndepth.fit(model, corpus, heads=blocks, progress=False)
 

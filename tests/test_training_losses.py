@@ -129,7 +129,7 @@ def test_objective_equals_the_whole_expression(kind: str, ce_weight: float, monk
     head, batch, mine = _problem()
     config = TrainConfig(loss=kind, ce_weight=ce_weight, frequent=8, random=30, seed=4)
     objective = Objective(config, head, torch.arange(8))
-    found, slopes = objective(mine, batch, 11)
+    found, slopes = objective(mine, batch, batch.judged, 11)
     generator = torch.Generator().manual_seed(4 * 1_000_033 + 11)
     words = Words.draw(WORDS, torch.arange(8), 30, generator)
     judged = batch.judged
@@ -143,6 +143,8 @@ def test_objective_equals_the_whole_expression(kind: str, ce_weight: float, monk
                 per_row = losses.kl(logits[:, words.ids], teacher[:, words.ids], words.weight)
             elif kind == "top_kl":
                 per_row = losses.top_kl(logits, batch.top_ids[judged], batch.top_logits[judged], batch.logsumexp[judged])
+            elif kind == "ce":
+                per_row = torch.nn.functional.cross_entropy(logits, batch.labels[judged], reduction="none", ignore_index=-100)
             else:
                 per_row = losses.state(leaf, batch.ready[judged])
             whole = per_row.mean()
@@ -158,11 +160,11 @@ def test_the_mean_is_over_tokens_not_over_sequences() -> None:
     """Balcony's published `batchmean` grows with the sequence length; the same rows as one sequence or two must not matter."""
     head, batch, mine = _problem()
     objective = Objective(TrainConfig(loss="kl"), head, torch.arange(8))
-    together, _ = objective(mine, batch, 0)
+    together, _ = objective(mine, batch, batch.judged, 0)
     doubled = Batch(**{
         **{k: torch.cat([v, v]) for k, v in vars(batch).items() if isinstance(v, Tensor)}, "lengths": [100], "residual": {},
     })  # fmt: skip
-    twice, _ = objective({e: torch.cat([v, v]) for e, v in mine.items()}, doubled, 0)
+    twice, _ = objective({e: torch.cat([v, v]) for e, v in mine.items()}, doubled, doubled.judged, 0)
     for leave in mine:
         torch.testing.assert_close(twice[leave], together[leave])
 

@@ -17,12 +17,13 @@ _NEWTON_STEPS = 12
 
 
 def fit_router(
-    residual: Tensor, agrees: Tensor, held_out: Tensor, stats: ExitStats | None = None
+    residual: Tensor, agrees: Tensor, held_out: Tensor, stats: ExitStats | None = None, *, balanced: bool = False
 ) -> tuple[Router, dict[str, float]]:
     """A one-neuron router that predicts `agrees` (bool [n]) from `residual` [n, d] and, if given, the head's statistics.
 
     Rows where `held_out` is true choose the penalty by log-loss. Returns the router and its held-out log-loss, that of the
-    constant guess beside it, and the area under the ROC curve. Probabilities refer to the mix of rows it was shown.
+    constant guess beside it, and the area under the ROC curve. Probabilities refer to the mix of rows it was shown, or, if
+    `balanced`, to one where half of the rows agree: both classes then weigh the same in every loss (CALM's classifier).
     """
     width = residual.shape[1]
     parts = [rms_normalise(residual, EPS)]
@@ -33,10 +34,12 @@ def fit_router(
     train, test = ~held_out, held_out if bool(held_out.any()) else ~held_out
     best: tuple[float, Tensor] | None = None
     weights = torch.zeros(x.shape[1], dtype=torch.float64)
-    x_train, y_train = x[train], y[train]
+    base = y[train].mean().clamp(1e-6, 1 - 1e-6)
+    share = torch.where(agrees, 0.5 / base, 0.5 / (1 - base)) if balanced else torch.ones_like(y)
+    x_train, y_train, share_train = x[train], y[train], share[train]
     for penalty in PENALTIES:
-        weights = _newton(x_train, y_train, penalty, weights)
-        loss = _log_loss(x[test] @ weights.float(), y[test])
+        weights = _newton(x_train, y_train, share_train, penalty, weights)
+        loss = _log_loss(x[test] @ weights.float(), y[test], share[test])
         if best is None or loss < best[0]:
             best = (loss, weights)
     assert best is not None
@@ -47,23 +50,22 @@ def fit_router(
         router.stats_weight.data = weights[None, width:-1].float().contiguous()
     router.weight2.data = torch.ones(1)
     router.bias2.data = weights[-1:].float().clone()
-    base = y[train].mean().clamp(1e-6, 1 - 1e-6)
-    guess = torch.logit(base).expand(int(test.sum()))
+    guess = torch.logit(torch.full_like(base, 0.5) if balanced else base).expand(int(test.sum()))
     return router, {
         "log_loss": loss,
-        "log_loss_of_constant": _log_loss(guess, y[test]),
+        "log_loss_of_constant": _log_loss(guess, y[test], share[test]),
         "auc": _auc(x[test] @ weights.float(), agrees[test]),
     }
 
 
-def _newton(x: Tensor, y: Tensor, penalty: float, weights: Tensor) -> Tensor:
-    """Sums over rows in fp32, the solve in fp64."""
+def _newton(x: Tensor, y: Tensor, share: Tensor, penalty: float, weights: Tensor) -> Tensor:
+    """Sums over rows, each weighing its `share`, in fp32; the solve in fp64."""
     ridge = torch.full_like(weights, penalty * x.shape[0])
     ridge[-1] = 1e-6 * x.shape[0]  # the bias is free; this only keeps the system regular when y is constant
     for _ in range(_NEWTON_STEPS):
         p = torch.sigmoid(x @ weights.float())
-        gradient = (x.T @ (p - y)).double() + ridge * weights
-        curvature = ((x * (p * (1 - p)).clamp_min(1e-6)[:, None]).T @ x).double() + torch.diag(ridge)
+        gradient = (x.T @ (share * (p - y))).double() + ridge * weights
+        curvature = ((x * (share * (p * (1 - p)).clamp_min(1e-6))[:, None]).T @ x).double() + torch.diag(ridge)
         step = torch.linalg.solve(curvature, gradient)
         weights = weights - step
         if float(step.abs().max()) < 1e-4:
@@ -71,8 +73,8 @@ def _newton(x: Tensor, y: Tensor, penalty: float, weights: Tensor) -> Tensor:
     return weights
 
 
-def _log_loss(logit: Tensor, y: Tensor) -> float:
-    return float(torch.nn.functional.binary_cross_entropy_with_logits(logit, y))
+def _log_loss(logit: Tensor, y: Tensor, share: Tensor) -> float:
+    return float(torch.nn.functional.binary_cross_entropy_with_logits(logit, y, weight=share))
 
 
 def _auc(score: Tensor, positive: Tensor) -> float:

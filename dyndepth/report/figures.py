@@ -117,8 +117,7 @@ def _frontier(figure: Any, report: dict[str, Any], theme: Theme) -> None:
     work.set_xlim(low - max(0.5, 0.08 * (100 - low)), 100 + max(0.2, 0.05 * (100 - low)))
     work.set(title="risk and work", xlabel="rows × layers run (%)", ylabel="tokens unlike full depth's (%)")
     speed.set(title="risk and speed, median and p10-p90", xlabel="new tokens per second, prompt included")
-    work.legend(loc="upper right")
-    speed.legend(loc="best")
+    figure.legend(loc="outside lower center", ncols=6)  # beside the panels: bounds and floors cross them anywhere
 
 
 def _reliability(figure: Any, report: dict[str, Any], theme: Theme) -> None:

@@ -81,8 +81,6 @@ class _Listening(Criterion):
     """Writes down another criterion's scores, chunk by chunk in the caller's order of rows; nobody leaves."""
 
     kind: ClassVar[str] = "listening"
-    #: Keeps a band open that an infinite threshold would close.
-    carries: ClassVar[bool] = True
     criterion: Criterion
     heard: list[Tensor]
 
@@ -128,9 +126,9 @@ def _agrees(band: Band, exits: Exits, sample: Sample, kv: str | None) -> Tensor:
 
 
 def _with(band: Band, criterion: Criterion) -> Band:
-    """The same maps under another criterion."""
+    """The same maps under another criterion, which never looks at the threshold; an infinite one would close the band."""
     other = copy.copy(band)
-    other.criterion, other.decay, other.threshold = criterion, None, 0.0
+    other.criterion, other.threshold = criterion, 0.0
     return other
 
 

@@ -2,6 +2,6 @@
 
 from dyndepth.training.cache import TeacherCache
 from dyndepth.training.config import TrainConfig
-from dyndepth.training.run import train
+from dyndepth.training.run import train, tune_maps
 
-__all__ = ["TeacherCache", "TrainConfig", "train"]
+__all__ = ["TeacherCache", "TrainConfig", "train", "tune_maps"]

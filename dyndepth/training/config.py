@@ -32,8 +32,8 @@ class TrainConfig:
     rank: int = 0
     inner: int = 0
 
-    #: KL(full || exit) over sampled words, over the whole vocabulary, over the teacher's top words and one rest mass, or the
-    #: squared error of the final normed state.
+    #: KL(full || exit) over sampled words, over the whole vocabulary, over the teacher's top words and one rest mass, the
+    #: squared error of the final normed state, or (`ce`) cross-entropy with the text's own next token alone.
     loss: str = "sampled_kl"
     #: Words that are always sampled, the most frequent answers of the teacher; and words drawn anew every step.
     frequent: int = 4096

@@ -10,6 +10,7 @@ from torch import Tensor
 from dyndepth.runtime.score import HEAD_ROWS
 from dyndepth.training.batches import Batches
 from dyndepth.training.losses import Readout, kl
+from dyndepth.training.skip import SkipStudent
 from dyndepth.training.student import Student
 
 
@@ -23,14 +24,14 @@ class Quality:
 
 
 @torch.no_grad()
-def evaluate(student: Student, readout: Readout, batches: Batches, rows: int) -> dict[int, Quality]:
+def evaluate(student: Student | SkipStudent, readout: Readout, batches: Batches, rows: int) -> dict[int, Quality]:
     """Quality per exit on the first sequences that together have `rows` judged rows."""
     exits = [int(leave) for leave in student.heads]
     agrees, divergence, seen = dict.fromkeys(exits, 0), dict.fromkeys(exits, 0.0), 0
-    for batch in batches.once():
-        wanted = batch.ready[batch.judged]
-        answers = batch.answers[batch.judged]
-        for leave, ready in student(batch, batch.judged).items():
+    for number, batch in enumerate(batches.once()):
+        chosen = student.rows(batch, -1 - number)  # steps that training never comes to
+        wanted, answers = batch.ready[chosen[0]], batch.answers[chosen[0]]
+        for leave, ready in student(batch, *chosen).items():
             for begin in range(0, len(answers), HEAD_ROWS):
                 part = slice(begin, begin + HEAD_ROWS)
                 logits = readout(ready[part])

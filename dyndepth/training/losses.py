@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-LOSSES = ("sampled_kl", "kl", "top_kl", "state")
+LOSSES = ("sampled_kl", "kl", "top_kl", "state", "ce")
 
 
 @dataclass(frozen=True)

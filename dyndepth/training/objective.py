@@ -19,7 +19,7 @@ _LOGITS = 1 << 22
 
 @dataclass(frozen=True)
 class Targets:
-    """The judged rows of a batch, as losses see them."""
+    """Some rows of a batch, as losses see them."""
 
     ready: Tensor
     top_ids: Tensor
@@ -28,8 +28,8 @@ class Targets:
     labels: Tensor
 
     @classmethod
-    def of(cls, batch: Batch) -> Targets:
-        return cls(*(getattr(batch, name)[batch.judged] for name in ("ready", "top_ids", "top_logits", "logsumexp", "labels")))
+    def of(cls, batch: Batch, which: Tensor) -> Targets:
+        return cls(*(getattr(batch, name)[which] for name in ("ready", "top_ids", "top_logits", "logsumexp", "labels")))
 
     def __len__(self) -> int:
         return self.ready.shape[0]
@@ -46,13 +46,15 @@ class Objective:
     readout: Readout
     frequent: Tensor  # int64
 
-    def __call__(self, ready: dict[int, Tensor], batch: Batch, step: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Per exit, the mean loss over judged rows and its gradient with respect to `ready[exit]` [judged rows, r].
+    def __call__(
+        self, ready: dict[int, Tensor], batch: Batch, which: Tensor, step: int
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Per exit, the mean loss over the rows `which` (bool [rows]) and its gradient by `ready[exit]` [count, r].
 
         The logits of a whole batch would be gigabytes: their part of the graph lives for some rows only, and the heads' part
         starts from these gradients.
         """
-        targets = Targets.of(batch)
+        targets = Targets.of(batch, which)
         readout, words = self._words(step)
         total = {leave: torch.zeros((), device=rows.device) for leave, rows in ready.items()}
         gradient = {leave: torch.zeros_like(rows) for leave, rows in ready.items()}
@@ -89,6 +91,9 @@ class Objective:
             elif kind == "top_kl":
                 assert logits is not None
                 found = losses.top_kl(logits, targets.top_ids, targets.top_logits, targets.logsumexp)
+            elif kind == "ce":
+                assert logits is not None
+                found = losses.cross_entropy(logits, targets.labels)
             else:
                 assert logits is not None
                 assert teacher is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +18,17 @@ from dyndepth.exits import Band, Exits
 from dyndepth.exits.heads import Head
 from dyndepth.files import writable
 from dyndepth.runtime.bind import Model, bind
-from dyndepth.runtime.fingerprint import facts_of
+from dyndepth.runtime.fingerprint import check_exits, facts_of
 from dyndepth.training.batches import Batches
 from dyndepth.training.cache import TeacherCache
 from dyndepth.training.config import TrainConfig
 from dyndepth.training.objective import Objective
+from dyndepth.training.skip import SkipStudent
 from dyndepth.training.starts import fit_readout, start_head
 from dyndepth.training.student import Student, released
 from dyndepth.training.trainer import Trained, Trainer, readout_of
 
-CORPUS, CACHE, RUN = "corpus.safetensors", "cache", "run"
+CORPUS, CACHE, RUN, EXITS = "corpus.safetensors", "cache", "run", "exits"
 #: Rows that a closed-form start is fitted on; its error stops falling long before.
 _START_ROWS = 65536
 
@@ -66,17 +68,66 @@ def train(
     report = Progress(progress)
     with torch.no_grad(), report:
         corpus = _corpus(model, bound, texts, tokenizer, prompts, config, folder, report)
-        kept = [piece for piece, split in zip(corpus.pieces, corpus.split, strict=True) if split in (FIT, TUNE)]
-        splits = [split for split in corpus.split if split in (FIT, TUNE)]
-        with report.stage("caching the teacher", sum(piece.tokens.shape[0] for piece in kept)) as advance:
-            cache = TeacherCache.build(bound, kept, exits, folder / CACHE, say=report.console.print, advance=advance)
-        trained = _heads(bound, cache, splits, config, folder / RUN, report)
+        training, validation = _cached(bound, corpus, exits, config, folder, report)
+        trained = _run(bound, started(bound, training, config), training, validation, config, folder, report)
     bands = []
     for leave, head in sorted(trained.heads.items()):
-        kept_head: Any = released(head, bound.dtype)
-        bands.append(Band(leave, bound.depth, head=kept_head))
-    result = Exits(bands, facts_of(bound), _record(corpus, config, trained))
-    result.save_pretrained(folder / "exits")
+        kept: Any = released(head, bound.dtype)
+        bands.append(Band(leave, bound.depth, head=kept))
+    result = Exits(bands, facts_of(bound), _record("trained heads (dyndepth.train)", corpus, config, trained))
+    result.save_pretrained(folder / EXITS)
+    _draw(folder, report)
+    return result
+
+
+def tune_maps(
+    model: Any,
+    exits: Exits,
+    texts: Sequence[str | Tensor] = (),
+    tokenizer: Any = None,
+    *,
+    output: str | Path,
+    prompts: Sequence[str | Tensor] | None = None,
+    config: TrainConfig | None = None,
+    share: float = 0.3,
+    progress: bool = True,
+) -> Exits:
+    """Train the K,V maps (and jumps) of bands by what they do to the rows that see them, through the frozen layers above.
+
+    Ridge regression makes K,V that are near the exact ones; what counts is what the layers above make of them. A share of the
+    rows skips a band by lot, and the KL of the others (of all rows, where the band resumes) is lowered.
+
+    Args:
+        exits: fitted exits, whose bands either all end the network or all resume; each is trained alone.
+        share: chance of a row to skip.
+        texts, prompts, output, config: as for `train`; of the settings, `exits`, `head` and `init` are idle.
+
+    Returns the same exits with other maps, and without a certificate: it spoke of the old ones.
+    """
+    config = config or TrainConfig()
+    folder = Path(output)
+    writable(folder)
+    bound = bind(model)
+    check_exits(exits, bound)
+    report = Progress(progress)
+    with torch.no_grad(), report:
+        corpus = _corpus(model, bound, texts, tokenizer, prompts, config, folder, report)
+        training, validation = _cached(bound, corpus, [band.leave for band in exits], config, folder, report)
+        student = SkipStudent(bound, exits, share, config.seed)
+        trained = _run(bound, student, training, validation, config, folder, report)
+    bands = []
+    for band in exits:
+        other = copy.copy(band)
+        other._modules = dict(band._modules)
+        maps: Any = released(trained.heads[band.leave], bound.dtype)
+        other.kv, other.jump = maps.kv, maps.jump
+        bands.append(other)
+    record = {key: value for key, value in exits.record.items() if key != "certificate"}
+    learned = _record("trained maps (dyndepth.training.tune_maps)", corpus, config, trained)
+    record["tuned_maps"] = {**learned["training"], "share": share}
+    record["documents"] = sorted({*exits.record.get("documents", ()), *learned["documents"]})
+    result = Exits(bands, exits.model, record)
+    result.save_pretrained(folder / EXITS)
     _draw(folder, report)
     return result
 
@@ -117,17 +168,31 @@ def _corpus(
     return corpus
 
 
-def _heads(
-    model: Model, cache: TeacherCache, splits: Sequence[str], config: TrainConfig, folder: Path, report: Progress
+def _cached(
+    model: Model, corpus: Corpus, exits: Sequence[int], config: TrainConfig, folder: Path, report: Progress
+) -> tuple[Batches, Batches]:
+    """Batches of the training and the validation split, from the teacher cache."""
+    kept = [(piece, split) for piece, split in zip(corpus.pieces, corpus.split, strict=True) if split in (FIT, TUNE)]
+    with report.stage("caching the teacher", sum(piece.tokens.shape[0] for piece, _ in kept)) as advance:
+        cache = TeacherCache.build(
+            model, [piece for piece, _ in kept], exits, folder / CACHE, say=report.console.print, advance=advance
+        )
+    parts = {name: [i for i, (_, split) in enumerate(kept) if split == name] for name in (FIT, TUNE)}
+    training, validation = (Batches(cache, parts[name], config.batch, config.seed, exits) for name in (FIT, TUNE))
+    return training, validation
+
+
+def _run(
+    model: Model,
+    student: Student | SkipStudent,
+    training: Batches,
+    validation: Batches,
+    config: TrainConfig,
+    folder: Path,
+    report: Progress,
 ) -> Trained:
-    exits = config.at(model.depth)
-    training, validation = (
-        Batches(cache, [i for i, split in enumerate(splits) if split == name], config.batch, config.seed, exits)
-        for name in (FIT, TUNE)
-    )
-    student = started(model, training, config)
     objective = Objective(config, readout_of(model), frequent_answers(training, model.vocab_size, config.frequent))
-    trainer = Trainer(model, student, objective, training, validation, config, folder)
+    trainer = Trainer(model, student, objective, training, validation, config, folder / RUN)
     with report.stage("training", trainer.updates) as advance:
         trainer.advance = advance
         return trainer.run()
@@ -170,10 +235,10 @@ def frequent_answers(training: Batches, words: int, count: int) -> Tensor:
     return frequency.argsort(descending=True, stable=True)[: min(count, words)].sort().values
 
 
-def _record(corpus: Corpus, config: TrainConfig, trained: Trained) -> dict[str, Any]:
+def _record(method: str, corpus: Corpus, config: TrainConfig, trained: Trained) -> dict[str, Any]:
     """Plain JSON about how the heads came to be and what they reach."""
     return {
-        "method": "trained heads (dyndepth.train)",
+        "method": method,
         "training": {
             "config": dataclasses.asdict(config),
             "tokens": {name: corpus.count(name) for name in (FIT, TUNE)},

@@ -23,12 +23,13 @@ from dyndepth.runtime.bind_layer import optional
 from dyndepth.runtime.block import block_head
 
 #: Per head, the starts it can have; the first is the default. `zero` and `random` agree with the final norm alone, before
-#: training. `+ridge` adds a readout in closed form to a copied layer; `last` alone is Balcony's.
+#: training. `+ridge` adds a readout in closed form to a copied layer; `last` alone is Balcony's, `copy` (the last layer and
+#: the final norm) EE-Tuning's.
 INITS: dict[str, tuple[str, ...]] = {
     "norm": ("none",),
     "translator": ("ridge", "zero"),
     "mlp": ("ridge", "random"),
-    "block": ("next+ridge", "last+ridge", "random+ridge", "next", "last", "random"),
+    "block": ("next+ridge", "last+ridge", "random+ridge", "next", "last", "random", "copy"),
 }
 
 
@@ -58,7 +59,7 @@ def start_head(
     if source == "random":
         _randomise(block.layer, 0.0 if model.family.one_plus_gain else 1.0, generator)
     norm = optional(model.decoder, model.family.final_norm)
-    if readout is not None and norm is not None:
+    if (readout is not None or init == "copy") and norm is not None:
         block.norm = copy.deepcopy(norm).requires_grad_(False)  # the readout corrects what the final norm makes of it
     block.readout = readout
     return block

@@ -36,6 +36,10 @@ class Student(nn.Module):
     def model(self) -> Model:
         return self._model[0]
 
+    def rows(self, batch: Batch, step: int) -> tuple[Tensor]:
+        """bool [rows]: which rows are judged at a step."""
+        return (batch.judged,)
+
     def forward(self, batch: Batch, which: Tensor) -> dict[int, Tensor]:
         """Per exit, head-ready rows [count, ready] of the rows where `which` (bool [rows]) is true."""
         return {int(leave): self.ready(int(leave), batch, which) for leave in self.heads}
@@ -70,7 +74,7 @@ class Student(nn.Module):
         return head(stream, finish)
 
 
-def trainable(student: Student) -> list[nn.Parameter]:
+def trainable(student: nn.Module) -> list[nn.Parameter]:
     """Parameters that learn; raises when there are none (a `norm` head has no weights of its own)."""
     found = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not found:

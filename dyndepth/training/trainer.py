@@ -26,6 +26,7 @@ from dyndepth.training.config import TrainConfig
 from dyndepth.training.evaluate import Quality, evaluate
 from dyndepth.training.losses import Readout
 from dyndepth.training.objective import Objective
+from dyndepth.training.skip import SkipStudent
 from dyndepth.training.stack import frozen
 from dyndepth.training.student import Student, trainable
 from dyndepth.training.weighting import WEIGHTS
@@ -71,7 +72,7 @@ class Trainer:
     """
 
     model: Model
-    student: Student
+    student: Student | SkipStudent
     objective: Objective
     training: Batches
     validation: Batches
@@ -145,8 +146,9 @@ class Trainer:
             step = (state.update * self.config.accumulate + micro) * accelerator.num_processes + accelerator.process_index
             batch = self.training.at(step).to(accelerator.device)
             with accelerator.accumulate(student):
-                ready = student(batch, batch.judged)
-                found, slopes = self.objective(ready, batch, step)
+                chosen = self.student.rows(batch, step)
+                ready = student(batch, *chosen)
+                found, slopes = self.objective(ready, batch, chosen[0], step)
                 for leave, loss in found.items():
                     losses[leave] += float(loss) / self.config.accumulate
                     if not math.isfinite(losses[leave]):
@@ -161,7 +163,7 @@ class Trainer:
                     norm = float(accelerator.clip_grad_norm_(student.parameters(), limit))
                 optimizer.step()
                 optimizer.zero_grad()
-            rows += int(batch.judged.sum())
+            rows += int(chosen[0].sum())
         state.update += 1
         self._log({"update": state.update, "loss": losses, "lr": rate, "gradient_norm": norm, "rows": rows})
         return rows, sum(weights[e] * losses[e] for e in exits)

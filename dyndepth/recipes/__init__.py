@@ -1,0 +1,25 @@
+"""Recipes: known early-exit systems, each a thin composition of heads, criteria, K,V policy, training and calibration.
+
+A module per system, imported on first use: `dyndepth.recipes.balcony`, `calm`, `ee_tuning`, `layerskip`. docs/recipes has a
+page for each: what the paper does, what is done here, and what differs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SYSTEMS = ("balcony", "calm", "ee_tuning", "layerskip")
+
+__all__ = ["balcony", "calm", "ee_tuning", "layerskip"]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _SYSTEMS:
+        return importlib.import_module(f"dyndepth.recipes.{name}")
+    raise AttributeError(f"module 'dyndepth.recipes' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SYSTEMS])
