@@ -190,3 +190,38 @@ def test_version_is_one() -> None:
     import dyndepth
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == dyndepth.__version__
+
+
+def test_train_goes_from_texts_to_heads_that_fit_takes(checkpoint: Path, tmp_path: Path) -> None:
+    config = tmp_path / "train.toml"
+    config.write_text("exits = [2, 4]\ncorpus = 4000\nown = 0.2\nnew_tokens = 16\nbatch = 400\nfrequent = 40\nrandom = 40\n")
+    options = ["--config", str(config), "--set", "tokens=4000", "--set", "head=translator", "--dtype", "float32"]
+    texts = [str(checkpoint / f"{number}.txt") for number in range(3)]
+    done = run("train", str(checkpoint), *texts, "--output", str(tmp_path / "run"), *options)
+    assert f"wrote {tmp_path / 'run' / 'exits'}" in done.stdout
+    assert "MiB to write to" in done.stderr.replace("\n", " ")
+    heads = Exits.from_pretrained(tmp_path / "run" / "exits")
+    assert [band.leave for band in heads] == [2, 4]
+    assert heads.record["training"]["config"]["tokens"] == 4000
+    shown = json.loads(run("exits", "show", str(tmp_path / "run" / "exits"), "--json").stdout)
+    assert shown["record"]["training"]["validation"].keys() == {"2", "4"}
+    run(
+        "fit", str(checkpoint), *texts, "--output", str(tmp_path / "fitted"), "--tokens", "4000",
+        "--own", "0", "--agreement", "0.3", "--dtype", "float32", "--heads", str(tmp_path / "run" / "exits"),
+    )  # fmt: skip
+    assert "training" in Exits.from_pretrained(tmp_path / "fitted").record
+
+
+def test_train_refuses_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    for change, message in (
+        ("tokens", "wanted name=value"),
+        ("tokens=[", "no value that TOML knows"),
+        ("tokens=many", "tokens must be a whole number"),
+        ("lrate=1", "unknown settings lrate"),
+    ):
+        done = run("train", str(checkpoint), "--output", str(tmp_path), "--set", change, expect=1)
+        assert message in done.stderr
+        assert done.stderr.count("\n") <= 3
+        assert "Traceback" not in done.stderr
+    done = run("train", str(checkpoint), "--output", str(tmp_path), expect=1)
+    assert "chat template" in done.stderr, "the model cannot write prompts"

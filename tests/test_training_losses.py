@@ -234,7 +234,7 @@ def test_settings_from_a_file(tmp_path: Any) -> None:
     config = TrainConfig.read(path, lr=2e-3)
     assert (config.exits, config.head, config.lr, config.starting()) == ((20, 25), "mlp", 2e-3, "ridge")
     assert config.at(30) == [20, 25]
-    assert TrainConfig().at(30) == [25, 28]
+    assert [TrainConfig().at(layers) for layers in (30, 6, 2)] == [[25, 28], [5], [1]]
     with pytest.raises(ArgumentError, match=r"exits must be in \[1, 25\)"):
         config.at(25)
     path.write_text("exits = [")

@@ -139,7 +139,7 @@ class TrainConfig:
 
     def at(self, layers: int) -> list[int]:
         """The exits, the default filled in."""
-        chosen = sorted(self.exits) or sorted({max(1, round(layers * share)) for share in (5 / 6, 11 / 12)})
+        chosen = sorted(self.exits) or sorted({max(1, min(layers - 1, round(layers * share))) for share in (5 / 6, 11 / 12)})
         if not all(1 <= leave < layers for leave in chosen):
             raise ArgumentError(f"train: exits must be in [1, {layers}), got {chosen}")
         return chosen

@@ -1,0 +1,5 @@
+"""`python -m dyndepth.cli`."""
+
+from dyndepth.cli import main
+
+main()
