@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
-.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu results calibrate-demo static-report wheel clean
+.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-heads \
+	static-report wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention store_kv project_qkv backfill_kv
 
@@ -37,6 +38,18 @@ bench: $(VENV)/.built
 # What the demo's exits can be certified for; about ten minutes.
 calibrate-demo: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/calibrate_demo.py build
+
+# What each kind of exit head reaches after the same training; an hour, and it resumes in build/exit-heads.
+exit-heads: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/exit_heads.py build/exit-heads
+
+# What the K,V of skipped tokens do to the others, by policy; an hour, and it resumes in build/kv-maps.
+kv-maps: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kv_maps.py build/kv-maps
+
+# Trains the exit heads that the demo ships; hours on two cores, and it resumes in build/demo-heads.
+demo-heads: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/demo_heads.py build/demo-heads
 
 # Every Triton kernel compiled for every target, without a GPU; about seven minutes.
 static-report: $(VENV)/.built

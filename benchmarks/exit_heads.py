@@ -28,7 +28,7 @@ from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.score import HEAD_ROWS
 from dyndepth.training import TeacherCache, TrainConfig
 from dyndepth.training.batches import Batches
-from dyndepth.training.evaluate import Quality, evaluate, selective
+from dyndepth.training.evaluate import Quality, evaluate, mixed, selective
 from dyndepth.training.objective import Objective
 from dyndepth.training.run import frequent_answers, started
 from dyndepth.training.student import Student
@@ -53,7 +53,7 @@ def main(folder: Path, only: list[str]) -> None:
     bound = bind(model)
     report = Progress(True)
     with torch.no_grad(), report:
-        corpus = _corpus(folder, model, tokenizer, report)
+        corpus = load_or_collect(folder, model, tokenizer, report)
         with report.stage("caching the teacher", corpus.count()) as advance:
             cache = TeacherCache.build(bound, corpus.pieces, EXITS, folder / "cache", say=report.console.print, advance=advance)
         parts = {name: [i for i, split in enumerate(corpus.split) if split == name] for name in (FIT, TUNE, TEST)}
@@ -77,7 +77,7 @@ def main(folder: Path, only: list[str]) -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _corpus(folder: Path, model: Any, tokenizer: Any, report: Progress) -> Corpus:
+def load_or_collect(folder: Path, model: Any, tokenizer: Any, report: Progress) -> Corpus:
     """The model's answers to prompts that it writes itself."""
     path = folder / "corpus.safetensors"
     if path.exists():
@@ -147,7 +147,7 @@ def _judged(model: Model, student: Student, batches: Batches, limit: int) -> dic
     words = frequent_answers(batches, model.vocab_size, 1024)
     seen = 0
     for batch in batches.once():
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed(batch.ready):
             ready = student(batch, batch.judged)
         answers = batch.answers[batch.judged]
         for leave, rows in ready.items():
@@ -232,7 +232,7 @@ def _time(student: Student, leave: int, batches: Batches) -> float:
     small = type(batch)(**{**vars(batch), "lengths": [_TIMED_ROWS], "judged": torch.ones(_TIMED_ROWS, dtype=torch.bool),
                            "residual": {e: r[which] for e, r in batch.residual.items()}})  # fmt: skip
     taken = []
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed(batch.ready):
         for _ in range(40):
             began = time.perf_counter()
             student.ready(leave, small, small.judged)

@@ -184,5 +184,5 @@ def test_training_lowers_the_divergence_of_every_budget(tmp_path: Path) -> None:
 
 def test_other_heads_are_no_balcony(tmp_path: Path) -> None:
     config = dataclasses.replace(TrainConfig(), exits=(2,))
-    with pytest.raises(ArgumentError, match="config.head must be block, got 'translator'"):
+    with pytest.raises(ArgumentError, match=r"config\.head must be block, got 'translator'"):
         balcony.train(tiny_models.shared("llama"), output=tmp_path, config=config)

@@ -308,5 +308,5 @@ def test_what_calm_refuses() -> None:
         calm.exits(model, measure="meta")
     with pytest.raises(ArgumentError, match="made with texts where the measure is state"):
         calm.grid(calm.exits(model, measure="state"))
-    with pytest.raises(ArgumentError, match="wanted exits of calm.exits"):
+    with pytest.raises(ArgumentError, match=r"wanted exits of calm\.exits"):
         calm.grid(tiny_exits.exits_of(model, Band(3, 6, Margin())))

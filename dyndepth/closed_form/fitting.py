@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def _trained(heads: Exits | None, model: Model) -> dict[int, Head]:
     if heads is None:
         return {}
     check_exits(heads, model)
-    found = {band.leave: band.head_or_norm() for band in heads if band.resume == model.depth}
+    found = {band.leave: copy.deepcopy(band.head_or_norm()) for band in heads if band.resume == model.depth}
     for leave, head in found.items():
         if isinstance(head, BlockHead | StoredBlock):
             raise ArgumentError(

@@ -23,6 +23,11 @@ class Quality:
     rows: int
 
 
+def mixed(weight: Tensor) -> torch.autocast:
+    """Where fp32 heads run on a bf16 model's rows: products in bf16, as in training and, nearly, in the pass."""
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+
+
 @torch.no_grad()
 def evaluate(student: Student | SkipStudent, readout: Readout, batches: Batches, rows: int) -> dict[int, Quality]:
     """Quality per exit on the first sequences that together have `rows` judged rows."""
@@ -31,7 +36,9 @@ def evaluate(student: Student | SkipStudent, readout: Readout, batches: Batches,
     for number, batch in enumerate(batches.once()):
         chosen = student.rows(batch, -1 - number)  # steps that training never comes to
         wanted, answers = batch.ready[chosen[0]], batch.answers[chosen[0]]
-        for leave, ready in student(batch, *chosen).items():
+        with mixed(readout.weight):
+            found = student(batch, *chosen)
+        for leave, ready in found.items():
             for begin in range(0, len(answers), HEAD_ROWS):
                 part = slice(begin, begin + HEAD_ROWS)
                 logits = readout(ready[part])

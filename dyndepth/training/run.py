@@ -22,6 +22,7 @@ from dyndepth.runtime.fingerprint import check_exits, facts_of
 from dyndepth.training.batches import Batches
 from dyndepth.training.cache import TeacherCache
 from dyndepth.training.config import TrainConfig
+from dyndepth.training.evaluate import mixed
 from dyndepth.training.objective import Objective
 from dyndepth.training.skip import SkipStudent
 from dyndepth.training.starts import fit_readout, start_head
@@ -210,7 +211,7 @@ def started(model: Model, training: Batches, config: TrainConfig) -> Student:
     }
     student = Student(model, heads)
     if "ridge" in init:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        with torch.no_grad(), mixed(training.cache.shard(0).ready):
             for leave, head in heads.items():
                 readout: Any = head if config.head == "translator" else getattr(head, "readout", None)
                 fit_readout(readout, _start_rows(student, leave, training))

@@ -170,8 +170,7 @@ class Trainer:
 
     def _look(self, accelerator: Any, student: Any, state: _State) -> None:
         """Measure the validation split, and keep the weights if they are the best so far."""
-        with torch.no_grad(), accelerator.autocast():
-            quality = evaluate(self.student, self.objective.readout, self.validation, self.config.evaluate_rows)
+        quality = evaluate(self.student, self.objective.readout, self.validation, self.config.evaluate_rows)
         mean = sum(q.kl for q in quality.values()) / len(quality)
         self._log({"update": state.update, "validation": {e: dataclasses.asdict(q) for e, q in quality.items()}})
         state.waited += 1
