@@ -41,7 +41,7 @@ from dyndepth.training.trainer import Trainer, readout_of
 EXITS, SHARES = (10, 15, 20, 25), (0.1, 0.3)
 FEW, MANY = 16_384, 65_536
 TUNED = (15, 20)
-_TUNED_ROWS, _TEST_ROWS = 100_000, 2_000
+_TUNED_ROWS, _TEST_ROWS = 60_000, 2_000
 
 
 def main(folder: Path) -> None:
@@ -56,7 +56,8 @@ def main(folder: Path) -> None:
         fitting = _alternating(own.of(FIT), text.of(FIT))
         maps = {name: _maps(folder / f"maps-{count}.pt", bound, _first(fitting, count), report)
                 for name, count in (("predict, 16k tokens", FEW), ("predict, 64k tokens", MANY))}  # fmt: skip
-        tuned = _tuned(folder, bound, maps["predict, 64k tokens"], fitting, [*own.of(TUNE), *text.of(TUNE)], report)
+        tuning = _judged(_alternating(own.of(TUNE), text.of(TUNE)), _TEST_ROWS)
+        tuned = _tuned(folder, bound, maps["predict, 64k tokens"], _first(fitting, MANY), tuning, report)
         maps["predict, 64k tokens, tuned"] = tuned
         rows: list[dict[str, Any]] = []
         tests = {"unseen text": _judged(text.of(TEST), _TEST_ROWS), "own answers": _judged(own.of(TEST), _TEST_ROWS)}
@@ -134,7 +135,7 @@ def _tuned(
     found = {}
     for leave in TUNED:
         config = TrainConfig(
-            tokens=_TUNED_ROWS, batch=3000, lr=3e-4, evaluate_every=10, checkpoint_every=10, evaluate_rows=2000
+            tokens=_TUNED_ROWS, batch=3000, lr=3e-4, evaluate_every=10, checkpoint_every=10, evaluate_rows=_TEST_ROWS
         )
         training = Batches(cache, range(len(fitting)), config.batch, 0, [leave])
         validation = Batches(cache, range(len(fitting), len(pieces)), config.batch, 0, [leave])

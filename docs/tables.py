@@ -97,7 +97,58 @@ def static(results: Path) -> str:
     return "\n".join([*lines, "", "Registers per thread · KiB of shared memory per program, the most over the cases.", ""])
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"demo": demo, "bench": bench, "calibration": calibration, "static": static}
+def exit_heads(results: Path) -> str:
+    """What `make exit-heads` found: heads after the same training, then mean layers at three agreements."""
+    found = _load(results / "exit_heads.json")
+    lines = _header(
+        "exit", "head", "agreement: start", "trained", "leaves at 99% (top-1)", "98%", "95%", "95% (margin)", "MiB",
+        "ms per 16 rows", "rows/s in training",
+    )  # fmt: skip
+    for row in sorted(found["heads"], key=lambda row: row["exit"]):
+        shares = [f"{row['selective_top1'][share]:.1%}" for share in ("99%", "98%", "95%")]
+        rate = "–" if row["training_rows_per_s"] is None else f"{row['training_rows_per_s']:.0f}"
+        cells = [
+            row["exit"], row["kind"], f"{row['agreement_at_start']:.1%}", f"{row['agreement']:.1%}", *shares,
+            f"{row['selective_margin']['95%']:.1%}", f"{row['mib']:.2f}", f"{row['ms_per_16_rows']:.2f}", rate,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", *_header("head", "confidence", "wanted agreement", "reached", "mean layers run")]
+    for kind, scores in found["frontier"].items():
+        for score, points in scores.items():
+            for share, point in points.items():
+                lines.append(f"| {kind} | {score} | {share} | {point['agreement']:.1%} | {point['mean_layers']:.2f} |")
+    sizes = found["corpus"]
+    text = (
+        f"{found['model']}, {found['dtype']}; {found['rows_shown']} rows shown of {sizes['fit']} tokens, thresholds set on "
+        f"{sizes['tune']}, all figures from {sizes['test']} others. Milliseconds are the head alone, without judging."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def kv_maps(results: Path) -> str:
+    """What `make kv-maps` found: per exit and policy the KL and agreement of the tokens that stay."""
+    found = _load(results / "kv_maps.json")
+    cells = {(r["text"], r["exit"], r["share"], r["policy"]): r for r in found["rows"]}
+    policies = list(dict.fromkeys(row["policy"] for row in found["rows"]))
+    lines = _header("text", "exit", "share gone", *policies, "maps, of the model")
+    for text, leave, share in dict.fromkeys((r["text"], r["exit"], r["share"]) for r in found["rows"]):
+        row = [cells.get((text, leave, share, policy)) for policy in policies]
+        shown = ["–" if cell is None else f"{cell['kl']:.3f} · {cell['agreement']:.1%}" for cell in row]
+        lines.append(f"| {text} | {leave} | {share:.0%} | {' | '.join(shown)} | {found['share_of_model'][str(leave)]:.1%} |")
+    text = (
+        f"KL(full ‖ dynamic) in nats · agreement with full depth, of the tokens that stay; {found['model']}, {found['dtype']}."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "demo": demo,
+    "bench": bench,
+    "calibration": calibration,
+    "static": static,
+    "exit_heads": exit_heads,
+    "kv_maps": kv_maps,
+}
 
 
 def _header(*names: str) -> list[str]:

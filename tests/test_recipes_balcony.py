@@ -170,6 +170,8 @@ def test_training_lowers_the_divergence_of_every_budget(tmp_path: Path) -> None:
     assert balcony.budgets(exits) == {"M": 2, "L": 4, "XL": 6}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     loaded, inputs = Exits.from_pretrained(tmp_path / "exits"), tiny_models.prompts(4)
+    assert all(isinstance(band.criterion, FixedDepth) for band in loaded)
+    assert loaded.record["recipe"] == exits.record["recipe"]
     asked = ["M", "L", "XL", 2]
     ours = balcony.generate(model, inputs, loaded, asked, **OPTIONS)
     assert torch.equal(ours, balcony.generate(model, inputs, exits, asked, **OPTIONS))

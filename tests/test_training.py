@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +340,28 @@ def test_fit_takes_trained_heads(tmp_path: Path) -> None:
 def test_the_log_survives_a_line_that_was_cut(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"update": 1}) + "\n" + '{"upd')
     assert list(metrics(tmp_path)) == [{"update": 1}]
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path: Path, monkeypatch: Any) -> None:
+    """With a stand-in for the writer: the package is optional."""
+    told: dict[str, list[int]] = {}
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert (Path(folder).name, purge_step) == ("tensorboard", 1)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            assert math.isfinite(value)
+            told.setdefault(name, []).append(step)
+
+        def flush(self) -> None:
+            pass
+
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    monkeypatch.setattr("dyndepth.training.trainer.require", lambda module, message: None)
+    train(tmp_path, tokens=2000, tensorboard=True, evaluate_every=2)
+    entries = list(metrics(tmp_path / "run"))
+    assert told["loss/2"] == [entry["update"] for entry in entries if "loss" in entry]
+    assert told["validation/4/kl"] == [entry["update"] for entry in entries if "validation" in entry]

@@ -22,4 +22,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SYSTEMS])
+    return sorted({*globals(), *_SYSTEMS})

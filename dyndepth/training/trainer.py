@@ -79,6 +79,8 @@ class Trainer:
     config: TrainConfig
     folder: Path
     advance: Advance = lambda steps, text="": None
+    #: A SummaryWriter, if the settings ask for one.
+    board: Any = None
 
     @property
     def updates(self) -> int:
@@ -110,6 +112,11 @@ class Trainer:
         if newest:
             accelerator.load_state(str(newest[-1]))
         self._rewind(state.update)
+        if self.config.tensorboard and accelerator.is_main_process:
+            require("tensorboard", "the setting tensorboard needs the package tensorboard: pip install tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.update + 1)
         began, shown = time.perf_counter(), 0
         with torch.enable_grad(), frozen(self.model.causal_lm):
             if not newest:
@@ -224,6 +231,10 @@ class Trainer:
     def _log(self, entry: dict[str, Any]) -> None:
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        if self.board is not None:
+            for name, value in _flat(entry):
+                self.board.add_scalar(name, value, entry["update"])
+            self.board.flush()
 
     def _rewind(self, update: int) -> None:
         """Forget what was logged after the checkpoint that is resumed from: it will be logged again."""
@@ -249,6 +260,15 @@ def readout_of(model: Model) -> Readout:
     if plain is None:
         raise TrainingError("train: the LM head is no plain linear layer (quantised, wrapped or hooked), which losses need")
     return Readout(plain[0], plain[1], model.logit_softcap)
+
+
+def _flat(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a log entry with the path that leads to each."""
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif key != "update":
+            yield f"{prefix}{key}", value
 
 
 def _checkpoints(folder: Path) -> list[Path]:
