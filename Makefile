@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
-.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-heads \
+.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
 	static-report wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention store_kv project_qkv backfill_kv
@@ -47,9 +47,9 @@ exit-heads: $(VENV)/.built
 kv-maps: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kv_maps.py build/kv-maps
 
-# Trains the exit heads that the demo ships; hours on two cores, and it resumes in build/demo-heads.
-demo-heads: $(VENV)/.built
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/demo_heads.py build/demo-heads
+# Makes the exits that the demo ships; hours on two cores, and it resumes in build/demo-exits.
+demo-exits: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/demo_exits.py build/demo-exits
 
 # Every Triton kernel compiled for every target, without a GPU; about seven minutes.
 static-report: $(VENV)/.built

@@ -2,7 +2,7 @@
 
 Writes build/calibration.json (certificates for several risks, and the loss of every point of the path) and
 build/disagreement.npz: `losses` [points of the path, requests] and `rows_x_layers` [points], which the tests of the bounds
-draw from.
+draw from. With `--keep` the demo's exits are replaced by the same with thresholds certified for a disagreement of 5 %.
 """
 
 from __future__ import annotations
@@ -15,18 +15,32 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+import dyndepth
 from dyndepth.calibration import default_path, learn_then_test
 from dyndepth.calibration.bounds import BOUNDS
-from dyndepth.calibration.requests import Requests
+from dyndepth.calibration.requests import Lost, Requests
 from dyndepth.demo.prompts import calibrating
-from dyndepth.demo.weights import chat, load
+from dyndepth.demo.weights import EXITS, chat, load
+from dyndepth.exits import Exits
 from dyndepth.files import replacing
 
 _RISKS = (0.03, 0.05, 0.1)
 _ERROR = 0.05
+_KEPT_RISK = 0.05
 
 
-def main(folder: Path) -> None:
+class _Remembering(Requests):
+    """Requests that measure a vector of thresholds once: the path is walked for the table, and again for certificates."""
+
+    def lost(self, exits: Exits, loss: str = "disagreement", kv: str | None = None, advance: Any = lambda count: None) -> Lost:
+        key = (*(band.threshold for band in exits), loss, kv)
+        known = self.__dict__.setdefault("_known", {})
+        if key not in known:
+            known[key] = super().lost(exits, loss, kv, advance)
+        return known[key]
+
+
+def main(folder: Path, keep: bool) -> None:
     model, tokenizer, exits = load()
     with Progress() as bars:
 
@@ -35,7 +49,7 @@ def main(folder: Path) -> None:
             return lambda count: bars.advance(task, count)
 
         prompts = [chat(tokenizer, prompt) for prompt in calibrating()]
-        requests = Requests(model, prompts, tokenizer, new_tokens=64, advance=stage("answering"))
+        requests = _Remembering(model, prompts, tokenizer, new_tokens=64, advance=stage("answering"))
         path = default_path(exits)
         lost = [
             requests.lost(exits.with_thresholds(point), advance=stage(f"point {k + 1} of {len(path)}"))
@@ -83,7 +97,11 @@ def main(folder: Path) -> None:
         )
     for entry in certified:
         print(entry)
+    if keep:
+        kept = dyndepth.calibrate(model, exits, requests, risk=_KEPT_RISK, confidence=1 - _ERROR)
+        kept.save_pretrained(EXITS)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "build"))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--keep"]
+    main(Path(arguments[0] if arguments else "build"), "--keep" in sys.argv)

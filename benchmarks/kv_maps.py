@@ -23,7 +23,7 @@ from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.search import with_criterion
 from dyndepth.closed_form.trace import trace
 from dyndepth.data import FIT, TEST, TUNE, Piece, deal, encode, sections, text_pieces
-from dyndepth.demo.weights import load_model, prose
+from dyndepth.demo.weights import load_model
 from dyndepth.exits import Band, Exits
 from dyndepth.files import replacing
 from dyndepth.runtime.bind import Model, bind
@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     report = Progress(True)
     with torch.no_grad(), report:
         own = load_or_collect(folder, model, tokenizer, report)
-        texts = sections(encode(prose(), tokenizer), 256)
+        texts = sections(encode(_prose(), tokenizer), 256)
         text = deal([], text_pieces(texts, 1 << 20, 256), bound.hidden_size, 0)
         fitting = _alternating(own.of(FIT), text.of(FIT))
         maps = {name: _maps(folder / f"maps-{count}.pt", bound, _first(fitting, count), report)
@@ -83,6 +83,13 @@ def main(folder: Path) -> None:
     }  # fmt: skip
     with replacing(folder / "kv_maps.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _prose() -> list[str]:
+    """Real prose that every Python carries: its own language reference."""
+    from pydoc_data.topics import topics
+
+    return [text for _, text in sorted(topics.items()) if len(text) > 4000]
 
 
 def _alternating(one: Sequence[Piece], other: Sequence[Piece]) -> list[Piece]:

@@ -182,3 +182,15 @@ def test_refusals(model: Any, exits: Exits) -> None:
     learned = Exits(exits.bands, exits.model, {"documents": [document(distinct(80)[7])]})
     with pytest.raises(ArgumentError, match=r"prompts \[7\] were seen by fit"):
         dyndepth.calibrate(model, learned, distinct(80), **SMALL)
+
+
+def test_requests_that_were_answered_serve_several_certificates(model: Any, exits: Exits) -> None:
+    path = [[math.inf], [0.5], [0.02]]
+    options: dict[str, Any] = {"confidence": 0.9, "path": path, "progress": False}
+    requests = Requests(model, distinct(40), new_tokens=SMALL["new_tokens"])
+    for risk in (0.3, 0.6):
+        again = dyndepth.calibrate(model, exits, requests, risk=risk, **options)
+        fresh = dyndepth.calibrate(model, exits, distinct(40), risk=risk, **(SMALL | options))
+        assert again.certificate == fresh.certificate
+    with pytest.raises(ArgumentError, match="answered by another model"):
+        dyndepth.calibrate(tiny_models.tiny("llama"), exits, requests, risk=0.6, **options)

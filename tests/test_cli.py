@@ -216,7 +216,11 @@ def test_train_refuses_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
     for change, message in (
         ("tokens", "wanted name=value"),
         ("tokens=[", "no value that TOML knows"),
-        ("tokens=many", "tokens must be a whole number"),
+        ("tokens=many", "no value that TOML knows"),
+        ("tokens=1.5", "tokens must be a whole number"),
+        ("exits=20", "exits must be a list of boundaries"),
+        ("tensorboard=False", "no value that TOML knows"),
+        ("tensorboard=1", "tensorboard must be true or false"),
         ("lrate=1", "unknown settings lrate"),
     ):
         done = run("train", str(checkpoint), "--output", str(tmp_path), "--set", change, expect=1)

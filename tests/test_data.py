@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +14,18 @@ from dyndepth.data import (
     FIT,
     TEST,
     TUNE,
+    Corpus,
     Piece,
     collect,
     deal,
+    document,
     encode,
     openings,
     own_prompts,
     sections,
     text_pieces,
 )
-from dyndepth.errors import ArgumentError, NotEnoughDataError
+from dyndepth.errors import ArgumentError, CacheError, NotEnoughDataError
 
 
 def _pieces(kind: str, documents: int, each: int, length: int) -> list[Piece]:
@@ -246,3 +249,34 @@ def test_own_prompts_refuse_wrong_arguments() -> None:
     for name, least in (("count", 1), ("new_tokens", 5), ("batch", 1)):
         with pytest.raises(ArgumentError, match=rf"own_prompts: {name} must be at least {least}, got {least - 1}"):
             own_prompts(Scripted(), Chat(), **({"count": 1} | {name: least - 1}))
+
+
+def test_documents_that_were_learned_from_neither_tune_nor_test() -> None:
+    pieces = _pieces("own", 40, 2, 200)
+    before = deal(pieces, [], 8, 0)
+    learned = {piece.document for piece, split in zip(before.pieces, before.split, strict=True) if split == FIT}
+    again = deal(pieces, [], 8, 5, learned)
+    for piece, split in zip(again.pieces, again.split, strict=True):
+        assert split == FIT or piece.document not in learned
+    assert len({p.document for p in again.of(TUNE)}) == len({p.document for p in again.of(TEST)}) == 5
+    with pytest.raises(NotEnoughDataError, match="in the tune split"):
+        deal(pieces, [], 8, 5, {piece.document for piece in pieces})
+
+
+def test_a_corpus_knows_what_it_was_taken_from(tmp_path: Path) -> None:
+    """Few texts are cut into sections, documents of their own; a certificate must not be drawn from the texts either."""
+    texts = [torch.randint(3, 90, (2000,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    options: dict[str, Any] = {"own": 0.0, "new_tokens": 8, "batch": 4, "seed": 0, "width": 8, "context": 64}
+    corpus = collect(None, texts, None, tokens=6000, **options)
+    assert {document(text) for text in texts} <= set(corpus.documents)
+    corpus.save(tmp_path / "corpus.safetensors", "these")
+    loaded = Corpus.load(tmp_path / "corpus.safetensors", "these")
+    assert (loaded.digest, loaded.split, loaded.documents) == (corpus.digest, corpus.split, corpus.documents)
+    with pytest.raises(CacheError, match="other texts, prompts or settings"):
+        Corpus.load(tmp_path / "corpus.safetensors", "those")
+
+
+def test_prompts_that_leave_no_room_are_said() -> None:
+    prompts = [torch.arange(3, 60)] * 3
+    with pytest.raises(NotEnoughDataError, match="none of 1 prompts leaves room for 16 new tokens in a context of 64"):
+        collect(None, [], prompts, tokens=500, own=1.0, new_tokens=16, batch=4, seed=0, width=8, context=64)

@@ -43,11 +43,30 @@ def test_invariant_1_on_smollm2() -> None:
     )
 
 
-def test_prompts_to_fit_and_to_show_are_apart() -> None:
-    fitting = prompts.fitting(160)
-    assert len(set(fitting)) == 160
-    assert not set(fitting) & set(prompts.SHOWN)
+def test_prompts_to_calibrate_with_and_to_show_are_apart() -> None:
+    calibrating = prompts.calibrating()
+    assert len(set(calibrating)) == len(calibrating) == 300
+    assert not set(calibrating) & set(prompts.SHOWN)
     assert len(prompts.SHOWN) >= 16
+
+
+@pytest.mark.demo_model
+def test_the_shipped_exits_are_this_models() -> None:
+    """Fingerprint, trained heads, a certificate that still speaks for the thresholds; unseen prompts stay unseen."""
+    from dyndepth.data import document, encode
+    from dyndepth.demo import chat, load_exits, load_model
+    from dyndepth.runtime.bind import bind
+    from dyndepth.runtime.fingerprint import check_exits
+
+    model, tokenizer = load_model(torch.bfloat16)
+    exits = load_exits()
+    check_exits(exits, bind(model))
+    assert exits.record["training"]["rows_shown"] > 100_000
+    assert exits.certificate is not None
+    assert exits.certificate["certified"]
+    assert exits.certificate["measured_risk"] <= exits.certificate["risk"] == 0.05
+    ids = encode([chat(tokenizer, prompt) for prompt in prompts.calibrating()], tokenizer, special=True)
+    assert not {document(tokens) for tokens in ids} & set(exits.record["documents"])
 
 
 def _settings() -> list[measure.Setting]:

@@ -73,9 +73,11 @@ def _compare(whole: Path, other: Path) -> None:
     names = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
     compared = [name for name in names if "checkpoint-" not in str(name) and name.suffix not in (".png", ".pt")]
     assert len(compared) > 10
+    theirs = [path.relative_to(other) for path in sorted(other.rglob("*")) if path.is_file()]
+    assert [name for name in theirs if "checkpoint-" not in str(name)] == [n for n in names if "checkpoint-" not in str(n)]
     for name in compared:
         assert (other / name).read_bytes() == (whole / name).read_bytes(), name
-    mine, theirs = (torch.load(folder / "run" / "best.pt", weights_only=True) for folder in (other, whole))
-    assert mine["quality"] == theirs["quality"]
-    for name, value in theirs["heads"].items():
+    mine, wanted = (torch.load(folder / "run" / "best.pt", weights_only=True) for folder in (other, whole))
+    assert mine["quality"] == wanted["quality"]
+    for name, value in wanted["heads"].items():
         assert torch.equal(mine["heads"][name], value), name

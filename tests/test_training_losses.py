@@ -114,7 +114,8 @@ def _problem(dtype: torch.dtype = torch.float32) -> tuple[Readout, Batch, dict[i
     labels = torch.randint(0, WORDS, (rows,), generator=generator)
     labels[7] = -100
     batch = Batch(
-        lengths=[20, 30], residual={}, judged=judged, ready=ready, top_ids=best.indices, top_logits=best.values,
+        lengths=[20, 30], residual={}, judged=judged, ready=ready, answers=best.indices[:, 0], top_ids=best.indices,
+        top_logits=best.values,
         logsumexp=logits.logsumexp(-1), labels=labels,
     )  # fmt: skip
     mine = {e: (ready + 0.5 * normal(rows, WIDTH))[judged].to(dtype) for e in (2, 5)}

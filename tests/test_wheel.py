@@ -48,7 +48,7 @@ def test_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     assert any(name.startswith("dyndepth/_C.") for name in names)
     # Exactly the sources: nothing left out, and nothing of what was renamed or removed since an earlier build.
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "dyndepth").rglob("*.py")} | {"dyndepth/py.typed"}
-    sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "dyndepth" / "demo" / "heads").iterdir()}
+    sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "dyndepth" / "demo" / "exits").iterdir()}
     sources |= {f"dyndepth/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     sources |= {f"dyndepth/_cuda_sources/{p.name}" for p in (ROOT / "csrc" / "cuda").glob("*.*")}
     assert {name for name in names if ".dist-info/" not in name and not name.startswith("dyndepth/_C.")} == sources

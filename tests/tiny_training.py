@@ -31,7 +31,8 @@ def batches(folder: Path, name: str = "llama", exits: tuple[int, ...] = (2, 4), 
 
 
 SETTINGS = {
-    "exits": [2, 4], "corpus": 3000, "tokens": 12_000, "batch": 400, "lr": 3e-3, "evaluate_every": 5, "checkpoint_every": 5,
+    "exits": [2, 4], "corpus": 3000, "new_tokens": 16,
+    "tokens": 12_000, "batch": 400, "lr": 3e-3, "evaluate_every": 5, "checkpoint_every": 5,
     "frequent": 40, "random": 40, "evaluate_rows": 400,
 }  # fmt: skip
 

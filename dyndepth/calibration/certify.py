@@ -28,7 +28,7 @@ _LEVELS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 2.0)
 def calibrate(
     model: Any,
     exits: Exits,
-    prompts: Sequence[str | Tensor],
+    prompts: Sequence[str | Tensor] | Requests,
     tokenizer: Any = None,
     *,
     risk: float = 0.05,
@@ -51,7 +51,8 @@ def calibrate(
     Args:
         model: the transformers causal LM the exits were made for.
         prompts: independent requests (strings with `tokenizer`, chat template applied, or int64 [t]), drawn as those to come
-            will be, none of them seen by `fit`, none twice.
+            will be, none of them seen by `fit` or `train`, none twice. Or Requests that were answered before, which makes
+            `new_tokens` and `batch` idle: for several risks on the same prompts.
         risk: bound on the expected loss, in (0, 1).
         loss: `disagreement` or `inconsistency` (dyndepth.calibration.requests.LOSSES).
         bound: p-value: `betting` (the sharpest here: losses of requests vary little), `hoeffding_bentkus` or `hoeffding`.
@@ -94,7 +95,7 @@ def calibrate(
             "confidence": confidence,
             "method": f"learn-then-test, fixed sequence, {bound}",
             "n": len(requests),
-            "new_tokens": new_tokens,
+            "new_tokens": requests.new_tokens,
             "kv": kv,
             "dtype": str(model.dtype).removeprefix("torch."),
             "data_hash": requests.data_hash,
@@ -156,13 +157,18 @@ def describe(certificate: dict[str, Any]) -> str:
 def _requests(
     model: Any,
     exits: Exits,
-    prompts: Sequence[str | Tensor],
+    prompts: Sequence[str | Tensor] | Requests,
     tokenizer: Any,
     new_tokens: int,
     batch: int,
     advance: Callable[[int], None],
 ) -> Requests:
-    requests = Requests(model, prompts, tokenizer, new_tokens=new_tokens, batch=batch, advance=advance)
+    if isinstance(prompts, Requests):
+        requests = prompts
+        if requests.model is not model:
+            raise ArgumentError("calibrate: the requests were answered by another model")
+    else:
+        requests = Requests(model, prompts, tokenizer, new_tokens=new_tokens, batch=batch, advance=advance)
     seen = set(exits.record.get("documents", ()))
     both = [number for number, name in enumerate(requests.documents) if name in seen]
     if both:

@@ -126,7 +126,7 @@ def _exits() -> None:
 
 @exits_app.command()
 def show(
-    path: Annotated[str, typer.Argument(help="Exits folder, or `demo` for the demo's (fitted if need be).")],
+    path: Annotated[str, typer.Argument(help="Exits folder, or `demo` for those that the demo ships.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Bands, thresholds, how they were made, and the certificate."""
@@ -134,7 +134,7 @@ def show(
     from dyndepth.calibration import describe
     from dyndepth.exits.codec import band_to_json
 
-    exits = dyndepth.demo.load()[2] if path == "demo" else dyndepth.Exits.from_pretrained(path)
+    exits = dyndepth.demo.load_exits() if path == "demo" else dyndepth.Exits.from_pretrained(path)
     if as_json:
         import dataclasses
 

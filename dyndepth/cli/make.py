@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,7 +81,10 @@ def train(
 
 
 def settings(changes: list[str]) -> dict[str, Any]:
-    """`name=value` entries, values as in TOML; a bare word is a string."""
+    """`name=value` entries, values as in TOML; a bare word is a string where the setting is one."""
+    from dyndepth.training import TrainConfig
+
+    words = {field.name for field in dataclasses.fields(TrainConfig) if field.type == "str"}
     found: dict[str, Any] = {}
     for change in changes:
         name, equals, value = change.partition("=")
@@ -89,8 +93,8 @@ def settings(changes: list[str]) -> dict[str, Any]:
         try:
             found[name.strip()] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            if not value.strip().replace("_", "").replace("+", "").isalnum():
-                raise ArgumentError(f"--set: {change!r} has no value that TOML knows") from None
+            if name.strip() not in words:
+                raise ArgumentError(f"--set: {change!r} has no value that TOML knows (true, 1e-3, [20, 25])") from None
             found[name.strip()] = value.strip()
     return found
 

@@ -16,7 +16,7 @@ from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.router import fit_router
 from dyndepth.closed_form.search import Candidate, choose, label, probe, promising, set_price, with_criterion
 from dyndepth.closed_form.trace import trace
-from dyndepth.data import FIT, TEST, TEXT_PIECE, TUNE, Corpus, collect, document, encode
+from dyndepth.data import FIT, TEST, TEXT_PIECE, TUNE, Corpus, gather
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import BlockHead, Exits, ModelFacts, RouterScore
 from dyndepth.exits.heads import Head, StoredBlock
@@ -74,7 +74,8 @@ def fit(
         prompts: prompts for the continuations, ready to be continued (chat template applied); None takes the first 32
             tokens of each piece of the texts. Strings get the tokenizer's BOS unless they bring it.
         heads: exits whose trained heads (dyndepth.train) early exits at the same boundaries take instead of a fitted
-            translator; their boundaries join the candidates.
+            translator; their boundaries join the candidates, unless those are given. Documents that the heads learned
+            from neither tune nor test.
         agreement: wanted share of tokens whose arg max is the full model's, over all judged tokens.
         tokens: size of the corpus; `own` of it are continuations (with their prompts). Documents, not sequences, are dealt
             over the splits; a prompt is a document, and so is a text, or a section of it where texts are few.
@@ -98,9 +99,16 @@ def fit(
     trained = _trained(heads, bound)
     spans = _spans(candidates, trained, bound.depth)
     report = Progress(progress)
+    if isinstance(texts, Corpus):
+        tokens = texts.count()
     report.plan(tokens, len(spans), MapFitter.memory(bound, spans) + _memory_of_residuals(bound, tokens))
     with report, torch.no_grad():
-        data, names = _corpus(model, texts, tokenizer, prompts, tokens, own, new_tokens, batch, seed, report)
+        learned = () if heads is None else _learned(heads)
+        with report.stage("continuing prompts", round(tokens * own)) as advance:
+            data = gather(
+                model, texts, tokenizer, prompts, "fit", tokens=tokens, own=own, new_tokens=new_tokens, batch=batch,
+                seed=seed, learned=learned, advance=advance,
+            )  # fmt: skip
         found = _maps(bound, data, spans, trained, report)
         fit_sample, tune, test = (Sample.of(model, *data.part(name)) for name in (FIT, TUNE, TEST))
         with report.stage("measuring bands", len(found)) as advance:
@@ -115,12 +123,18 @@ def fit(
             if part is not None:
                 part.to(bound.dtype)  # what the runtime would round them to anyway; halves the file of a bf16 model
     exits.record = _record(data, found, chosen, agreement, tuned, tested)
-    if heads is not None:
+    names = {*data.documents, *(() if heads is None else heads.record.get("documents", ()))}
+    exits.record["documents"] = sorted(names)  # by which calibrate knows prompts that were learned from
+    if heads is not None and any(band.leave in trained and band.resume == bound.depth for band in exits):
         exits.record["training"] = heads.record.get("training")
-        names = sorted({*names, *heads.record.get("documents", ())})
-    exits.record["documents"] = names  # by which calibrate knows prompts that were learned from
     report.result(exits)
     return exits
+
+
+def _learned(heads: Exits) -> frozenset[str]:
+    """Documents that gradients saw, and, where the record does not tell those apart, all that training knew."""
+    record = heads.record.get("training") or {}
+    return frozenset(record.get("documents") or heads.record.get("documents", ()))
 
 
 def _trained(heads: Exits | None, model: Model) -> dict[int, Head]:
@@ -154,37 +168,6 @@ def _memory_of_residuals(model: Model, tokens: int) -> int:
     """Residuals at the boundaries that go on are kept for the routers; scoring holds the logits of some rows at a time."""
     residuals = model.dtype.itemsize * (_RESUMING + 4) * tokens * model.hidden_size
     return residuals + HEAD_ROWS * model.vocab_size * (4 + model.dtype.itemsize)
-
-
-def _corpus(
-    model: Any,
-    texts: Sequence[str | Tensor] | Corpus,
-    tokenizer: Any,
-    prompts: Sequence[str | Tensor] | None,
-    tokens: int,
-    own: float,
-    new_tokens: int,
-    batch: int,
-    seed: int,
-    report: Progress,
-) -> tuple[Corpus, list[str]]:
-    """The corpus, and names of everything it may have been taken from."""
-    bound = bind(model)
-    if isinstance(texts, Corpus):
-        return texts, sorted({piece.document for piece in texts.pieces})
-    given = encode(texts, tokenizer, "fit: texts", special=True)
-    asked = None if prompts is None else encode(prompts, tokenizer, "fit: prompts", special=True)
-    for name, part in (("texts", given), ("prompts", asked or [])):
-        for number, ids in enumerate(part):
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < bound.vocab_size:
-                raise ArgumentError(f"fit: {name}[{number}] must hold token ids in [0, {bound.vocab_size})")
-    context = bound.positions_limit or getattr(bound.config, "max_position_embeddings", None) or TEXT_PIECE + new_tokens
-    with report.stage("continuing prompts", round(tokens * own)) as advance:
-        data = collect(
-            model, given, asked, tokens=tokens, own=own, new_tokens=new_tokens, batch=batch, seed=seed,
-            width=bound.hidden_size, context=context, advance=advance,
-        )  # fmt: skip
-    return data, sorted({document(text) for text in [*given, *(asked or [])]})
 
 
 def _maps(model: Model, data: Corpus, spans: Sequence[Span], trained: dict[int, Head], report: Progress) -> list[Candidate]:

@@ -3,6 +3,7 @@
 from dyndepth.data.corpus import FIT, TEST, TUNE, Corpus, collect, deal
 from dyndepth.data.encode import document, encode
 from dyndepth.data.files import read_texts
+from dyndepth.data.gather import encoded, gather
 from dyndepth.data.own import continuations
 from dyndepth.data.own_prompts import own_prompts
 from dyndepth.data.pieces import TEXT_PIECE, Piece, openings, sections, text_pieces
@@ -19,6 +20,8 @@ __all__ = [
     "deal",
     "document",
     "encode",
+    "encoded",
+    "gather",
     "openings",
     "own_prompts",
     "read_texts",

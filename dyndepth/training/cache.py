@@ -34,6 +34,8 @@ from dyndepth.runtime.score import HEAD_ROWS
 FORMAT, VERSION = "dyndepth-teacher-cache", 1
 MANIFEST = "manifest.json"
 _SHARD_ROWS = 8192
+#: Tokens that tell whether a model still computes what it did, and how far half precision may move that.
+_PROBE_TOKENS, _PROBE_NOISE = 16, 0.05
 #: Disk left free beside the cache: whatever else runs on the machine needs some.
 _SPARE = 1 << 28
 
@@ -47,6 +49,7 @@ class Shard:
     start: Tensor  # int32 [sequences], first position that generation would judge
     residual: dict[int, Tensor]  # per boundary [rows, d], the model's dtype
     ready: Tensor  # [rows, ready], head-ready rows of the full model
+    answers: Tensor  # int32 [rows], the full model's arg max: where logits tie, the one that generation takes
     top_ids: Tensor  # int32 [rows, k], most likely first
     top_logits: Tensor  # float32 [rows, k]
     logsumexp: Tensor  # float32 [rows], over the whole vocabulary
@@ -54,20 +57,6 @@ class Shard:
     @property
     def rows(self) -> int:
         return self.tokens.shape[0]
-
-    @property
-    def judged(self) -> Tensor:
-        """bool [rows]."""
-        lengths = self.lengths.long()
-        begin = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        return torch.arange(self.rows) - begin >= torch.repeat_interleave(self.start.long(), lengths)
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 [rows]: the token that follows in the text, -100 after the last of a sequence."""
-        labels = torch.cat([self.tokens[1:].long(), torch.tensor([-100])])
-        labels[self.lengths.long().cumsum(0) - 1] = -100
-        return labels
 
 
 @dataclass(frozen=True)
@@ -193,7 +182,7 @@ def _plan(model: Model, pieces: Sequence[Piece], boundaries: Sequence[int], top:
         shards[-1]["sequences"] += 1
         shards[-1]["rows"] += piece.tokens.shape[0]
         digest.update(f"{piece.start}:".encode() + piece.tokens.numpy().tobytes())
-    row = model.dtype.itemsize * (model.hidden_size * len(wanted) + model.ready_size) + 8 * top + 8
+    row = model.dtype.itemsize * (model.hidden_size * len(wanted) + model.ready_size) + 8 * top + 12
     for shard in shards:
         shard["bytes"] = shard["rows"] * row + shard["sequences"] * 8
     return {
@@ -205,8 +194,15 @@ def _plan(model: Model, pieces: Sequence[Piece], boundaries: Sequence[int], top:
         "top": top,
         "rows": sum(shard["rows"] for shard in shards),
         "tokens_sha256": digest.hexdigest(),
+        "probe": _probe(model, pieces[0].tokens[:_PROBE_TOKENS]),
         "shards": shards,
     }
+
+
+def _probe(model: Model, tokens: Tensor) -> list[float]:
+    """What the model says of a few tokens: the start of the head-ready row of each."""
+    ready = next(iter(trace(model, [tokens], (), ()))).ready
+    return [float(f"{value:.6g}") for value in ready[:, :16].float().flatten().tolist()]
 
 
 def _finished(folder: Path, manifest: dict[str, Any]) -> set[int]:
@@ -216,7 +212,12 @@ def _finished(folder: Path, manifest: dict[str, Any]) -> set[int]:
             raise CacheError(f"teacher cache: {folder} holds shards without a manifest; choose another folder or remove it")
         return set()
     old = _manifest(folder)
-    different = sorted(key for key in manifest if old.get(key) != manifest[key])
+    different = sorted(key for key in manifest if key != "probe" and old.get(key) != manifest[key])
+    # What the model computes counts, too: adapters and quantised weights are wrapped, and no fingerprint looks inside them.
+    seen, now = torch.tensor(old.get("probe", [])), torch.tensor(manifest["probe"])
+    if seen.shape != now.shape or float((seen - now).pow(2).mean().sqrt()) > _PROBE_NOISE * float(now.pow(2).mean().sqrt()):
+        different.append("outputs of the model")
+    manifest["probe"] = old.get("probe", manifest["probe"])
     if different:
         raise CacheError(
             f"teacher cache: {folder} holds another cache (its {', '.join(different)} differ); choose another folder or "
@@ -245,7 +246,10 @@ def _computed(
         for rows in chunk.ready.split(HEAD_ROWS):
             logits = model.logits(rows)
             best = logits.topk(top, dim=-1)
-            keep(top_ids=best.indices.int(), top_logits=best.values, logsumexp=logits.logsumexp(-1))
+            keep(
+                answers=model.argmax(rows).int(), top_ids=best.indices.int(), top_logits=best.values,
+                logsumexp=logits.logsumexp(-1),
+            )  # fmt: skip
     tensors = {name: torch.cat(values) for name, values in parts.items()}
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):

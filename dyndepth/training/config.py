@@ -80,6 +80,10 @@ class TrainConfig:
                 fail(field.name, "a whole number")
             if field.type == "float" and (type(value) not in (int, float) or not math.isfinite(value)):
                 fail(field.name, "a finite number")
+            if field.type == "bool" and type(value) is not bool:
+                fail(field.name, "true or false")
+            if field.type.startswith("tuple") and not isinstance(value, list | tuple):
+                fail(field.name, "a list of boundaries")
             if field.type == "str" and not isinstance(value, str):
                 fail(field.name, "a string")
         object.__setattr__(self, "exits", tuple(self.exits))
@@ -103,11 +107,13 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 fail(name, "at least 1")
-        for name in ("rank", "inner", "random", "ce_weight", "weight_decay", "clip", "patience", "seed"):
+        for name in ("rank", "inner", "ce_weight", "weight_decay", "clip", "patience", "seed"):
             if getattr(self, name) < 0:
                 fail(name, "at least 0")
-        if self.frequent < 2:
-            fail("frequent", "at least 2")
+        if self.frequent < 2 or self.random < 1:
+            fail("frequent" if self.frequent < 2 else "random", "at least 2" if self.frequent < 2 else "at least 1")
+        if self.seed >= 1 << 40:
+            fail("seed", "below 2**40")
         if self.lr <= 0:
             fail("lr", "above 0")
         if not 0 <= self.warmup < 1:

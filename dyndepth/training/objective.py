@@ -47,25 +47,29 @@ class Objective:
     frequent: Tensor  # int64
 
     def __call__(
-        self, ready: dict[int, Tensor], batch: Batch, which: Tensor, step: int
+        self, ready: dict[int, Tensor], batch: Batch, which: Tensor, step: int, rows: int | None = None
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Per exit, the mean loss over the rows `which` (bool [rows]) and its gradient by `ready[exit]` [count, r].
+        """Per exit, the loss of the rows `which` (bool [rows]) and its gradient by `ready[exit]` [count, r].
+
+        Divided by `rows`: those of the whole update, so that every token counts alike whatever batch it came in; None takes
+        the rows of this batch.
 
         The logits of a whole batch would be gigabytes: their part of the graph lives for some rows only, and the heads' part
         starts from these gradients.
         """
         targets = Targets.of(batch, which)
         readout, words = self._words(step)
-        total = {leave: torch.zeros((), device=rows.device) for leave, rows in ready.items()}
-        gradient = {leave: torch.zeros_like(rows) for leave, rows in ready.items()}
+        count = len(targets) if rows is None else rows
+        total = {leave: torch.zeros((), device=head.device) for leave, head in ready.items()}
+        gradient = {leave: torch.zeros_like(head) for leave, head in ready.items()}
         size = max(1, _LOGITS // readout.words)
         for begin in range(0, len(targets), size):
             part = slice(begin, begin + size)
             loss = self._loss(readout, words, targets[part])
-            for leave, rows in ready.items():
+            for leave, head in ready.items():
                 with torch.enable_grad():
-                    leaf = rows[part].detach().requires_grad_(True)
-                    found = loss(leaf).sum() / len(targets)
+                    leaf = head[part].detach().requires_grad_(True)
+                    found = loss(leaf).sum() / count
                     (gradient[leave][part],) = torch.autograd.grad(found, leaf)
                 total[leave] += found.detach()
         return total, gradient

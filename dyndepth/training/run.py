@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from dyndepth.closed_form.progress import Progress
-from dyndepth.data import FIT, TUNE, Corpus, collect, encode, own_prompts
+from dyndepth.data import FIT, TUNE, Corpus, document, encoded, gather, own_prompts
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Band, Exits
 from dyndepth.exits.heads import Head
-from dyndepth.files import writable
+from dyndepth.files import sweep, writable
 from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.fingerprint import check_exits, facts_of
 from dyndepth.training.batches import Batches
@@ -27,7 +28,7 @@ from dyndepth.training.objective import Objective
 from dyndepth.training.skip import SkipStudent
 from dyndepth.training.starts import fit_readout, start_head
 from dyndepth.training.student import Student, released
-from dyndepth.training.trainer import Trained, Trainer, readout_of
+from dyndepth.training.trainer import Trained, Trainer, check, readout_of
 
 CORPUS, CACHE, RUN, EXITS = "corpus.safetensors", "cache", "run", "exits"
 #: Rows that a closed-form start is fitted on; its error stops falling long before.
@@ -66,6 +67,9 @@ def train(
     writable(folder)
     bound = bind(model)
     exits = config.at(bound.depth)
+    check(bound, config)
+    if config.head == "norm":
+        raise ArgumentError("train: a norm head has nothing to train; use it as it is, or take translator, mlp or block")
     report = Progress(progress)
     with torch.no_grad(), report:
         corpus = _corpus(model, bound, texts, tokenizer, prompts, config, folder, report)
@@ -103,18 +107,20 @@ def tune_maps(
         share: chance of a row to skip.
         texts, prompts, output, config: as for `train`; of the settings, `exits`, `head` and `init` are idle.
 
-    Returns the same exits with other maps, and without a certificate: it spoke of the old ones.
+    Returns the same exits with other maps, and without a certificate or measured agreement: those spoke of
+    the old ones.
     """
     config = config or TrainConfig()
     folder = Path(output)
     writable(folder)
     bound = bind(model)
     check_exits(exits, bound)
+    check(bound, config)
+    student = SkipStudent(bound, exits, share, config.seed)
     report = Progress(progress)
     with torch.no_grad(), report:
         corpus = _corpus(model, bound, texts, tokenizer, prompts, config, folder, report)
         training, validation = _cached(bound, corpus, [band.leave for band in exits], config, folder, report)
-        student = SkipStudent(bound, exits, share, config.seed)
         trained = _run(bound, student, training, validation, config, folder, report)
     bands = []
     for band in exits:
@@ -123,7 +129,7 @@ def tune_maps(
         maps: Any = released(trained.heads[band.leave], bound.dtype)
         other.kv, other.jump = maps.kv, maps.jump
         bands.append(other)
-    record = {key: value for key, value in exits.record.items() if key != "certificate"}
+    record = {key: value for key, value in exits.record.items() if key not in ("certificate", "tune", "test")}
     learned = _record("trained maps (dyndepth.training.tune_maps)", corpus, config, trained)
     record["tuned_maps"] = {**learned["training"], "share": share}
     record["documents"] = sorted({*exits.record.get("documents", ()), *learned["documents"]})
@@ -143,30 +149,39 @@ def _corpus(
     folder: Path,
     report: Progress,
 ) -> Corpus:
+    """Collected, or what an earlier run of the same call collected."""
+    given, asked = encoded(bound, texts, tokenizer, prompts, "train")
+    key = _asked(bound, given, asked, config)
+    sweep(folder)
     if (folder / CORPUS).exists():
-        return Corpus.load(folder / CORPUS)
-    given = encode(texts, tokenizer, "train: texts", special=True)
-    own = 1.0 if not given else config.own
-    asked = None if prompts is None else encode(prompts, tokenizer, "train: prompts", special=True)
+        return Corpus.load(folder / CORPUS, key)
     if asked is None and not given:
         count = max(1, round(config.corpus / config.new_tokens))
         with report.stage("writing prompts", count) as advance:
             asked = own_prompts(model, tokenizer, count, batch=config.decode, seed=config.seed, advance=advance)
-    for name, part in (("texts", given), ("prompts", asked or [])):
-        for number, ids in enumerate(part):
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < bound.vocab_size:
-                raise ArgumentError(
-                    f"train: {name}[{number}] must hold token ids in [0, {bound.vocab_size}); was it encoded by the tokenizer "
-                    "of another model?"
-                )
-    context = bound.positions_limit or getattr(bound.config, "max_position_embeddings", None) or 1 << 20
+    own = config.own if given else 1.0
     with report.stage("continuing prompts", round(config.corpus * own)) as advance:
-        corpus = collect(
-            model, given, asked, tokens=config.corpus, own=own, new_tokens=config.new_tokens, batch=config.decode,
-            seed=config.seed, width=bound.hidden_size, context=context, advance=advance,
+        corpus = gather(
+            model, given, None, asked, "train", tokens=config.corpus, own=own, new_tokens=config.new_tokens,
+            batch=config.decode, seed=config.seed, advance=advance,
         )  # fmt: skip
-    corpus.save(folder / CORPUS)
+    if corpus.count() < 0.9 * config.corpus:
+        report.console.print(
+            f"train: wanted {config.corpus} tokens, the texts and prompts gave {corpus.count()}", style="yellow"
+        )
+    corpus.save(folder / CORPUS, key)
     return corpus
+
+
+def _asked(model: Model, texts: Sequence[Tensor], prompts: Sequence[Tensor] | None, config: TrainConfig) -> str:
+    """What a corpus is collected for: SHA-256 of the model's facts, texts, prompts and settings."""
+    settings = (config.corpus, config.own, config.new_tokens, config.decode, config.seed)
+    digest = hashlib.sha256(repr((facts_of(model), settings)).encode())
+    for name, part in (("texts", texts), ("prompts", prompts or [])):
+        digest.update(f"{name} {prompts is None}".encode())
+        for ids in part:
+            digest.update(document(ids).encode())
+    return digest.hexdigest()
 
 
 def _cached(
@@ -174,13 +189,20 @@ def _cached(
 ) -> tuple[Batches, Batches]:
     """Batches of the training and the validation split, from the teacher cache."""
     kept = [(piece, split) for piece, split in zip(corpus.pieces, corpus.split, strict=True) if split in (FIT, TUNE)]
+    sweep(folder / CACHE)
+    sweep(folder / EXITS)
     with report.stage("caching the teacher", sum(piece.tokens.shape[0] for piece, _ in kept)) as advance:
         cache = TeacherCache.build(
             model, [piece for piece, _ in kept], exits, folder / CACHE, say=report.console.print, advance=advance
         )
-    parts = {name: [i for i, (_, split) in enumerate(kept) if split == name] for name in (FIT, TUNE)}
-    training, validation = (Batches(cache, parts[name], config.batch, config.seed, exits) for name in (FIT, TUNE))
-    return training, validation
+    generator = torch.Generator().manual_seed(config.seed)
+    found = []
+    for name in (FIT, TUNE):
+        parts = [i for i, (_, split) in enumerate(kept) if split == name]
+        # Shuffled: starts and looks at the validation split take the first rows, which must be of every kind.
+        order = torch.randperm(len(parts), generator=generator).tolist()
+        found.append(Batches(cache, [parts[i] for i in order], config.batch, config.seed, exits, model.device))
+    return found[0], found[1]
 
 
 def _run(
@@ -230,10 +252,7 @@ def _start_rows(student: Student, leave: int, training: Batches) -> Any:
 
 def frequent_answers(training: Batches, words: int, count: int) -> Tensor:
     """int64 ids of the teacher's most frequent answers, ascending."""
-    frequency = torch.zeros(words, dtype=torch.int64)
-    for batch in training.once():
-        frequency += torch.bincount(batch.answers[batch.judged], minlength=words)
-    return frequency.argsort(descending=True, stable=True)[: min(count, words)].sort().values
+    return training.frequencies(words).argsort(descending=True, stable=True)[: min(count, words)].sort().values
 
 
 def _record(method: str, corpus: Corpus, config: TrainConfig, trained: Trained) -> dict[str, Any]:
@@ -247,9 +266,11 @@ def _record(method: str, corpus: Corpus, config: TrainConfig, trained: Trained) 
             "updates": trained.updates,
             "best_update": trained.best_update,
             "rows_shown": trained.tokens,
+            # By which fit keeps them out of what tunes and tests.
+            "documents": sorted({piece.document for piece in corpus.of(FIT)}),
             "validation": {str(leave): dataclasses.asdict(quality) for leave, quality in trained.quality.items()},
         },
-        "documents": sorted({piece.document for piece in corpus.pieces}),
+        "documents": corpus.documents,
     }
 
 

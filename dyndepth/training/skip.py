@@ -48,7 +48,7 @@ class SkipStudent(nn.Module):
         if not chosen or any((band.resume < model.depth) != self.resumes for band in chosen):
             raise ArgumentError("train: wanted bands that all end the network or all resume; train the two kinds apart")
         self.heads = nn.ModuleDict({str(band.leave): Maps(band) for band in chosen})
-        self.float().requires_grad_(True)
+        self.to(device=model.device, dtype=torch.float32).requires_grad_(True)
         self.share, self.seed = share, seed
         self._model = [model]  # in a list, so that it does not become a submodule
 

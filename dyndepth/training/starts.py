@@ -42,6 +42,8 @@ def start_head(
     if init not in INITS[kind]:
         raise ArgumentError(f"train: init of a {kind} head must be one of {', '.join(INITS[kind])}, got {init!r}")
     width, ready = model.hidden_size, model.ready_size
+    if rank is not None and not 1 <= rank <= min(width, ready):
+        raise ArgumentError(f"train: rank must be in [1, {min(width, ready)}], or 0 for the whole matrix, got {rank}")
     if kind == "norm":
         return NormHead()
     readout = TranslatorHead(width, ready, rank) if "ridge" in init or kind == "translator" else None
@@ -65,9 +67,7 @@ def start_head(
     return block
 
 
-def fit_readout(
-    readout: TranslatorHead, rows: Iterable[tuple[Tensor, Tensor, Tensor]], rank_by: float = 1e-6
-) -> dict[str, float]:
+def fit_readout(readout: TranslatorHead, rows: Iterable[tuple[Tensor, Tensor, Tensor]], rank_by: float = 1e-6) -> float:
     """Ridge regression of what `finish` leaves to explain, from the rms-normed stream; low rank by reduced-rank regression.
 
     Args:
@@ -87,19 +87,29 @@ def fit_readout(
         held_out.add(x[mask], y[mask])
     weights, error = solve_best(fitting, held_out, {"readout": slice(None)})["readout"]
     weight, bias = weights[:-1].T, weights[-1]
-    readout.bias.data = bias.contiguous()
     if readout.down is None:
-        readout.up.data = weight.contiguous()
-        return {"error": error}
-    # The best map of rank k in the metric of the features: truncated in the space where they are white.
-    gram = fitting.gram[:-1, :-1] / fitting.rows
-    scale = torch.linalg.cholesky(gram + rank_by * torch.eye(width, dtype=torch.float64))
+        _fill(readout.up, weight)
+        _fill(readout.bias, bias)
+        return error
+    # The best map of rank k in the metric of the features around their mean: truncated in the space where they are white.
+    count = fitting.rows
+    mean = fitting.gram[:-1, -1] / count
+    covariance = fitting.gram[:-1, :-1] / count - torch.outer(mean, mean)
+    scale = torch.linalg.cholesky(covariance + rank_by * torch.eye(width, dtype=torch.float64))
     left, values, right = torch.linalg.svd(weight.double() @ scale, full_matrices=False)
     rank = readout.down.shape[0]
     root = values[:rank].sqrt()
-    readout.up.data = (left[:, :rank] * root).float().contiguous()
-    readout.down.data = torch.linalg.solve_triangular(scale.T, (right[:rank].T * root), upper=True).T.float().contiguous()
-    return {"error": error}
+    up = left[:, :rank] * root
+    down = torch.linalg.solve_triangular(scale.T, right[:rank].T * root, upper=True).T
+    _fill(readout.up, up)
+    _fill(readout.down, down)
+    _fill(readout.bias, fitting.cross[-1] / count - up @ (down @ mean))
+    return error
+
+
+def _fill(parameter: Tensor, value: Tensor) -> None:
+    """Write in place: dtype and device stay the parameter's."""
+    parameter.data.copy_(value)
 
 
 def _randomise(layer: nn.Module, gain: float, generator: torch.Generator) -> None:

@@ -25,7 +25,7 @@ class Student(nn.Module):
     def __init__(self, model: Model, heads: dict[int, Head]) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({str(leave): head for leave, head in heads.items()})
-        self.float().requires_grad_(True)
+        self.to(device=model.device, dtype=torch.float32).requires_grad_(True)
         self._model = [model]  # in a list, so that it does not become a submodule
         self._layers: dict[str, Layer] = {}
         for leave, head in self.heads.items():

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,11 +20,11 @@ from torch import Tensor
 from dyndepth.closed_form.progress import Advance
 from dyndepth.errors import TrainingError
 from dyndepth.exits.heads import Head
-from dyndepth.files import replacing, require
+from dyndepth.files import replacing, require, sweep
 from dyndepth.runtime.bind import Model
 from dyndepth.training.batches import Batch, Batches
 from dyndepth.training.config import TrainConfig
-from dyndepth.training.evaluate import Quality, evaluate
+from dyndepth.training.evaluate import Quality, evaluate, mixed
 from dyndepth.training.losses import Readout
 from dyndepth.training.objective import Objective
 from dyndepth.training.skip import SkipStudent
@@ -39,6 +40,8 @@ class _State:
     """What a checkpoint holds beside weights and the optimizer."""
 
     update: int = 0
+    #: Rows judged so far.
+    rows: int = 0
     best: float = math.inf
     best_update: int = 0
     waited: int = 0
@@ -89,31 +92,34 @@ class Trainer:
 
     def run(self) -> Trained:
         """Train, from the newest checkpoint if there is one."""
-        require("accelerate", "training needs the package accelerate: pip install 'dyndepth[train]'")
+        check(self.model, self.config)
         from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        bf16 = self.model.dtype == torch.bfloat16
+        sweep(self.folder)
+        for staged in self.folder.glob(".checkpoint-*"):  # of a run that was killed while it wrote one
+            shutil.rmtree(staged, ignore_errors=True)
+        # Precision is `mixed`'s affair: accelerate's is one for the whole process and would outlive this run.
         accelerator = Accelerator(
-            mixed_precision="bf16" if bf16 else "no", cpu=self.model.device.type == "cpu",
-            gradient_accumulation_steps=self.config.accumulate, dataloader_config=DataLoaderConfiguration(),
-        )  # fmt: skip
-        if accelerator.device.type != self.model.device.type:
-            raise TrainingError(f"train: the model is on {self.model.device}, accelerate runs on {accelerator.device}")
+            mixed_precision="no", cpu=self.model.device.type == "cpu", gradient_accumulation_steps=self.config.accumulate
+        )
+        if accelerator.device.type != self.model.device.type or accelerator.num_processes > 1:
+            raise TrainingError(
+                f"train: the model is on {self.model.device} in one process, accelerate runs on {accelerator.device} in "
+                f"{accelerator.num_processes}"
+            )
         self._claim()
         parameters = trainable(self.student)
         optimizer: Any = torch.optim.AdamW(parameters, lr=self.config.lr, weight_decay=self.config.weight_decay)
         student: Any
-        student, optimizer = accelerator.prepare(self.student.to(accelerator.device), optimizer)
+        student, optimizer = accelerator.prepare(self.student, optimizer)
         state = _State()
         accelerator.register_for_checkpointing(state)
         newest = _checkpoints(self.folder)
         if newest:
             accelerator.load_state(str(newest[-1]))
         self._rewind(state.update)
-        if self.config.tensorboard and accelerator.is_main_process:
-            require("tensorboard", "the setting tensorboard needs the package tensorboard: pip install tensorboard")
+        if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.update + 1)
@@ -147,33 +153,40 @@ class Trainer:
             group["lr"] = rate
         exits = sorted(int(leave) for leave in self.student.heads)
         weights = dict(zip(exits, WEIGHTS[self.config.weighting](exits, self.model.depth), strict=True))
-        rows, losses = 0, dict.fromkeys(exits, 0.0)
-        norm = 0.0
-        for micro in range(self.config.accumulate):
-            step = (state.update * self.config.accumulate + micro) * accelerator.num_processes + accelerator.process_index
-            batch = self.training.at(step).to(accelerator.device)
+        steps = [state.update * self.config.accumulate + micro for micro in range(self.config.accumulate)]
+        batches = [self.training.at(step) for step in steps]
+        chosen = [self.student.rows(batch, step) for batch, step in zip(batches, steps, strict=True)]
+        # Every token of the update counts alike, whichever batch it came in.
+        rows = sum(int(which[0].sum()) for which in chosen)
+        losses, norm = dict.fromkeys(exits, 0.0), 0.0
+        for batch, which, step in zip(batches, chosen, steps, strict=True):
             with accelerator.accumulate(student):
-                chosen = self.student.rows(batch, step)
-                ready = student(batch, *chosen)
-                found, slopes = self.objective(ready, batch, chosen[0], step)
+                with mixed(self.objective.readout.weight):
+                    ready = student(batch, *which)
+                found, slopes = self.objective(ready, batch, which[0], step, rows)
                 for leave, loss in found.items():
-                    losses[leave] += float(loss) / self.config.accumulate
-                    if not math.isfinite(losses[leave]):
-                        raise TrainingError(
-                            f"train: the loss of exit {leave} is {float(loss)} at update {state.update}; a lower lr or a "
-                            f"smaller clip may help. The last checkpoint in {self.folder} is whole"
-                        )
-                # The gradient of this sum is what the losses' would be: their graph ends at the head-ready rows.
-                accelerator.backward(torch.stack([weights[e] * (ready[e] * slopes[e]).sum() for e in exits]).sum())
+                    losses[leave] += float(loss)
+                    self._finite(losses[leave], f"the loss of exit {leave}", state)
+                # The gradient of this sum is what the losses' would be: their graph ends at the head-ready rows. accelerate
+                # divides by the number of batches, which `rows` has done already.
+                surrogate = torch.stack([weights[e] * (ready[e] * slopes[e]).sum() for e in exits]).sum()
+                accelerator.backward(surrogate * self.config.accumulate)
                 if accelerator.sync_gradients:
-                    limit = self.config.clip or math.inf
-                    norm = float(accelerator.clip_grad_norm_(student.parameters(), limit))
+                    norm = float(accelerator.clip_grad_norm_(student.parameters(), self.config.clip or math.inf))
+                    self._finite(norm, "the gradient", state)
                 optimizer.step()
                 optimizer.zero_grad()
-            rows += int(chosen[0].sum())
         state.update += 1
+        state.rows += rows
         self._log({"update": state.update, "loss": losses, "lr": rate, "gradient_norm": norm, "rows": rows})
         return rows, sum(weights[e] * losses[e] for e in exits)
+
+    def _finite(self, value: float, name: str, state: _State) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"train: {name} is {value} at update {state.update}; nothing of this update was kept. Other settings (a "
+                f"lower lr, a smaller clip) need another folder than {self.folder}"
+            )
 
     def _look(self, accelerator: Any, student: Any, state: _State) -> None:
         """Measure the validation split, and keep the weights if they are the best so far."""
@@ -184,31 +197,23 @@ class Trainer:
         if mean < state.best:
             state.best, state.best_update, state.waited = mean, state.update, 0
             heads = {name: value.detach().cpu() for name, value in accelerator.unwrap_model(student).state_dict().items()}
-            if accelerator.is_main_process:
-                reached = {str(leave): dataclasses.asdict(found) for leave, found in quality.items()}
-                with replacing(self.folder / BEST) as temporary:
-                    torch.save({"heads": heads, "quality": reached}, temporary)
+            reached = {str(leave): dataclasses.asdict(found) for leave, found in quality.items()}
+            with replacing(self.folder / BEST) as temporary:
+                torch.save({"heads": heads, "quality": reached}, temporary)
 
     def _tired(self, state: _State) -> bool:
         return bool(self.config.patience) and state.waited >= self.config.patience
 
     def _keep(self, accelerator: Any, state: _State) -> None:
         """A checkpoint that is there in full or not at all; older ones go once it is."""
-        old = _checkpoints(self.folder)
-        staged = self.folder / f".checkpoint-{state.update:08d}"
-        if accelerator.is_main_process:
-            shutil.rmtree(staged, ignore_errors=True)
-        accelerator.wait_for_everyone()
+        staged, final = (self.folder / f"{prefix}checkpoint-{state.update:08d}" for prefix in (".", ""))
+        shutil.rmtree(staged, ignore_errors=True)
         accelerator.save_state(str(staged))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            final = self.folder / f"checkpoint-{state.update:08d}"
-            shutil.rmtree(final, ignore_errors=True)
-            staged.rename(final)
-            for folder in old:
-                if folder != final:
-                    shutil.rmtree(folder, ignore_errors=True)
-        accelerator.wait_for_everyone()
+        shutil.rmtree(final, ignore_errors=True)
+        staged.rename(final)
+        for folder in _checkpoints(self.folder):
+            if folder != final:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _claim(self) -> None:
         """Write what this run is, or refuse to go on with another run's checkpoints."""
@@ -252,6 +257,18 @@ def metrics(folder: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             return
+
+
+def check(model: Model, config: TrainConfig) -> None:
+    """Raise what would stop a run later: asked before a corpus is collected and a teacher run."""
+    require("accelerate", "training needs the package accelerate: pip install 'dyndepth[train]'")
+    if config.tensorboard:
+        require("tensorboard", "the setting tensorboard needs the package tensorboard: pip install tensorboard")
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        raise TrainingError(f"train: wanted a model in float32 or bfloat16, got {model.dtype}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError("train: several processes are not supported; start it in one")
+    readout_of(model)
 
 
 def readout_of(model: Model) -> Readout:
