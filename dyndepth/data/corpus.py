@@ -127,7 +127,7 @@ def collect(
     starts = openings(documents, piece) if prompts is None else [(document(p), p) for p in prompts if p.shape[0]]
     starts = list({(name, document(prompt)): (name, prompt) for name, prompt in starts}.values())  # none twice
     fitting = [(name, prompt) for name, prompt in starts if prompt.shape[0] + new_tokens <= context]
-    if wanted and starts and not fitting:
+    if wanted and prompts and starts and not fitting:  # openings of texts are ours to drop; prompts were asked for
         raise NotEnoughDataError(
             f"corpus: none of {len(starts)} prompts leaves room for {new_tokens} new tokens in a context of {context}; wanted "
             "shorter prompts or fewer new tokens"
