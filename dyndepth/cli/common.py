@@ -8,30 +8,16 @@ from typing import Any
 
 import typer
 
-from dyndepth.errors import (
-    ArgumentError,
-    BackendError,
-    CacheError,
-    ExitsError,
-    NotEnoughDataError,
-    PagesFullError,
-    TrainingError,
-    UnsupportedModelError,
-)
+from dyndepth import errors
+from dyndepth.errors import ArgumentError
 
 app = typer.Typer(
     help="Dynamic-depth batched inference.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
-ERRORS = (
-    ArgumentError,
-    BackendError,
-    CacheError,
-    ExitsError,
-    NotEnoughDataError,
-    PagesFullError,
-    TrainingError,
-    UnsupportedModelError,
+#: What a command says in one line: everything raised on purpose, and what the system or a missing package says.
+ERRORS: tuple[type[Exception], ...] = (
+    *(error for error in vars(errors).values() if isinstance(error, type)),
     OSError,
     ModuleNotFoundError,
 )

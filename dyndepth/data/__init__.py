@@ -1,7 +1,7 @@
 """What fits, trains and calibrates on: texts, the model's own continuations, splits that share no document."""
 
 from dyndepth.data.corpus import FIT, TEST, TUNE, Corpus, collect, deal
-from dyndepth.data.encode import document, encode
+from dyndepth.data.encode import check_ids, document, encode
 from dyndepth.data.files import read_texts
 from dyndepth.data.gather import encoded, gather
 from dyndepth.data.own import continuations
@@ -15,6 +15,7 @@ __all__ = [
     "TUNE",
     "Corpus",
     "Piece",
+    "check_ids",
     "collect",
     "continuations",
     "deal",

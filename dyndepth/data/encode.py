@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,16 @@ def encode(texts: Sequence[str | Tensor], tokenizer: Any, name: str = "texts", *
             ids = ids[:-1]  # some tokenizers close what they are given; a prompt must stay open
         encoded.append(torch.tensor(ids, dtype=torch.int64))
     return encoded
+
+
+def check_ids(sequences: Iterable[Tensor], words: int, name: str) -> None:
+    """Raise ArgumentError unless every sequence holds token ids in [0, words); `name` is the argument's."""
+    for number, ids in enumerate(sequences):
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words:
+            raise ArgumentError(
+                f"{name}[{number}] must hold token ids in [0, {words}), got {int(ids.min())} to {int(ids.max())}; was it "
+                "encoded by the tokenizer of another model?"
+            )
 
 
 def document(tokens: Tensor) -> str:

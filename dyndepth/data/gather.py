@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from dyndepth.data.corpus import Corpus, collect, deal
-from dyndepth.data.encode import encode
+from dyndepth.data.encode import check_ids, encode
 from dyndepth.data.pieces import TEXT_PIECE
-from dyndepth.errors import ArgumentError
 from dyndepth.runtime.bind import Model, bind
 
 
@@ -35,7 +34,7 @@ def gather(
     """
     bound = bind(causal_lm)
     if isinstance(texts, Corpus):
-        _check([piece.tokens for piece in texts.pieces], bound, f"{op}: piece")
+        check_ids([piece.tokens for piece in texts.pieces], bound.vocab_size, f"{op}: pieces")
         again = any(piece.document in learned for piece, split in zip(texts.pieces, texts.split, strict=True) if split != "fit")
         if not again:
             return texts
@@ -55,15 +54,6 @@ def encoded(
     """Token ids of texts and prompts, checked against the model's vocabulary."""
     given = encode(texts, tokenizer, f"{op}: texts", special=True)
     asked = None if prompts is None else encode(prompts, tokenizer, f"{op}: prompts", special=True)
-    _check(given, model, f"{op}: texts")
-    _check(asked or [], model, f"{op}: prompts")
+    check_ids(given, model.vocab_size, f"{op}: texts")
+    check_ids(asked or [], model.vocab_size, f"{op}: prompts")
     return given, asked
-
-
-def _check(sequences: Sequence[Tensor], model: Model, name: str) -> None:
-    for number, ids in enumerate(sequences):
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
-            raise ArgumentError(
-                f"{name}[{number}] must hold token ids in [0, {model.vocab_size}); was it encoded by the tokenizer of another "
-                "model?"
-            )

@@ -132,8 +132,11 @@ def generate(
 
     Returns what transformers' generate returns.
     """
-    several = not isinstance(budget, str) and isinstance(budget, Sequence)
-    depth = [_depth(each, exits) for each in budget] if several else _depth(budget, exits)  # type: ignore[union-attr, arg-type]
+    depth: int | list[int]
+    if budget is None or isinstance(budget, str | int):
+        depth = _depth(budget, exits)
+    else:
+        depth = [_depth(each, exits) for each in budget]
     content = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     chosen = {"kv": "none", "prompt": "dynamic", **options}
     return model.generate(**content, custom_generate=entry.generate, exits=static(exits), depth=depth, **chosen)

@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dyndepth.closed_form.progress import Progress
-from dyndepth.data import encode
+from dyndepth.data import check_ids, encode
 from dyndepth.errors import ArgumentError, NotEnoughDataError, TrainingError
 from dyndepth.exits import Band, Exits, FixedDepth
 from dyndepth.files import require
 from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.fingerprint import facts_of
-from dyndepth.training import TrainConfig
 from dyndepth.training.losses import cross_entropy
 from dyndepth.training.stack import run_layer
-from dyndepth.training.weighting import layerskip_dropout, layerskip_exits, layerskip_weights
+from dyndepth.training.weighting import layerskip_dropout, layerskip_exits, layerskip_weights, warm_cosine
 
 #: Logits alive at a time: more rows are computed in parts, and again for the gradient.
 _LOGITS = 1 << 24
@@ -198,7 +197,7 @@ def _step(
     weights = {leave: weight for leave, weight in weights.items() if weight > 0}  # the lowest exit weighs nothing
     tokens, labels = _batch(sequences, settings, step * accelerator.num_processes + accelerator.process_index)
     dropped = _dropped(layers, tokens.shape[0], settings, step)
-    rate = TrainConfig(lr=settings.lr, warmup=settings.warmup).rate(step, settings.steps)
+    rate = warm_cosine(settings.lr, settings.warmup, step, settings.steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     losses = student(tokens.to(accelerator.device), labels.to(accelerator.device), list(weights), dropped)
@@ -228,12 +227,7 @@ def _finite(value: float, name: str, step: int) -> None:
 def _sequences(texts: Sequence[str | Tensor], tokenizer: Any, length: int, model: Model) -> list[Tensor]:
     """int64 [2 .. length] each."""
     given = encode(texts, tokenizer, "layerskip.train: texts", special=True)
-    for number, ids in enumerate(given):
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
-            raise ArgumentError(
-                f"layerskip.train: texts[{number}] must hold token ids in [0, {model.vocab_size}); was it encoded by the "
-                "tokenizer of another model?"
-            )
+    check_ids(given, model.vocab_size, "layerskip.train: texts")
     longest = model.positions_limit or getattr(model.config, "max_position_embeddings", None) or length
     parts = [part for ids in given for part in ids.split(min(length, longest)) if part.shape[0] >= 2]
     if not parts:

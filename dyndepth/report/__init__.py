@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from dyndepth.calibration import Requests
-from dyndepth.data import document, encode
+from dyndepth.data import check_ids, document, encode
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 from dyndepth.exits.codec import band_to_json
@@ -147,11 +147,7 @@ def _prompts(prompts: Sequence[str | Tensor], tokenizer: Any, vocab_size: int) -
     for number, prompt in enumerate(encoded):
         if prompt.shape[0] == 0:
             raise ArgumentError(f"report: prompts[{number}] is empty")
-        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
-            raise ArgumentError(
-                f"report: prompts[{number}] must hold token ids in [0, {vocab_size}), got {int(prompt.min())} to "
-                f"{int(prompt.max())}"
-            )
+    check_ids(encoded, vocab_size, "report: prompts")
     different = list({document(prompt): prompt for prompt in encoded}.values())
     again = len(encoded) - len(different)
     return different, [f"{again} prompts came twice and count once."] if again else []

@@ -85,7 +85,7 @@ class Batches:
         return self.of(self._dealt(epoch)[number])
 
     def once(self) -> Iterator[Batch]:
-        """Every sequence once, in the order of the cache."""
+        """Every sequence once, in the order of `parts`."""
         group: list[int] = []
         for i in range(len(self.parts)):
             group.append(i)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dyndepth.closed_form.trace import trace
-from dyndepth.data import Piece
+from dyndepth.data import Piece, check_ids
 from dyndepth.errors import ArgumentError, CacheError
 from dyndepth.exits import ModelFacts
 from dyndepth.files import replacing, sweep
@@ -169,14 +169,10 @@ def _plan(model: Model, pieces: Sequence[Piece], boundaries: Sequence[int], top:
         raise ArgumentError(
             f"teacher cache: wanted top in [1, {model.vocab_size}] and shard_rows >= 1, got {top} and {shard_rows}"
         )
+    check_ids([piece.tokens for piece in pieces], model.vocab_size, "teacher cache: pieces")
     digest = hashlib.sha256()
     shards: list[dict[str, int]] = [{"sequences": 0, "rows": 0}]
-    for number, piece in enumerate(pieces):
-        if not 0 <= int(piece.tokens.min()) <= int(piece.tokens.max()) < model.vocab_size:
-            raise ArgumentError(
-                f"teacher cache: piece {number} must hold token ids in [0, {model.vocab_size}); was it encoded by the "
-                "tokenizer of another model?"
-            )
+    for piece in pieces:
         if shards[-1]["rows"] >= shard_rows:
             shards.append({"sequences": 0, "rows": 0})
         shards[-1]["sequences"] += 1

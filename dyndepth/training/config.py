@@ -13,7 +13,7 @@ from dyndepth.errors import ArgumentError
 from dyndepth.exits.heads import HEADS
 from dyndepth.training.losses import LOSSES
 from dyndepth.training.starts import INITS
-from dyndepth.training.weighting import WEIGHTS
+from dyndepth.training.weighting import WEIGHTS, warm_cosine
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,5 @@ class TrainConfig:
         return chosen
 
     def rate(self, update: int, updates: int) -> float:
-        """Learning rate of an update (counted from 0): linear warm-up, then a cosine to zero."""
-        warm = max(1, round(self.warmup * updates))
-        if update < warm:
-            return self.lr * (update + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
+        """Learning rate of an update (counted from 0)."""
+        return warm_cosine(self.lr, self.warmup, update, updates)

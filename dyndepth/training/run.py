@@ -233,7 +233,7 @@ def started(model: Model, training: Batches, config: TrainConfig) -> Student:
     }
     student = Student(model, heads)
     if "ridge" in init:
-        with torch.no_grad(), mixed(training.cache.shard(0).ready):
+        with torch.no_grad(), mixed(readout_of(model).weight):
             for leave, head in heads.items():
                 readout: Any = head if config.head == "translator" else getattr(head, "readout", None)
                 fit_readout(readout, _start_rows(student, leave, training))
@@ -265,7 +265,7 @@ def _record(method: str, corpus: Corpus, config: TrainConfig, trained: Trained) 
             "tokens_sha256": corpus.digest,
             "updates": trained.updates,
             "best_update": trained.best_update,
-            "rows_shown": trained.tokens,
+            "rows_shown": trained.rows,
             # By which fit keeps them out of what tunes and tests.
             "documents": sorted({piece.document for piece in corpus.of(FIT)}),
             "validation": {str(leave): dataclasses.asdict(quality) for leave, quality in trained.quality.items()},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dyndepth.errors import ArgumentError
 from dyndepth.exits import BlockHead, MlpHead
 from dyndepth.exits.heads import Head, read
 from dyndepth.runtime.bind import Model
@@ -72,14 +71,6 @@ class Student(nn.Module):
         if isinstance(head, BlockHead | MlpHead):
             return read(stream, finish, head.readout)
         return head(stream, finish)
-
-
-def trainable(student: nn.Module) -> list[nn.Parameter]:
-    """Parameters that learn; raises when there are none (a `norm` head has no weights of its own)."""
-    found = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if not found:
-        raise ArgumentError("train: a norm head has nothing to train; use it as it is, or take translator, mlp or block")
-    return found
 
 
 def released(head: nn.Module, dtype: torch.dtype) -> nn.Module:

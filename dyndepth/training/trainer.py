@@ -22,14 +22,14 @@ from dyndepth.errors import TrainingError
 from dyndepth.exits.heads import Head
 from dyndepth.files import replacing, require, sweep
 from dyndepth.runtime.bind import Model
-from dyndepth.training.batches import Batch, Batches
+from dyndepth.training.batches import Batches
 from dyndepth.training.config import TrainConfig
 from dyndepth.training.evaluate import Quality, evaluate, mixed
 from dyndepth.training.losses import Readout
 from dyndepth.training.objective import Objective
 from dyndepth.training.skip import SkipStudent
 from dyndepth.training.stack import frozen
-from dyndepth.training.student import Student, trainable
+from dyndepth.training.student import Student
 from dyndepth.training.weighting import WEIGHTS
 
 METRICS, RUN, BEST = "metrics.jsonl", "run.json", "best.pt"
@@ -62,7 +62,7 @@ class Trained:
     quality: dict[int, Quality]
     updates: int
     best_update: int
-    tokens: int
+    rows: int
     rows_per_s: float
 
 
@@ -109,8 +109,7 @@ class Trainer:
                 f"{accelerator.num_processes}"
             )
         self._claim()
-        parameters = trainable(self.student)
-        optimizer: Any = torch.optim.AdamW(parameters, lr=self.config.lr, weight_decay=self.config.weight_decay)
+        optimizer: Any = torch.optim.AdamW(self.student.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
         student: Any
         student, optimizer = accelerator.prepare(self.student, optimizer)
         state = _State()
@@ -297,6 +296,3 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     for name, value in sorted(tensors.items()):
         whole.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     return whole.hexdigest()
-
-
-__all__ = ["Batch", "Trained", "Trainer", "metrics", "readout_of"]

@@ -33,6 +33,14 @@ WEIGHTS: dict[str, Callable[[Sequence[int], int], list[float]]] = {
 }
 
 
+def warm_cosine(rate: float, warmup: float, update: int, updates: int) -> float:
+    """Learning rate of an update (counted from 0): linear warm-up over a share of all, then a cosine to zero."""
+    warm = max(1, round(warmup * updates))
+    if update < warm:
+        return rate * (update + 1) / warm
+    return rate * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
+
+
 def layerskip_dropout(layers: int, most: float, progress: float = 1.0) -> list[float]:
     """Per layer, the chance that LayerSkip leaves it out in training: exponential from 0 at the first to `most` at the last.
 
