@@ -19,7 +19,7 @@ std::string compiler() {
 #endif
 }
 
-// What DYN_MULTIVERSION (csrc/common/vector.h) picks on this machine.
+// What DYN_BEST (csrc/common/simd.h) picks on this machine.
 std::string instruction_set() {
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
   __builtin_cpu_init();

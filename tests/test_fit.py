@@ -24,6 +24,7 @@ from dyndepth.data import (
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits import Band, Exits, Saturation, TopProbability
 from dyndepth.runtime.bind import bind
+from dyndepth.runtime.forward import _Pass
 from dyndepth.runtime.score import score
 
 
@@ -114,13 +115,14 @@ def test_closed_bands_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """A band without a reachable threshold costs nothing, unless something later waits for what it would have seen."""
     model = tiny_models.shared("llama")
     asked: list[int] = []
-    monkeypatch.setattr(TopProbability, "score", lambda self, view: asked.append(view.leave) or torch.zeros(len(view.seq)))
+    judge = _Pass._judge
+    monkeypatch.setattr(_Pass, "_judge", lambda self, band, block: asked.append(band.leave) or judge(self, band, block))
     tokens = [torch.randint(3, 90, (6,))]
     plain = [Band(leave, 6, TopProbability(), threshold=math.inf) for leave in (2, 4)]
     score(model, tokens, tiny_exits.exits_of(model, *plain), kv="propagate")
     assert asked == []
     score(model, tokens, tiny_exits.exits_of(model, plain[0], Band(5, 6, Saturation(), threshold=0.9)), kv="propagate")
-    assert asked == [2]
+    assert asked == [2, 5]
 
 
 def test_exit_answers_are_the_runtime_s() -> None:

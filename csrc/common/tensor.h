@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "vector.h"
+#include "types.h"
 
 // torch 2.10 and 2.11 have this check without the prefix.
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK

@@ -38,7 +38,7 @@ void backfill_kv(const Tensor& residual, const Tensor& weight, const std::option
         normalised<T>(rows_of(residual, begin, rows), static_cast<Norm>(norm), static_cast<float>(eps), nullptr);
     std::optional<Tensor> flat_bias;
     if (bias.has_value()) flat_bias = torch::stable::view(*bias, {layers * 2 * kv});
-    const Tensor y = linear(x, torch::stable::view(weight, {layers * 2 * kv, weight.size(3)}), flat_bias);
+    const Tensor y = linear<T>(x, torch::stable::view(weight, {layers * 2 * kv, weight.size(3)}), flat_bias);
     const T* from = y.const_data_ptr<T>();
     T* all_pages = pages.mutable_data_ptr<T>();
     torch::stable::parallel_for(0, rows * layers, 16384 / (2 * kv + 1) + 1, [&](int64_t first, int64_t last) {

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <vector>
 
-#include "../common/vector.h"
+#include "products.h"
 
 namespace dyndepth {
 
@@ -18,11 +19,17 @@ struct RowStats {
   double mass = 0, slope = 0, mass2 = 0, slope2 = 0;
 };
 
-// Takes in `count` logits whose first has vocabulary position `base`; z is overwritten. softcap 0 means none.
-void absorb_logits(RowStats& stats, float* z, int64_t count, int64_t base, float softcap);
+// Takes in the logits of head rows weight [outputs, width] whose first has vocabulary position `base`, block by block.
+template <class T>
+void absorb_head(const Operand<T>& x, const T* weight, const T* bias, int64_t outputs, int64_t base, float softcap,
+                 std::vector<RowStats>& stats);
 
-void read_logits(float* z, const float* logits, int64_t count);
-void read_logits(float* z, const BFloat16* logits, int64_t count);
-void read_logits(float* z, const Half* logits, int64_t count);
+// What ops.exit_stats returns, of one row.
+struct HeadStats {
+  int64_t argmax;
+  float top1, top2, logsumexp, entropy, entropy_half;
+};
+
+HeadStats head_stats(const RowStats& stats);
 
 }  // namespace dyndepth

@@ -1,6 +1,6 @@
-// The L-shaped projection: the library multiplies Q for live rows only and K, V for all rows; ours is the epilogue.
-#include "../common/linear.h"
+// The L-shaped projection: Q of live rows only and K, V of all rows, all from one packing of x, then the epilogue.
 #include "../common/normalise.h"
+#include "products.h"
 #include "store_kv.h"
 
 namespace dyndepth {
@@ -21,11 +21,26 @@ Tensor project_qkv(const Tensor& x, const Tensor& q_weight, const Tensor& k_weig
   check_rows("project_qkv", at, slot, rows, pages.size(1) * pages.size(2), table);
   Tensor rotated = torch::stable::new_empty(x, {rows, heads, head_dim});
   if (rows == 0) return rotated;
-  const Tensor q = linear(rows_of(x, 0, q_rows), q_weight, q_bias);
-  const Tensor k = linear(x, k_weight, k_bias);
-  const Tensor v = linear(x, v_weight, v_bias);
   dispatch_float(x.scalar_type(), "project_qkv", [&](auto element) {
     using T = decltype(element);
+    const Tensor q = torch::stable::new_empty(x, {q_rows, heads * head_dim});
+    const Tensor k = torch::stable::new_empty(x, {rows, kv_heads * head_dim}),
+                 v = torch::stable::new_empty(k, k.sizes());
+    Operand<T> operand;
+    operand.pack(x.const_data_ptr<T>(), rows, x.size(1));
+    std::vector<Tensor> dense;  // strided weights and biases are copied; a model's own are not
+    dense.reserve(6);
+    const auto data = [&](const Tensor& tensor) {
+      return dense.emplace_back(torch::stable::contiguous(tensor)).const_data_ptr<T>();
+    };
+    const auto product = [&](const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
+      return Product<T>{.weight = data(weight),
+                        .outputs = weight.size(0),
+                        .bias = bias.has_value() ? data(*bias) : nullptr,
+                        .rows = out.size(0),
+                        .out = out.mutable_data_ptr<T>()};
+    };
+    multiply<T>(operand, {product(q_weight, q_bias, q), product(k_weight, k_bias, k), product(v_weight, v_bias, v)});
     // Per-head norms of Qwen3 and Gemma 3, in place: every head is one row of head_dim channels.
     const auto normalise_heads = [&](const Tensor& t, int64_t count, const std::optional<Tensor>& gain) {
       if (!gain.has_value()) return;

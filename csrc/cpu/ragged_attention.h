@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../common/vector.h"
+#include "../common/types.h"
 
 namespace dyndepth {
 
@@ -16,25 +16,61 @@ struct AttentionProblem {
   int64_t window;  // 0: the whole context
   float scale;
   float softcap;  // 0: none
+
+  int64_t group() const { return heads / kv_heads; }
+
+  // The first position that a row sees.
+  int64_t oldest_key(int64_t row) const {
+    const int64_t oldest = static_cast<int64_t>(pos[row]) - window + 1;
+    return window > 0 && oldest > 0 ? oldest : 0;
+  }
 };
 
-// Streams the pages of one tile (rows [first, last) of one sequence) once for one K,V head. `scratch` holds
-// attention_scratch(...) floats. q and out are [rows, heads, head_dim], keys and values [pages, page_size, kv_heads,
-// head_dim].
-void attend(const AttentionProblem& problem, const float* q, const float* keys, const float* values, float* out,
-            int64_t first, int64_t last, int64_t kv_head, float* scratch);
-void attend(const AttentionProblem& problem, const BFloat16* q, const BFloat16* keys, const BFloat16* values,
-            BFloat16* out, int64_t first, int64_t last, int64_t kv_head, float* scratch);
-void attend(const AttentionProblem& problem, const Half* q, const Half* keys, const Half* values, Half* out,
-            int64_t first, int64_t last, int64_t kv_head, float* scratch);
-
-// Rows of one sequence that share one walk over its pages: 8 rows reuse each K,V page 8 times from cache while the
-// accumulators (8 rows x group x head_dim floats) still fit in L2.
+// Rows of one sequence that share one walk over its pages: 8 rows reuse every key 8 times from the first-level cache.
 constexpr int64_t kTileRows = 8;
+// Keys between two looks at the running maximum: 64 keys and values of 64 channels, as fp32, fit the first-level cache.
+constexpr int64_t kStrip = 64;
+// Keys that one thread takes at least. A row's softmax is always merged from segments that begin at multiples of this,
+// whoever computes them: neither threads nor neighbours change a bit of it.
+constexpr int64_t kSegment = 4 * kStrip;
 
+// What part of a softmax leaves, per query of a tile: sum of exp(score - peak) V, the largest score, sum of the
+// weights.
+struct Partial {
+  float* sum;   // [queries, head_dim]
+  float* peak;  // [queries]
+  float* mass;  // [queries]
+
+  Partial(float* memory, const AttentionProblem& p)
+      : sum(memory), peak(memory + kTileRows * p.group() * p.head_dim), mass(peak + kTileRows * p.group()) {}
+  static int64_t floats(const AttentionProblem& p) { return kTileRows * p.group() * (p.head_dim + 2); }
+};
+
+// Floats that attend_segment wants as scratch: queries, keys and values as fp32, weights of a strip.
 inline int64_t attention_scratch(const AttentionProblem& p) {
-  const int64_t queries = kTileRows * (p.heads / p.kv_heads);
-  return queries * (2 * p.head_dim + 2) + p.page_size * (2 * p.head_dim) + p.page_size + kLanes;
+  return kTileRows * p.group() * p.head_dim + 2 * kStrip * p.head_dim + kStrip;
 }
+
+// Partial softmax of rows [first, last) of one sequence over keys [segment * kSegment, ... + kSegment) for one K,V
+// head. q is [rows, heads, head_dim], keys and values [pages, page_size, kv_heads, head_dim].
+template <class T>
+void attend_segment(const AttentionProblem& problem, const T* q, const T* keys, const T* values, int64_t first,
+                    int64_t last, int64_t kv_head, int64_t segment, Partial to, float* scratch);
+
+// total := total and part together.
+void merge_partials(const AttentionProblem& problem, int64_t rows, Partial total, Partial part);
+
+// out [rows, heads, head_dim] of rows [first, last) for one K,V head.
+template <class T>
+void write_attended(const AttentionProblem& problem, Partial total, int64_t first, int64_t last, int64_t kv_head,
+                    T* out);
+
+// All rows of a problem, in parallel over tiles, K,V heads and, where those are few, segments. T is float, BFloat16 or
+// Half.
+template <class T>
+void attend_all(const AttentionProblem& problem, const T* q, const T* keys, const T* values, T* out);
+
+// Rejects sequences, positions and pages that would reach outside the table or the pages.
+void check_attention(const char* op, const AttentionProblem& problem, int64_t sequences, int64_t pages);
 
 }  // namespace dyndepth

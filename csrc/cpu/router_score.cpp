@@ -1,55 +1,25 @@
 // "Would the full model emit the same token?" from the residual alone: RMSNorm, a small MLP, a sigmoid; no vocabulary.
-#include <algorithm>
+#include "router_score.h"
+
+#include <vector>
 
 #include "../common/tensor.h"
 
+#define DYN_SIMD "../cpu/router_score.simd.h"
+#include "../common/each_target.h"
+
 namespace dyndepth {
 
-namespace {
-
-struct Router {
-  const float *weight1, *bias1, *weight2, *bias2;  // [hidden, width], [hidden], [hidden], [1]
-  const float *cosine_weight, *extra_weight;       // [hidden], [hidden, extras]; null without that feature
-  int64_t width, hidden, extras;
-  float eps;
-  bool silu;
-};
-
-DYN_INLINE float squash(float x) { return 1.f / (1.f + std::exp(-x)); }
-
 template <class T>
-DYN_INLINE float score_row(const Router& r, const T* residual, const T* previous, const float* extra, float* x) {
-  to_floats(x, residual, r.width);
-  const float square = dot(x, x, r.width);
-  const float inverse = 1.f / std::sqrt(square / static_cast<float>(r.width) + r.eps);
-  float cosine = 0;
-  if (r.cosine_weight != nullptr) {
-    float other = 0;
-    for (int64_t i = 0; i < r.width; ++i) other += to_float(previous[i]) * to_float(previous[i]);
-    cosine = dot(previous, x, r.width) / (std::max(std::sqrt(square), 1e-20f) * std::max(std::sqrt(other), 1e-20f));
-  }
-  float logit = *r.bias2;
-  for (int64_t j = 0; j < r.hidden; ++j) {
-    float z = dot(r.weight1 + j * r.width, x, r.width) * inverse + r.bias1[j];
-    if (r.cosine_weight != nullptr) z += r.cosine_weight[j] * cosine;
-    for (int64_t k = 0; k < r.extras; ++k) z += r.extra_weight[j * r.extras + k] * extra[k];
-    logit += r.weight2[j] * (r.silu ? z * squash(z) : z);
-  }
-  return squash(logit);
+float score_row(const Router& router, const T* residual, const T* previous, const float* extra, float* x) {
+  return DYN_BEST(score_row, router, residual, previous, extra, x);
 }
 
-DYN_MULTIVERSION float score(const Router& r, const float* residual, const float* previous, const float* extra,
-                             float* x) {
-  return score_row(r, residual, previous, extra, x);
-}
-DYN_MULTIVERSION float score(const Router& r, const BFloat16* residual, const BFloat16* previous, const float* extra,
-                             float* x) {
-  return score_row(r, residual, previous, extra, x);
-}
-DYN_MULTIVERSION float score(const Router& r, const Half* residual, const Half* previous, const float* extra,
-                             float* x) {
-  return score_row(r, residual, previous, extra, x);
-}
+template float score_row(const Router&, const float*, const float*, const float*, float*);
+template float score_row(const Router&, const BFloat16*, const BFloat16*, const float*, float*);
+template float score_row(const Router&, const Half*, const Half*, const float*, float*);
+
+namespace {
 
 Tensor router_score(const Tensor& hidden, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                     const Tensor& bias2, const std::optional<Tensor>& previous,
@@ -79,8 +49,8 @@ Tensor router_score(const Tensor& hidden, const Tensor& weight1, const Tensor& b
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       std::vector<float> x(width);
       for (int64_t row = begin; row < end; ++row)
-        out[row] = score(router, from + row * width, before ? before + row * width : nullptr,
-                         features ? features + row * router.extras : nullptr, x.data());
+        out[row] = score_row(router, from + row * width, before ? before + row * width : nullptr,
+                             features ? features + row * router.extras : nullptr, x.data());
     });
   });
   return scores;

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.exits.maps import EPS
+from dyndepth.ops import ragged_linear
 from dyndepth.ops._math import rms_normalise
 
 Finish = Callable[[Tensor], Tensor]
@@ -44,8 +45,8 @@ class TranslatorHead(nn.Module):
     def forward(self, hidden: Tensor, finish: Finish) -> Tensor:
         x = rms_normalise(hidden, EPS).to(hidden.dtype)
         if self.down is not None:
-            x = nn.functional.linear(x, self.down)
-        return finish(hidden) + nn.functional.linear(x, self.up, self.bias)
+            x = linear(x, self.down)
+        return linear(x, self.up, self.bias, finish(hidden))
 
 
 class MlpHead(nn.Module):
@@ -65,8 +66,7 @@ class MlpHead(nn.Module):
     def stream(self, hidden: Tensor) -> Tensor:
         """The residual after the feed-forward block."""
         x = rms_normalise(hidden, EPS).to(hidden.dtype)
-        x = nn.functional.silu(nn.functional.linear(x, self.up))
-        return hidden + nn.functional.linear(x, self.down)
+        return linear(nn.functional.silu(linear(x, self.up)), self.down, residual=hidden)
 
     def forward(self, hidden: Tensor, finish: Finish) -> Tensor:
         return read(self.stream(hidden), finish, self.readout)
@@ -117,6 +117,14 @@ class StoredBlock(nn.Module):
 def read(stream: Tensor, finish: Finish, readout: TranslatorHead | None) -> Tensor:
     """Head-ready rows of residuals."""
     return finish(stream) if readout is None else readout(stream, finish)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """ops.ragged_linear where nobody asks for gradients."""
+    if not torch.is_grad_enabled():
+        return ragged_linear(x, weight, bias=bias, residual=residual)
+    y = nn.functional.linear(x, weight, bias)
+    return y if residual is None else residual + y
 
 
 HEADS = ("norm", "translator", "mlp", "block")

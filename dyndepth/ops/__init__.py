@@ -5,6 +5,7 @@ from dyndepth.ops.compact_rows import compact_rows
 from dyndepth.ops.exit_stats import ExitStats, exit_stats
 from dyndepth.ops.project_qkv import project_qkv
 from dyndepth.ops.ragged_attention import ragged_attention
+from dyndepth.ops.ragged_linear import ragged_linear
 from dyndepth.ops.router_score import router_score
 from dyndepth.ops.store_kv import store_kv
 
@@ -15,6 +16,7 @@ __all__ = [
     "exit_stats",
     "project_qkv",
     "ragged_attention",
+    "ragged_linear",
     "router_score",
     "store_kv",
 ]

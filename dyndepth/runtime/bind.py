@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.errors import UnsupportedModelError
+from dyndepth.ops import ragged_linear
 from dyndepth.runtime import families  # noqa: F401  (registers the family table)
 from dyndepth.runtime.bind_layer import attribute, bind_layer, number, optional
 from dyndepth.runtime.family import Family, family_of
 from dyndepth.runtime.layer import Layer
 from dyndepth.runtime.norms import NormFacts, is_plain_linear, norm_facts
+from dyndepth.runtime.stack import Stack, stack_of
 
 # Rotary kinds whose angles depend on the position alone. The others change all angles with the length of the longest
 # sequence in the batch, so a row's answer would depend on its neighbours; below their original length they are ordinary.
@@ -44,6 +46,8 @@ class Model:
     final_norm: NormFacts | None
     head: nn.Module
     logit_softcap: float
+    #: The layers for one call of C++ between boundaries, or why they run through their modules.
+    stack: Stack | str
 
     @property
     def depth(self) -> int:
@@ -63,16 +67,22 @@ class Model:
 
     def logits(self, ready: Tensor) -> Tensor:
         """fp32 logits [n, V] of head-ready rows, rounded where the model's own forward rounds."""
-        with torch.autocast(ready.device.type, enabled=False):
-            y = self.head(ready)
+        y = self._head_product(ready)
         if self.logit_softcap > 0:
             y = torch.tanh(y / self.logit_softcap) * self.logit_softcap
         return y.float()
 
     def argmax(self, ready: Tensor) -> Tensor:
         """int64 [n], the most likely token of head-ready rows; the cap is monotone and fp32 exact, so neither is needed."""
+        return self._head_product(ready).argmax(-1)
+
+    def _head_product(self, ready: Tensor) -> Tensor:
+        plain = self.plain_head()
+        if plain is not None and plain[0].is_contiguous() and ready.dtype == plain[0].dtype:
+            rows = ragged_linear(ready.flatten(0, -2).contiguous(), plain[0], bias=plain[1])
+            return rows.unflatten(0, ready.shape[:-1])
         with torch.autocast(ready.device.type, enabled=False):
-            return self.head(ready).argmax(-1)
+            return self.head(ready)
 
     def plain_head(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias of the LM head if it is a plain linear, else None."""
@@ -168,10 +178,11 @@ def bind(causal_lm: Any) -> Model:
             hidden = module(hidden)
         return hidden
 
+    layers = [bind_layer(module, at, at, config, family) for at, module in enumerate(modules)]
     return Model(
         causal_lm=causal_lm,
         family=family,
-        layers=[bind_layer(module, at, at, config, family) for at, module in enumerate(modules)],
+        layers=layers,
         hidden_size=config.hidden_size,
         ready_size=getattr(project_out, "out_features", config.hidden_size),
         vocab_size=getattr(head, "out_features", config.vocab_size),
@@ -183,6 +194,7 @@ def bind(causal_lm: Any) -> Model:
         final_norm=norm_facts(final_norm, family.one_plus_gain) if project_out is None else None,
         head=head,
         logit_softcap=number(config, family.logit_softcap),
+        stack=stack_of(layers, family),
     )
 
 

@@ -40,7 +40,15 @@ GEMMA3 = register(
     )
 )
 
-PHI3 = register(Family(model_types=("phi3",), qkv=("qkv_proj",), window_everywhere=True))
+PHI3 = register(
+    Family(
+        model_types=("phi3",),
+        qkv=("qkv_proj",),
+        window_everywhere=True,
+        gated=("gate_up_proj", "down_proj"),
+        activation="activation_fn",
+    )
+)
 
 OLMO2 = register(
     Family(
@@ -69,6 +77,7 @@ GPT2 = register(
         out="c_proj",
         before_attention="ln_1",
         before_mlp="ln_2",
+        gated=(),
         refuses=(("add_cross_attention", "cross-attention"),),
     )
 )
@@ -87,6 +96,7 @@ OPT = register(
         before_mlp="final_layer_norm",
         pre_norm_flag="do_layer_norm_before",
         mlp=("fc1", "activation_fn", "fc2"),
+        gated=(),
     )
 )
 
@@ -102,5 +112,6 @@ GPT_NEOX = register(
         out="dense",
         head_dim="head_size",
         parallel_flag="use_parallel_residual",
+        gated=(),
     )
 )

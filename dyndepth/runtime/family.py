@@ -58,6 +58,10 @@ class Family:
     parallel_flag: str = ""
     #: Modules applied one after the other.
     mlp: tuple[str, ...] = ("mlp",)
+    #: A gated MLP's projections, `down(act(gate(x)) * up(x))`: gate, up, down, or gate and up in one; empty if it is not one.
+    gated: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    #: Attribute of a gated MLP that holds its activation.
+    activation: str = "act_fn"
 
     #: Config attributes; empty where the family has no such thing.
     attention_softcap: str = ""

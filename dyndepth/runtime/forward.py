@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from dyndepth.ops.compact_rows import AWAY, RUN
 from dyndepth.ops.exit_stats import stats_of_logits
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.block import Block
+from dyndepth.runtime.judge import Judge, judge_of, usable
 from dyndepth.runtime.layer import Context
 from dyndepth.runtime.propagate import Propagation
 from dyndepth.runtime.rows import Rows
@@ -42,9 +44,22 @@ class Plan:
     open: bool = True
     #: Rows of the LM head that a band's shortlist names, by boundary; filled on first use.
     shortlists: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    #: Judges by boundary, None where judging goes op by op; filled on first use.
+    judges: dict[int, Judge | None] = field(default_factory=dict)
 
+    @functools.cached_property
     def bands(self) -> dict[int, Band]:
         return {} if self.exits is None else {band.leave: band for band in self.exits}
+
+    @functools.cached_property
+    def stops(self) -> list[int]:
+        """Where a pass looks up from the layers: its ends, and the boundaries where rows leave or resume."""
+        return sorted({0, self.model.depth} | {stop for band in self.bands.values() for stop in (band.leave, band.resume)})
+
+    @functools.cached_property
+    def previous_wanted(self) -> bool:
+        """A criterion compares residuals with those at the previous boundary."""
+        return any(band.criterion.needs_previous for band in self.bands.values())
 
     def closed(self, band: Band) -> bool:
         """No row can leave here, and judging it would tell later boundaries nothing."""
@@ -52,21 +67,32 @@ class Plan:
         waited_for = any(other.criterion.needs_previous or other.criterion.carries for other in self.exits or ())
         return shut and self.depth is None and not waited_for
 
+    def head(self, band: Band) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the LM head over the band's shortlist; None if it is no plain linear."""
+        plain, ids = self.model.plain_head(), band.shortlist
+        if plain is None or ids is None:
+            return plain
+        if band.leave not in self.shortlists:  # gathered once: exit_stats would gather these rows on every call
+            self.shortlists[band.leave] = plain[0][ids], None if plain[1] is None else plain[1][ids]
+        return self.shortlists[band.leave]
+
     def stats(self, band: Band, ready: Tensor) -> ExitStats:
         """exit_stats of head-ready rows over the band's shortlist; a head that is no plain linear runs as its module."""
-        model, ids = self.model, band.shortlist
-        plain = model.plain_head()
-        if plain is None:
+        model, ids, head = self.model, band.shortlist, self.head(band)
+        if head is None:
             logits = model.logits(ready)
             found = stats_of_logits(logits if ids is None else logits[:, ids])
-        elif ids is None:
-            return exit_stats(ready.contiguous(), plain[0], head_bias=plain[1], softcap=model.logit_softcap)
         else:
-            if band.leave not in self.shortlists:  # gathered once: exit_stats would gather these rows on every call
-                self.shortlists[band.leave] = plain[0][ids], None if plain[1] is None else plain[1][ids]
-            weight, bias = self.shortlists[band.leave]
-            found = exit_stats(ready.contiguous(), weight, head_bias=bias, softcap=model.logit_softcap)
+            found = exit_stats(ready.contiguous(), head[0], head_bias=head[1], softcap=model.logit_softcap)
         return found if ids is None else found._replace(argmax=ids[found.argmax])
+
+    def judge(self, band: Band) -> Judge | None:
+        """The one call that judges at a boundary; None where criteria see more than residuals and logits."""
+        if self.depth is not None or not usable():
+            return None
+        if band.leave not in self.judges:
+            self.judges[band.leave] = judge_of(self.model, band, self.head(band))
+        return self.judges[band.leave]
 
 
 @dataclass
@@ -93,6 +119,8 @@ class _Away:
 
     band: Band
     count: int
+    #: Head-ready rows of those that left for good, in buffer order.
+    ready: Tensor | None = None
 
 
 def check_policy(exits: Exits | None, kv_policy: str) -> None:
@@ -158,17 +186,16 @@ class _Pass:
     def run(self) -> Result:
         model, rows = self.plan.model, self.rows
         total = len(rows)
-        self.ready = rows.hidden.new_empty(total, model.ready_size)
         self.exit_layer = torch.full((total,), model.depth, dtype=torch.int32, device=rows.hidden.device)
         self.layers_run = self.exit_layer.clone()
         self.bands_taken = torch.zeros(total, dtype=torch.int64, device=rows.hidden.device)
         self.work = [0] * model.depth
         self.block_work: dict[int, int] = {}
-        bands = self.plan.bands()
+        bands = self.plan.bands
         self.numbers = {leave: number for number, leave in enumerate(bands)}
         propagate = self.plan.kv_policy == "propagate"
         idle_until = 0
-        for number, layer in enumerate(model.layers):
+        for number, end in itertools.pairwise(self.plan.stops):
             self._resume(number)
             if number in bands:
                 self._boundary(bands[number])
@@ -178,12 +205,19 @@ class _Pass:
                     idle_until = min((group.band.resume for group in self.away), default=model.depth)
                     self.plan.propagation.store(rows.hidden, rows.pos, rows.slots, number, idle_until, self.context)
                 continue
-            carried, counter = (len(rows), rows.counter) if propagate else (rows.live, None)
-            layer.run(rows.hidden, rows.live, carried, rows.seq, rows.pos, rows.slots, self.context, counter)
-            self.work[number] = rows.live
-        if rows.live:
-            self.ready[rows.index[: rows.live].long()] = model.finish(rows.hidden[: rows.live])
-        return Result(self.ready, self.exit_layer, self.layers_run, self.bands_taken, self.work, self.block_work)
+            self._layers(number, end, len(rows) if propagate else rows.live)
+            self.work[number:end] = [rows.live] * (end - number)
+        return self._result()
+
+    def _layers(self, begin: int, end: int, carried: int) -> None:
+        """Rows `[0, live)` run layers [begin, end); rows `[live, carried)` only get their K,V."""
+        model, rows, context = self.plan.model, self.rows, self.context
+        if not isinstance(model.stack, str) and model.stack.usable():
+            model.stack.run(begin, end, rows.hidden[:carried], rows.live, rows.seq, rows.pos, rows.slots, context)
+            return
+        counter = rows.counter if carried > rows.live else None
+        for layer in model.layers[begin:end]:
+            layer.run(rows.hidden, rows.live, carried, rows.seq, rows.pos, rows.slots, context, counter)
 
     # -- boundaries -----------------------------------------------------------------------------------------------------
 
@@ -221,20 +255,20 @@ class _Pass:
         leaves, ready = self._judge(band, block)
         if not bool(leaves.any()):
             return
+        for_good = band.resume == plan.model.depth
+        if for_good and ready is not None:
+            ready = ready[leaves]  # the partition is stable: this is the order they will lie in
         state = torch.full((len(rows),), AWAY, dtype=torch.int8, device=rows.hidden.device)
         state[: rows.live] = leaves  # True is LEAVING, False is RUN
-        if ready is not None:
-            rows.carry("ready", ready)
         live, left = rows.partition(state)
-        ready = rows.carried.pop("ready", None)
-        self.away.insert(0, _Away(band, left))
         leaving = slice(live, live + left)
-        index = rows.index[leaving].long()
-        self.layers_run[index] -= band.resume - band.leave
-        self.bands_taken[index] |= 1 << self.numbers[band.leave]
-        if band.resume == plan.model.depth:
-            self.exit_layer[index] = band.leave
-            self.ready[index] = self._head(band, block, leaving) if ready is None else ready[leaving]
+        if not for_good:
+            index = rows.index[leaving].long()
+            self.layers_run[index] -= band.resume - band.leave
+            self.bands_taken[index] |= 1 << self.numbers[band.leave]
+        elif ready is None:
+            ready = self._head(band, block, leaving)
+        self.away.insert(0, _Away(band, left, ready if for_good else None))
         if plan.kv_policy == "predict" and band.kv is not None:
             backfill_kv(
                 rows.hidden[leaving], band.kv.weight, rows.pos[leaving], rows.slots[leaving], self.context.pages, band.leave,
@@ -246,6 +280,13 @@ class _Pass:
         """bool [live] and, when the criterion had to read the exit head of every live row, their head-ready rows."""
         rows, plan, live = self.rows, self.plan, self.rows.live
         hidden = rows.hidden[:live]
+        judge = None if block is not None else plan.judge(band)
+        if judge is not None:
+            scores, ready = judge.scores(hidden)
+            leaves = scores >= (band.threshold if band.decay is None else band.thresholds(rows.step[:live]))
+            if plan.previous_wanted:
+                rows.carry("previous", hidden)
+            return leaves & rows.may_leave[:live], ready
         heads: list[Tensor] = []
 
         @functools.cache
@@ -267,9 +308,28 @@ class _Pass:
         leaves = leaves & rows.may_leave[:live]
         for name, value in view.carried.items():
             rows.carry(name, value)
-        if any(other.criterion.needs_previous for other in plan.exits or ()):
+        if plan.previous_wanted:
             rows.carry("previous", hidden)
         return leaves, heads[0] if heads else None
+
+    def _result(self) -> Result:
+        """What the rows made, brought to the caller's order: those that left for good wait behind the live ones, by group."""
+        rows, model = self.rows, self.plan.model
+        parts = [model.finish(rows.hidden[: rows.live])] if rows.live else []
+        parts += [group.ready for group in self.away if group.ready is not None]
+        ready = rows.hidden.new_empty(0, model.ready_size) if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+        if rows.moved:
+            index = rows.index.long()
+            ready = torch.empty_like(ready).index_copy_(0, index, ready)
+            if self.away:
+                counts = torch.tensor([group.count for group in self.away])
+                facts = [(g.band.leave, model.depth - g.band.leave, 1 << self.numbers[g.band.leave]) for g in self.away]
+                leave, skipped, taken = torch.tensor(facts).repeat_interleave(counts, 0).to(index.device).unbind(1)
+                gone = index[rows.live :]
+                self.exit_layer[gone] = leave.int()
+                self.layers_run[gone] -= skipped.int()
+                self.bands_taken[gone] |= taken
+        return Result(ready, self.exit_layer, self.layers_run, self.bands_taken, self.work, self.block_work)
 
     def _head(self, band: Band, block: Block | None, which: slice) -> Tensor:
         """Head-ready rows of a slice of the buffers."""

@@ -54,7 +54,9 @@ class Pages:
         self._table = torch.full((sequences, 1), -1, dtype=torch.int32)
         self._device_table: Tensor | None = None
         self._owned: list[list[int]] = [[] for _ in range(sequences)]
-        self._length = [0] * sequences
+        self._length = torch.zeros(sequences, dtype=torch.int64)
+        #: Positions that the pages a sequence owns can hold.
+        self._room = torch.zeros(sequences, dtype=torch.int64)
         self._free = list(range(pages - 1, -1, -1))
 
     @property
@@ -68,7 +70,7 @@ class Pages:
 
     def length(self, sequence: int) -> int:
         """Positions reserved for a sequence."""
-        return self._length[sequence]
+        return int(self._length[sequence])
 
     def block_table(self, reach: int | None = None) -> Tensor:
         """int32 [sequences, max_pages] on the device of the pages, or its first columns, enough for `reach` positions."""
@@ -98,7 +100,19 @@ class Pages:
             self._owned[sequence].append(page)
         if missing > 0:
             self._device_table = None
-        self._length[sequence] = max(self._length[sequence], length)
+            self._room[sequence] = len(self._owned[sequence]) * self.page_size
+        self._length[sequence] = max(int(self._length[sequence]), length)
+
+    def reserve_rows(self, sequences: Tensor, positions: Tensor) -> None:
+        """`reserve` for rows [n]: every position given becomes writable. One look where all pages are there already."""
+        if positions.numel() == 0:
+            return
+        fresh = positions >= self._room[sequences]
+        if bool(fresh.any()):
+            lengths = torch.zeros(len(self._owned), dtype=torch.int64).scatter_reduce(0, sequences, positions + 1, "amax")
+            for sequence in sequences[fresh].unique().tolist():
+                self.reserve(sequence, int(lengths[sequence]))
+        self._length.scatter_reduce_(0, sequences, positions + 1, "amax")
 
     def release(self, sequence: int) -> None:
         """Give all pages of a sequence back. Releasing twice is harmless."""
@@ -107,6 +121,7 @@ class Pages:
             self._owned[sequence] = []
             self._table[sequence] = -1
             self._device_table = None
+        self._room[sequence] = 0
         self._length[sequence] = 0
 
     def slots(self, sequences: Sequence[int] | Tensor, positions: Sequence[int] | Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class Rows:
     live: int = field(init=False)
     #: `live` as int32 [1] on the device, for ops that read it there; None while every row is live.
     counter: Tensor | None = field(init=False)
+    #: Rows may lie in another order than the caller's.
+    moved: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.live = len(self)
@@ -47,6 +49,7 @@ class Rows:
         moved, _, counts = compact_rows(state, payloads + [self.carried[name] for name in names])
         self.hidden, self.seq, self.pos, self.slots, self.step, self.may_leave, self.index = moved[: len(payloads)]
         self.carried = dict(zip(names, moved[len(payloads) :], strict=True))
+        self.moved = True
         live, left = counts.tolist()
         self.set_live(live, counts[:1])
         return live, left

@@ -172,9 +172,7 @@ class Session:
         pos = torch.as_tensor(pos, dtype=torch.int64)
         count = seq.shape[0]
         device = self.model.device
-        lengths = torch.zeros(int(seq.max()) + 1 if count else 0, dtype=torch.int64).scatter_reduce(0, seq, pos + 1, "amax")
-        for sequence in seq.unique().tolist():
-            self.pages.reserve(sequence, int(lengths[sequence]))
+        self.pages.reserve_rows(seq, pos)
         reach = int(pos.max()) + 1 if count else 1
         if reach > self.reach:
             grown = self.reach + self.reach // 2

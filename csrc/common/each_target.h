@@ -1,0 +1,38 @@
+// Compiles the file DYN_SIMD once per instruction set, with vector.simd.h before it, in namespaces simd_v4, simd_v3 and
+// simd_v1; DYN_LEVEL is 4, 3 or 1 there. Headers that DYN_SIMD needs are included before this one.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "simd.h"
+#include "types.h"
+
+#ifdef DYN_X86_TARGETS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+#define DYN_LEVEL 4
+namespace dyndepth::simd_v4 {
+#include "vector.simd.h"
+#include DYN_SIMD
+}  // namespace dyndepth::simd_v4
+#undef DYN_LEVEL
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define DYN_LEVEL 3
+namespace dyndepth::simd_v3 {
+#include "vector.simd.h"
+#include DYN_SIMD
+}  // namespace dyndepth::simd_v3
+#undef DYN_LEVEL
+#pragma GCC pop_options
+#endif
+
+#define DYN_LEVEL 1
+namespace dyndepth::simd_v1 {
+#include "vector.simd.h"
+#include DYN_SIMD
+}  // namespace dyndepth::simd_v1
+#undef DYN_LEVEL

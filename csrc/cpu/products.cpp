@@ -1,0 +1,188 @@
+#include "products.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <type_traits>
+
+#include "../common/tensor.h"
+#include "amx.h"
+
+#define DYN_SIMD "../cpu/products.simd.h"
+#include "../common/each_target.h"
+
+namespace dyndepth {
+
+namespace {
+
+template <class T>
+void finish(const Product<T>& p, const float* sums, const float* sums2, int64_t first, int64_t count) {
+  DYN_BEST(finish_panel, p, sums, sums2, first, count);
+}
+
+template <class T>
+constexpr bool kTiled = std::is_same_v<T, BFloat16>;
+
+// What a thread takes at a time: two panels of a plain product, which share the rows that a tile instruction loads, or
+// one of both weights of a gated one.
+template <class T>
+struct Chunk {
+  const Product<T>* product = nullptr;
+  int64_t first = 0, outputs = 0;
+
+  const T* weight(int64_t width) const { return product->weight + first * width; }
+  const T* weight2(int64_t width) const { return product->weight2 + first * width; }
+  void fetch(Ahead& ahead, int64_t width) const {
+    const int64_t bytes = outputs * width * static_cast<int64_t>(sizeof(T)), half = bytes / 2;
+    ahead = {};
+    if (product->weight2 != nullptr) {
+      ahead.set(0, weight(width), bytes);
+      ahead.set(1, weight2(width), bytes);
+    } else {
+      ahead.set(0, weight(width), half);
+      ahead.set(1, reinterpret_cast<const char*>(weight(width)) + half, bytes - half);
+    }
+  }
+};
+
+template <class T>
+int64_t chunk_outputs(const Product<T>& product) {
+  return product.weight2 == nullptr ? 2 * kPanel : kPanel;
+}
+
+template <class T>
+int64_t chunks_of(const Product<T>& product) {
+  return product.rows == 0 ? 0 : (product.outputs + chunk_outputs(product) - 1) / chunk_outputs(product);
+}
+
+template <class T>
+Chunk<T> chunk_at(const std::vector<Product<T>>& products, int64_t at) {
+  for (const Product<T>& product : products) {
+    if (const int64_t chunks = chunks_of(product); at >= chunks) {
+      at -= chunks;
+      continue;
+    }
+    const int64_t first = at * chunk_outputs(product);
+    return {&product, first, std::min(chunk_outputs(product), product.outputs - first)};
+  }
+  return {};
+}
+
+// A chunk whose panels are all full.
+void tiled_chunk(const Operand<BFloat16>& x, const Chunk<BFloat16>& chunk, Ahead& ahead, float* sums) {
+  const Product<BFloat16>& p = *chunk.product;
+  const int64_t width = x.width(), row_tiles = (p.rows + kTileRows16 - 1) / kTileRows16, size = row_tiles * 256;
+  const bool gated = p.weight2 != nullptr;
+  const BFloat16* here = chunk.weight(width);
+  const BFloat16* panels[2] = {here, gated ? chunk.weight2(width) : here + kPanel * width};
+  amx_panels(x.tiles(), row_tiles, width, panels, gated || chunk.outputs > kPanel ? 2 : 1, width, ahead, sums);
+  finish(p, sums, sums + size, chunk.first, kPanel);
+  if (!gated && chunk.outputs > kPanel) finish(p, sums + size, nullptr, chunk.first + kPanel, kPanel);
+}
+
+template <class T>
+void vector_chunk(const Operand<T>& x, const Chunk<T>& chunk, Ahead& ahead, float* sums, int64_t size) {
+  const Product<T>& p = *chunk.product;
+  const int64_t width = x.width();
+  const auto panel = [&](const T* weight, int64_t outputs, float* to) {
+    DYN_BEST(vector_panel, x.floats(), p.rows, weight, outputs, width, ahead, to);
+  };
+  for (int64_t first = 0; first < chunk.outputs; first += kPanel) {
+    const int64_t outputs = std::min(kPanel, chunk.outputs - first);
+    panel(chunk.weight(width) + first * width, outputs, sums);
+    if (p.weight2 != nullptr) panel(chunk.weight2(width) + first * width, outputs, sums + size);
+    finish(p, sums, sums + size, chunk.first + first, outputs);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void Operand<T>::pack(const T* x, int64_t rows, int64_t width) {
+  rows_ = rows;
+  width_ = width;
+  x_ = x;
+  floats_ = nullptr;
+  if constexpr (kTiled<T>) {
+    if (!amx_usable() || width % kTileDepth != 0 || width == 0) {
+      tiles_.reset();
+      tile_capacity_ = 0;
+      return;
+    }
+    const int64_t row_tiles = (rows + kTileRows16 - 1) / kTileRows16, words = row_tiles * kTileRows16 * width / 2;
+    if (words > tile_capacity_) {
+      tiles_.reset(static_cast<uint32_t*>(std::aligned_alloc(64, words * 4)));
+      STD_TORCH_CHECK(tiles_ != nullptr, "out of memory for ", words * 4, " bytes of packed rows");
+      tile_capacity_ = words;
+    }
+    // Packing 16 rows takes about as long as waking a thread.
+    torch::stable::parallel_for(0, row_tiles, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile)
+        amx_pack(x + tile * kTileRows16 * width, std::min(kTileRows16, rows - tile * kTileRows16), width, width,
+                 tiles_.get() + tile * kTileRows16 * width / 2);
+    });
+  }
+}
+
+template <class T>
+void Operand<T>::widen() const {
+  if (floats_ != nullptr) return;
+  if constexpr (std::is_same_v<T, float>) {
+    floats_ = x_;
+  } else {
+    widened_.resize(rows_ * width_);
+    DYN_BEST(widen_rows, x_, widened_.data(), rows_ * width_);
+    floats_ = widened_.data();
+  }
+}
+
+template <class T>
+void multiply(const Operand<T>& x, const std::vector<Product<T>>& products, const Upcoming& upcoming) {
+  int64_t chunks = 0, rows = 0;
+  bool vectors = x.tiles() == nullptr;
+  for (const Product<T>& product : products) {
+    chunks += chunks_of(product);
+    rows = std::max(rows, product.rows);
+    vectors = vectors || product.outputs % kPanel != 0;
+  }
+  if (chunks == 0) return;
+  if (vectors) x.widen();
+  const int64_t size = (rows + kTileRows16 - 1) / kTileRows16 * kTileRows16 * kPanel;
+  // Chunks are taken as threads get to them: a core that is slower for a while does not hold up the others. Each knows
+  // its next one while it works on one, and has it fetched meanwhile; the last one has what comes next fetched.
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
+  std::atomic<int64_t> taken{workers};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<float> sums;
+    if (static_cast<int64_t>(sums.size()) < 2 * size) sums.resize(2 * size);
+    const bool tiled = kTiled<T> && x.tiles() != nullptr;
+    if (tiled) amx_begin();
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t at = worker, next; at < chunks; at = next) {
+        next = taken.fetch_add(1, std::memory_order_relaxed);
+        const Chunk<T> chunk = chunk_at(products, at);
+        Ahead ahead;
+        if (next < chunks)
+          chunk_at(products, next).fetch(ahead, x.width());
+        else
+          upcoming.fetch(ahead, worker);
+        if constexpr (kTiled<T>) {
+          if (tiled && chunk.outputs % kPanel == 0) {
+            tiled_chunk(x, chunk, ahead, sums.data());
+            continue;
+          }
+        }
+        vector_chunk(x, chunk, ahead, sums.data(), size);
+      }
+    }
+    if (tiled) amx_end();
+  });
+}
+
+template class Operand<float>;
+template class Operand<BFloat16>;
+template class Operand<Half>;
+template void multiply(const Operand<float>&, const std::vector<Product<float>>&, const Upcoming&);
+template void multiply(const Operand<BFloat16>&, const std::vector<Product<BFloat16>>&, const Upcoming&);
+template void multiply(const Operand<Half>&, const std::vector<Product<Half>>&, const Upcoming&);
+
+}  // namespace dyndepth

@@ -1,0 +1,99 @@
+"""Judging rows in one call of C++ where a boundary's head, shortlist and criterion are of the common kinds (csrc/cpu/
+judge_rows.cpp). Everything else, and every provider that somebody forced, goes op by op through the band's own modules: the
+reference this path is tested against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyndepth.exits import Band, NormHead, TranslatorHead
+from dyndepth.exits.criteria import Criterion, Entropy, Margin, RouterScore, TopProbability
+from dyndepth.exits.maps import EPS
+from dyndepth.op import forced_providers
+from dyndepth.ops import _cpp
+from dyndepth.runtime.bind import Model
+from dyndepth.runtime.bind_layer import optional
+from dyndepth.runtime.norms import has_hooks
+
+#: Criteria by the number that csrc/cpu/judge_rows.cpp knows them by.
+_KINDS: dict[type[Criterion], int] = {RouterScore: 0, TopProbability: 1, Margin: 2, Entropy: 3}
+#: Ops that one call stands for: forcing a provider other than cpp for one of them turns it off.
+REPLACED = ("ragged_linear", "exit_stats", "router_score")
+_ROUTER_EPS = 1e-6  # ops.router_score's default
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Tensors of one boundary, as judge_rows takes them."""
+
+    gain: Tensor
+    style: int
+    eps: float
+    translator: TranslatorHead | None
+    head: tuple[Tensor, Tensor | None]
+    softcap: float
+    router: list[Tensor]
+    silu: bool
+    kind: int
+
+    def scores(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 [live] scores of residuals [live, d], higher is safer, and their head-ready rows [live, d]."""
+        t = self.translator
+        down, up, bias = (None, None, None) if t is None else (t.down, t.up, t.bias)
+        scores, ready = torch.ops.dyndepth_cpp.judge_rows(
+            hidden, self.gain, self.style, self.eps, down, up, bias, EPS, *self.head, self.softcap, self.router, self.silu,
+            _ROUTER_EPS, self.kind,
+        )  # fmt: skip
+        return scores, ready
+
+
+def judge_of(model: Model, band: Band, head: tuple[Tensor, Tensor | None] | None) -> Judge | None:
+    """The boundary's judge, or None if something about it is out of the common. `head` is the LM head over its shortlist."""
+    norm: Any = optional(model.decoder, model.family.final_norm)
+    criterion = band.criterion
+    router = band.router
+    known = (
+        _cpp.missing() is None
+        and model.device.type == "cpu"
+        and band.resume == model.depth
+        and type(criterion) in _KINDS
+        and type(band.head) in (NormHead, TranslatorHead, type(None))
+        and model.final_norm is not None
+        and model.final_norm.kind == "rms"
+        and type(norm).__module__.startswith("transformers.models.")
+        and type(norm.weight) is nn.Parameter
+        and head is not None
+    )
+    if not known or head is None:
+        return None
+    if type(criterion) is RouterScore and (router is None or router.stats_weight is None or router.cosine_weight is not None):
+        return None
+    parts = [head[0], norm.weight, *(() if band.head is None else band.head.parameters())]
+    if any(part.dtype != model.dtype or not part.is_contiguous() for part in parts):
+        return None
+    if any(module is not None and has_hooks(module) for module in (band.head, router)):
+        return None
+    assert model.final_norm is not None
+    weights: list[Tensor] = []
+    if router is not None and router.stats_weight is not None:
+        weights = [router.weight1, router.bias1, router.weight2, router.bias2, router.stats_weight]
+    return Judge(
+        gain=norm.weight.detach(),
+        style=int(model.family.one_plus_gain),
+        eps=model.final_norm.eps,
+        translator=band.head if isinstance(band.head, TranslatorHead) else None,
+        head=head,
+        softcap=model.logit_softcap,
+        router=[weight.detach() for weight in weights],
+        silu=False if router is None else router.silu,
+        kind=_KINDS[type(criterion)],
+    )
+
+
+def usable() -> bool:
+    """Nobody forced another provider for an op that a judge stands for."""
+    return all((forced := forced_providers(op)) is None or forced[0] == "cpp" for op in REPLACED)
