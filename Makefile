@@ -8,9 +8,9 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	static-report wheel clean
+	static-report compare depth-efficiency soak wheel clean
 
-OPS := compact_rows exit_stats router_score ragged_attention store_kv project_qkv backfill_kv
+OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
 demo: $(VENV)/.built
 	$(BIN)/dyndepth demo --folder build
@@ -50,6 +50,19 @@ kv-maps: $(VENV)/.built
 # Makes the exits that the demo ships; hours on two cores, and it resumes in build/demo-exits.
 demo-exits: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/demo_exits.py build/demo-exits
+
+# Everything here that makes tokens, side by side in one run; hours, and it resumes in build/compare. QUICK=1 takes under ten
+# minutes: batch 1 and 16, bf16, context 128, without vllm.
+compare: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python -m compare.run build/compare$(if $(QUICK),-quick --quick --with-economize, --with-economize --with-vllm)
+
+# Time saved by rows that leave at random, against a machine that saves all of it; and what exits cost that nobody takes.
+depth-efficiency: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build
+
+# Requests join and leave for half an hour: memory flat, no page lost, the same tokens as in the first minute.
+soak: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/soak.py build
 
 # Every Triton kernel compiled for every target, without a GPU; about seven minutes.
 static-report: $(VENV)/.built

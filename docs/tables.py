@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,8 @@ def kv_maps(results: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    **runpy.run_path(str(Path(__file__).with_name("tables_speed.py")))["TABLES"],
+    **runpy.run_path(str(Path(__file__).with_name("tables_speed.py")))["TABLES"],
     "demo": demo,
     "bench": bench,
     "calibration": calibration,

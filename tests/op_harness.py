@@ -20,6 +20,7 @@ OUTPUTS = {
     "ragged_attention": ["out"],
     "store_kv": ["q"],
     "project_qkv": ["q"],
+    "ragged_linear": ["out"],
     "backfill_kv": [],
 }
 #: Providers that can afford to look at values; on a device wrong indices are the caller's fault (that is, no error).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import tiny_exits
@@ -43,6 +44,16 @@ def plan_of(name: str, band: Band, dtype: torch.dtype = torch.float32) -> Plan:
     return Plan(model, exits, "propagate", {}, Propagation(model))
 
 
+def everyone(judge: Judge, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and head-ready rows with a threshold that every row reaches."""
+    scores, state, ready = judge(hidden, -math.inf, torch.ones(len(hidden), dtype=torch.bool), len(hidden))
+    number = ~scores.isnan()
+    assert torch.equal(state.bool(), number)
+    filled = torch.full((len(hidden), ready.shape[1]), torch.nan, dtype=ready.dtype)
+    filled[number] = ready
+    return scores, filled
+
+
 COMMON = {
     "router": (NormHead(), RouterScore(router(1))),
     "silu router": (NormHead(), RouterScore(router(5, silu=True))),
@@ -67,7 +78,7 @@ def test_is_the_modules_answer(name: str, kind: str, shortlist: bool, dtype: tor
     assert judge is not None
     hidden = (3 * torch.randn(19, WIDTH, generator=GENERATOR)).to(dtype)
     with torch.no_grad():
-        scores, ready = judge.scores(hidden)
+        scores, ready = everyone(judge, hidden)
         assert band.criterion.kind == criterion.kind
         by_hand = band.head_or_norm()(hidden, plan.model.finish)
         view = View(
@@ -86,22 +97,41 @@ def test_a_row_is_judged_alike_in_any_company() -> None:
         judge = plan.judge(plan.bands[2])
         assert judge is not None
         hidden = torch.randn(40, WIDTH, generator=GENERATOR).to(dtype)
-        scores, ready = judge.scores(hidden)
+        scores, ready = everyone(judge, hidden)
         for count in (1, 3, 16, 17):
-            some_scores, some_ready = judge.scores(hidden[7 : 7 + count].contiguous())
+            some_scores, some_ready = everyone(judge, hidden[7 : 7 + count].contiguous())
             assert torch.equal(some_scores, scores[7 : 7 + count])
             assert torch.equal(some_ready, ready[7 : 7 + count])
         hidden[3] = torch.nan
-        again, _ = judge.scores(hidden)
+        again, _ = everyone(judge, hidden)
         assert bool(again[3].isnan())
         assert torch.equal(again[torch.arange(40) != 3], scores[torch.arange(40) != 3])
+
+
+def test_who_leaves() -> None:
+    """At the threshold, one for all or one per row; not those that may not; rows past the judged ones are away."""
+    plan = plan_of("llama", Band(2, 6, TopProbability(), threshold=0.5, head=translator(None)))
+    judge = plan.judge(plan.bands[2])
+    assert judge is not None
+    hidden = torch.randn(6, WIDTH, generator=GENERATOR)
+    may = torch.tensor([True, True, False, True, True, True])
+    scores, ready = everyone(judge, hidden)
+    middle = float(scores.sort().values[3])
+    _, state, left = judge(hidden, middle, may, 8)
+    wanted = (scores >= middle) & may
+    assert state.tolist() == [*wanted.long().tolist(), 2, 2]
+    assert torch.equal(left, ready[wanted])
+    thresholds = torch.where(torch.arange(6) % 2 == 0, scores, torch.inf)
+    _, state, left = judge(hidden, thresholds, may, 6)
+    assert state.tolist() == [1, 0, 0, 0, 1, 0]
+    assert torch.equal(left, ready[[0, 4]])
 
 
 def test_no_rows() -> None:
     plan = plan_of("llama", Band(2, 6, TopProbability(), threshold=0.5))
     judge = plan.judge(plan.bands[2])
     assert judge is not None
-    scores, ready = judge.scores(torch.empty(0, WIDTH))
+    scores, ready = everyone(judge, torch.empty(0, WIDTH))
     assert (list(scores.shape), list(ready.shape)) == ([0], [0, WIDTH])
 
 

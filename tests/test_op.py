@@ -54,13 +54,13 @@ LAYERS = {
     **dict.fromkeys(("errors", "env", "files"), 0),
     **dict.fromkeys(("check", "op"), 1),
     **dict.fromkeys(("cuda", "ops"), 2),
-    **dict.fromkeys(("testing", "exits"), 3),
+    **dict.fromkeys(("testing", "exits", "plan"), 3),
     "runtime": 4,
     "data": 5,
     "closed_form": 6,
     **dict.fromkeys(("calibration", "training"), 7),
     "recipes": 8,
-    **dict.fromkeys(("demo", "info", "report"), 9),
+    **dict.fromkeys(("demo", "info", "profiling", "report"), 9),
     "cli": 10,
 }
 

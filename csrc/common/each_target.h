@@ -1,5 +1,6 @@
 // Compiles the file DYN_SIMD once per instruction set, with vector.simd.h before it, in namespaces simd_v4, simd_v3 and
-// simd_v1; DYN_LEVEL is 4, 3 or 1 there. Headers that DYN_SIMD needs are included before this one.
+// simd_v1; DYN_LEVEL is 4, 3 or 1 there. Headers that DYN_SIMD needs are included before this one, never inside: what
+// is first seen under a target pragma is compiled for that target, and the linker would share it with everybody.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

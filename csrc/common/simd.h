@@ -1,18 +1,29 @@
 // One source, several instruction sets, chosen at run time: -march=native would tie a wheel to its build machine.
 #pragma once
 
+#include <algorithm>
+#include <cstdlib>
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define DYN_X86_TARGETS 1
 #endif
 
 namespace dyndepth {
 
+// DYNDEPTH_SIMD lowers the choice, to run the other versions' tests on a machine that has everything: 5 (matrix tiles
+// too, the default), 4, 3 or 1.
+inline int simd_wish() {
+  const char* wish = std::getenv("DYNDEPTH_SIMD");
+  return wish != nullptr && *wish >= '1' && *wish <= '5' ? *wish - '0' : 5;
+}
+
 // 4: x86-64-v4 (AVX-512), 3: x86-64-v3 (AVX2, FMA), 1: whatever the build targets.
 inline int simd_level() {
 #ifdef DYN_X86_TARGETS
   static const int level = [] {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 1;
+    const int most = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 1;
+    return std::min(most, simd_wish());
   }();
   return level;
 #else

@@ -111,15 +111,17 @@ DYN_INLINE Lanes sums(const Lanes (&x)[kLanes]) {
 DYN_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 DYN_INLINE Lanes smaller(Lanes a, Lanes b) { return a > b ? b : a; }
 
-// The largest lane.
+// The largest lane; a NaN wins.
 DYN_INLINE float max(Lanes x) {
   const HalfLanes a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
   const HalfLanes b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  const HalfLanes eight = a > b ? a : b;
+  const HalfLanes eight = ((a > b) | (a != a)) ? a : b;
   const QuarterLanes c = __builtin_shufflevector(eight, eight, 0, 1, 2, 3);
   const QuarterLanes d = __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-  const QuarterLanes four = c > d ? c : d;
-  return std::max(std::max(four[0], four[1]), std::max(four[2], four[3]));
+  const QuarterLanes four = ((c > d) | (c != c)) ? c : d;
+  float best = four[0];
+  for (int i = 1; i < 4; ++i) best = four[i] > best || four[i] != four[i] ? four[i] : best;
+  return best;
 }
 
 // exp(x) for x <= 0, within 2 ulp; anything below -87 becomes 0 (exact enough under a softmax whose maximum is 1).

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "../common/simd.h"
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define DYN_AMX 1
 #include <cpuid.h>
@@ -117,7 +119,7 @@ DYN_AMX_TARGET void all_rows(const uint32_t* tiles, int64_t row_tiles, int64_t w
 }  // namespace
 
 bool amx_usable() {
-  static const bool usable = ask_for_amx();
+  static const bool usable = simd_wish() > 4 && ask_for_amx();
   return usable;
 }
 

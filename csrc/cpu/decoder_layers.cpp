@@ -3,6 +3,7 @@
 // registers.
 #include <algorithm>
 #include <array>
+#include <bit>
 
 #include "../common/normalise.h"
 #include "../common/rms_norm.h"
@@ -208,6 +209,18 @@ void decoder_layers(const Tensor& hidden, const Tensor& pages, const Tensor& blo
                              .window = 0,
                              .scale = static_cast<float>(numbers[2]),
                              .softcap = static_cast<float>(numbers[3])};
+  const auto check = [](bool right, const char* wanted) { STD_TORCH_CHECK(right, "decoder_layers: wanted ", wanted); };
+  check(hidden.is_contiguous() && pages.is_contiguous(), "contiguous hidden and pages");
+  check(live >= 0 && live <= rows.all, "live in [0, n]");
+  check(seq.size(0) >= rows.all && pos.size(0) >= rows.all && slots.size(0) >= rows.all,
+        "seq, pos, slots of every row");
+  check(first_layer >= 0 && first_layer + layers <= pages.size(0), "pages of every layer");
+  check(static_cast<int64_t>(variants.size()) == layers, "a rotary variant per layer");
+  check(static_cast<int64_t>(weights.size()) == layers * std::popcount(static_cast<uint64_t>(present)),
+        "the parts that are present of every layer");
+  check(facts.heads % facts.kv_heads == 0, "a multiple of kv_heads in heads");
+  for (const int64_t variant : variants)
+    check(!cos.has_value() || (variant >= 0 && variant < cos->size(0)), "variants that there are tables of");
   if (rows.all == 0) return;
   Rotary rotary{nullptr, nullptr, 0, 0};
   if (cos.has_value()) rotary = {nullptr, nullptr, cos->size(1), cos->size(2)};

@@ -54,18 +54,39 @@ void make_ready(const T* hidden, int64_t rows, int64_t width, const T* gain, Nor
                          .out = ready}});
 }
 
-std::tuple<Tensor, Tensor> judge_rows(const Tensor& hidden, const Tensor& norm_gain, int64_t norm_style,
-                                      double norm_eps, const std::optional<Tensor>& down,
-                                      const std::optional<Tensor>& up, const std::optional<Tensor>& translator_bias,
-                                      double translator_eps, const Tensor& head_weight,
-                                      const std::optional<Tensor>& head_bias, double softcap,
-                                      std::vector<Tensor> router_weights, bool silu, double router_eps, int64_t kind) {
+// 1 (leaving) where the score reaches the threshold and the row may, else 0; 2 (away) past the judged rows. A NaN never
+// reaches. Returns how many leave.
+int64_t leave(const float* score, float threshold, const float* thresholds, const bool* may_leave, int64_t rows,
+              int64_t total, int8_t* state) {
+  int64_t left = 0;
+  for (int64_t row = 0; row < total; ++row) {
+    const bool leaves =
+        row < rows && may_leave[row] && score[row] >= (thresholds == nullptr ? threshold : thresholds[row]);
+    state[row] = row >= rows ? 2 : leaves ? 1 : 0;
+    left += leaves;
+  }
+  return left;
+}
+
+// Scores, states of all `total` rows of the buffer for compact_rows (rows past the judged ones are away), and the
+// head-ready rows of those that leave, in their order.
+std::tuple<Tensor, Tensor, Tensor> judge_rows(
+    const Tensor& hidden, const Tensor& norm_gain, int64_t norm_style, double norm_eps,
+    const std::optional<Tensor>& down, const std::optional<Tensor>& up, const std::optional<Tensor>& translator_bias,
+    double translator_eps, const Tensor& head_weight, const std::optional<Tensor>& head_bias, double softcap,
+    std::vector<Tensor> router_weights, bool silu, double router_eps, int64_t kind, double threshold,
+    const std::optional<Tensor>& thresholds, const Tensor& may_leave, int64_t total) {
   const int64_t rows = hidden.size(0), width = hidden.size(1);
+  STD_TORCH_CHECK(hidden.is_contiguous() && may_leave.is_contiguous() && may_leave.size(0) >= rows && total >= rows &&
+                      (!thresholds.has_value() || (thresholds->is_contiguous() && thresholds->size(0) == rows)),
+                  "judge_rows: wanted contiguous hidden, thresholds and may_leave of every row");
   Tensor scores = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
+  Tensor state = torch::stable::new_empty(hidden, {total}, ScalarType::Char);
   Tensor ready = torch::stable::new_empty(hidden, hidden.sizes());
-  if (rows == 0) return {scores, ready};
+  int64_t left = 0;
   dispatch_float(hidden.scalar_type(), "judge_rows", [&](auto element) {
     using T = decltype(element);
+    if (rows == 0) return;
     const T* from = hidden.const_data_ptr<T>();
     T* to = ready.mutable_data_ptr<T>();
     Translator<T> translator{};
@@ -112,8 +133,14 @@ std::tuple<Tensor, Tensor> judge_rows(const Tensor& hidden, const Tensor& norm_g
           break;
       }
     }
+    left = leave(score, static_cast<float>(threshold), data_or_null<float>(thresholds),
+                 may_leave.const_data_ptr<bool>(), rows, total, state.mutable_data_ptr<int8_t>());
+    int64_t at = 0;
+    for (int64_t row = 0; row < rows; ++row)
+      if (state.const_data_ptr<int8_t>()[row] == 1) std::copy_n(to + row * width, width, to + at++ * width);
   });
-  return {scores, ready};
+  if (rows == 0) std::fill_n(state.mutable_data_ptr<int8_t>(), total, int8_t{2});
+  return {scores, state, rows_of(ready, 0, left)};
 }
 
 }  // namespace
@@ -122,7 +149,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dyndepth_cpp, library) {
   library.def(
       "judge_rows(Tensor hidden, Tensor norm_gain, int norm_style, float norm_eps, Tensor? down, Tensor? up, "
       "Tensor? translator_bias, float translator_eps, Tensor head_weight, Tensor? head_bias, float softcap, "
-      "Tensor[] router_weights, bool silu, float router_eps, int kind) -> (Tensor, Tensor)");
+      "Tensor[] router_weights, bool silu, float router_eps, int kind, float threshold, Tensor? thresholds, "
+      "Tensor may_leave, int total) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(dyndepth_cpp, CPU, library) { library.impl("judge_rows", TORCH_BOX(&judge_rows)); }
 

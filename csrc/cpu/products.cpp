@@ -130,7 +130,9 @@ void Operand<T>::widen() const {
     floats_ = x_;
   } else {
     widened_.resize(rows_ * width_);
-    DYN_BEST(widen_rows, x_, widened_.data(), rows_ * width_);
+    torch::stable::parallel_for(0, rows_, 65536 / (width_ + 1) + 1, [&](int64_t begin, int64_t end) {
+      DYN_BEST(widen_rows, x_ + begin * width_, widened_.data() + begin * width_, (end - begin) * width_);
+    });
     floats_ = widened_.data();
   }
 }

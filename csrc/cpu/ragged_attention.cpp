@@ -1,6 +1,7 @@
 #include "ragged_attention.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../common/tensor.h"
@@ -77,9 +78,10 @@ void attend_all(const AttentionProblem& p, const T* q, const T* keys, const T* v
     });
     return;
   }
-  std::vector<float> parts(starts[tiles] * p.kv_heads * size);
+  // Not zeroed: every part is filled by who computes it.
+  const std::unique_ptr<float[]> parts(new float[starts[tiles] * p.kv_heads * size]);
   const auto part_of = [&](int64_t tile, int64_t head, int64_t segment) {
-    return Partial(parts.data() + ((starts[tile] + segment) * p.kv_heads + head) * size, p);
+    return Partial(parts.get() + ((starts[tile] + segment) * p.kv_heads + head) * size, p);
   };
   torch::stable::parallel_for(0, starts[tiles] * p.kv_heads, 1, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<float> scratch;

@@ -1,6 +1,18 @@
 #include "store_kv.h"
 
+#define DYN_SIMD "../cpu/store_kv.simd.h"
+#include "../common/each_target.h"
+
 namespace dyndepth {
+
+template <class T>
+void rotate_head(const T* from, T* to, int64_t head_dim, const Rotary& table, int64_t pos) {
+  DYN_BEST(rotate_head, from, to, head_dim, table, pos);
+}
+
+template void rotate_head(const float*, float*, int64_t, const Rotary&, int64_t);
+template void rotate_head(const BFloat16*, BFloat16*, int64_t, const Rotary&, int64_t);
+template void rotate_head(const Half*, Half*, int64_t, const Rotary&, int64_t);
 
 void check_rows(const char* op, const int32_t* pos, const int32_t* slots, int64_t rows, int64_t slot_count,
                 const Rotary& table) {

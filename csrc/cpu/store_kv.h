@@ -22,17 +22,9 @@ inline Rotary rotary_table(const std::optional<Tensor>& cos, const std::optional
 }
 
 // Half-split rotation (GPT-NeoX, Llama): channels i and i + rotary form a pair; channels past 2 * rotary pass through.
+// `to` may be `from`. T is float, BFloat16 or Half.
 template <class T>
-inline void rotate_head(const T* from, T* to, int64_t head_dim, const Rotary& table, int64_t pos) {
-  const float* cos = table.cos + pos * table.rotary;
-  const float* sin = table.sin + pos * table.rotary;
-  for (int64_t i = 0; i < table.rotary; ++i) {
-    const float a = to_float(from[i]), b = to_float(from[i + table.rotary]);
-    to[i] = static_cast<T>(a * cos[i] - b * sin[i]);
-    to[i + table.rotary] = static_cast<T>(b * cos[i] + a * sin[i]);
-  }
-  for (int64_t i = 2 * table.rotary; i < head_dim; ++i) to[i] = from[i];
-}
+void rotate_head(const T* from, T* to, int64_t head_dim, const Rotary& table, int64_t pos);
 
 // [rows, heads, head_dim] with any strides between rows and heads: a view into a fused projection works as it is.
 template <class T>

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dyndepth import check
-from dyndepth.op import Op
+from dyndepth.op import Op, forced_providers
 from dyndepth.ops import _cpp
 
 #: Activations of a gated product: SiLU (SwiGLU), GELU by tanh and by erf (GeGLU). The order is csrc/cpu/products.h's.
@@ -37,8 +37,8 @@ def ragged_linear(
 
     Returns [n, m] in the dtype of x; rows at or past `live` are unspecified. Sums are fp32, rounded to the dtype after each
     step as separate modules would round. The cpp provider reads every weight once whatever n is, and adds the products of an
-    output in the same order whatever the other rows are: a row gives the same bits alone and in any batch. Not
-    differentiable.
+    output in the same order whatever the other rows are: a row gives the same bits alone and in any batch. (Subnormal bfloat16
+    counts as 0 on AMX tiles, as in PyTorch's own products there.) Not differentiable.
     """
     return op(x, weight, bias, gate_weight, gate_bias, activation, residual, live)
 
@@ -100,6 +100,15 @@ def _reference(
 
 def _fake(x: Tensor, weight: Tensor, *_args: object, **_kwargs: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Where modules had better call the op than `linear`: plain rows on the CPU that nobody differentiates or autocasts."""
+    if x.device.type != "cpu" or x.dim() != 2 or x.dtype != weight.dtype or x.dtype not in check.FLOATS:
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (x.is_contiguous() and weight.is_contiguous()):
+        return False
+    return _cpp.missing() is None and ((forced := forced_providers("ragged_linear")) is None or forced[0] == "cpp")
 
 
 op = Op(

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from dyndepth.errors import UnsupportedModelError
 from dyndepth.ops import ragged_linear
+from dyndepth.ops.ragged_linear import pays
 from dyndepth.runtime import families  # noqa: F401  (registers the family table)
 from dyndepth.runtime.bind_layer import attribute, bind_layer, number, optional
 from dyndepth.runtime.family import Family, family_of
 from dyndepth.runtime.layer import Layer
-from dyndepth.runtime.norms import NormFacts, is_plain_linear, norm_facts
+from dyndepth.runtime.norms import NormFacts, final_norm_function, is_plain_linear, norm_facts
 from dyndepth.runtime.stack import Stack, stack_of
 
 # Rotary kinds whose angles depend on the position alone. The others change all angles with the length of the longest
@@ -78,9 +79,8 @@ class Model:
 
     def _head_product(self, ready: Tensor) -> Tensor:
         plain = self.plain_head()
-        if plain is not None and plain[0].is_contiguous() and ready.dtype == plain[0].dtype:
-            rows = ragged_linear(ready.flatten(0, -2).contiguous(), plain[0], bias=plain[1])
-            return rows.unflatten(0, ready.shape[:-1])
+        if plain is not None and pays(ready, plain[0]):
+            return ragged_linear(ready, plain[0], bias=plain[1])
         with torch.autocast(ready.device.type, enabled=False):
             return self.head(ready)
 
@@ -160,7 +160,9 @@ def bind(causal_lm: Any) -> Model:
     decoder: Any = attribute(causal_lm, family.decoder)
     embed, project_in = attribute(decoder, family.embed), optional(decoder, family.project_in)
     final_norm, project_out = optional(decoder, family.final_norm), optional(decoder, family.project_out)
-    finishing = [module for module in (final_norm, project_out) if module is not None]
+    final_facts = norm_facts(final_norm, family.one_plus_gain)
+    finishing: list[Any] = [] if final_norm is None else [final_norm_function(final_norm, final_facts)]
+    finishing += [] if project_out is None else [project_out]
     positions = optional(decoder, family.positions)
     modules = list(attribute(decoder, family.layers))
     _refuse_changed(causal_lm, decoder, positions, modules, family)
@@ -191,7 +193,7 @@ def bind(causal_lm: Any) -> Model:
         embed=lambda tokens, pos: embed_positions(embed(tokens), pos),
         embed_positions=embed_positions,
         finish=finish,
-        final_norm=norm_facts(final_norm, family.one_plus_gain) if project_out is None else None,
+        final_norm=final_facts if project_out is None else None,
         head=head,
         logit_softcap=number(config, family.logit_softcap),
         stack=stack_of(layers, family),

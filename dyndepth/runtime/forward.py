@@ -46,6 +46,8 @@ class Plan:
     shortlists: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     #: Judges by boundary, None where judging goes op by op; filled on first use.
     judges: dict[int, Judge | None] = field(default_factory=dict)
+    #: Answers of `closed` by boundary; thresholds do not change while a plan lives.
+    shut: dict[int, bool] = field(default_factory=dict)
 
     @functools.cached_property
     def bands(self) -> dict[int, Band]:
@@ -63,6 +65,11 @@ class Plan:
 
     def closed(self, band: Band) -> bool:
         """No row can leave here, and judging it would tell later boundaries nothing."""
+        if band.leave not in self.shut:
+            self.shut[band.leave] = self._closed(band)
+        return self.shut[band.leave]
+
+    def _closed(self, band: Band) -> bool:
         shut = band.criterion.kind == "never" or (band.criterion.scored and band.threshold == math.inf)
         waited_for = any(other.criterion.needs_previous or other.criterion.carries for other in self.exits or ())
         return shut and self.depth is None and not waited_for
@@ -185,14 +192,11 @@ class _Pass:
 
     def run(self) -> Result:
         model, rows = self.plan.model, self.rows
-        total = len(rows)
-        self.exit_layer = torch.full((total,), model.depth, dtype=torch.int32, device=rows.hidden.device)
-        self.layers_run = self.exit_layer.clone()
-        self.bands_taken = torch.zeros(total, dtype=torch.int64, device=rows.hidden.device)
+        #: Rows that skipped a band and resumed, in the caller's numbers.
+        self.skips: list[tuple[Tensor, Band]] = []
         self.work = [0] * model.depth
         self.block_work: dict[int, int] = {}
         bands = self.plan.bands
-        self.numbers = {leave: number for number, leave in enumerate(bands)}
         propagate = self.plan.kv_policy == "propagate"
         idle_until = 0
         for number, end in itertools.pairwise(self.plan.stops):
@@ -252,20 +256,15 @@ class _Pass:
             block.store(rows, self.context)
         if not plan.open or rows.live == 0 or plan.closed(band):
             return
-        leaves, ready = self._judge(band, block)
-        if not bool(leaves.any()):
+        decided = self._decide(band, block)
+        if decided is None:
             return
-        for_good = band.resume == plan.model.depth
-        if for_good and ready is not None:
-            ready = ready[leaves]  # the partition is stable: this is the order they will lie in
-        state = torch.full((len(rows),), AWAY, dtype=torch.int8, device=rows.hidden.device)
-        state[: rows.live] = leaves  # True is LEAVING, False is RUN
+        state, ready = decided
         live, left = rows.partition(state)
         leaving = slice(live, live + left)
+        for_good = band.resume == plan.model.depth
         if not for_good:
-            index = rows.index[leaving].long()
-            self.layers_run[index] -= band.resume - band.leave
-            self.bands_taken[index] |= 1 << self.numbers[band.leave]
+            self.skips.append((rows.index[leaving], band))
         elif ready is None:
             ready = self._head(band, block, leaving)
         self.away.insert(0, _Away(band, left, ready if for_good else None))
@@ -276,17 +275,32 @@ class _Pass:
                 variant=plan.propagation.variants(band.leave, band.resume),
             )  # fmt: skip
 
+    def _decide(self, band: Band, block: Block | None) -> tuple[Tensor, Tensor | None] | None:
+        """int8 [n] states for the partition and, where judging had to make them, the leavers' head-ready rows in order.
+
+        None when nobody leaves.
+        """
+        rows, plan, live = self.rows, self.plan, self.rows.live
+        judge = None if block is not None else plan.judge(band)
+        if judge is not None:
+            hidden = rows.hidden[:live]
+            threshold = band.threshold if band.decay is None else band.thresholds(rows.step[:live])
+            _, state, ready = judge(hidden, threshold, rows.may_leave[:live], len(rows))
+            if plan.previous_wanted:
+                rows.carry("previous", hidden)
+            return (state, ready) if ready.shape[0] else None
+        leaves, heads = self._judge(band, block)
+        if not bool(leaves.any()):
+            return None
+        state = torch.full((len(rows),), AWAY, dtype=torch.int8, device=leaves.device)
+        state[:live] = leaves  # True is LEAVING, False is RUN
+        # The partition is stable: the leavers will lie in this order.
+        return state, None if heads is None or band.resume != plan.model.depth else heads[leaves]
+
     def _judge(self, band: Band, block: Block | None) -> tuple[Tensor, Tensor | None]:
         """bool [live] and, when the criterion had to read the exit head of every live row, their head-ready rows."""
         rows, plan, live = self.rows, self.plan, self.rows.live
         hidden = rows.hidden[:live]
-        judge = None if block is not None else plan.judge(band)
-        if judge is not None:
-            scores, ready = judge.scores(hidden)
-            leaves = scores >= (band.threshold if band.decay is None else band.thresholds(rows.step[:live]))
-            if plan.previous_wanted:
-                rows.carry("previous", hidden)
-            return leaves & rows.may_leave[:live], ready
         heads: list[Tensor] = []
 
         @functools.cache
@@ -318,18 +332,26 @@ class _Pass:
         parts = [model.finish(rows.hidden[: rows.live])] if rows.live else []
         parts += [group.ready for group in self.away if group.ready is not None]
         ready = rows.hidden.new_empty(0, model.ready_size) if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+        total, device = len(rows), rows.hidden.device
+        facts = torch.tensor([[model.depth], [model.depth], [0]]).repeat(1, total)  # exit layer, layers run, bands taken
         if rows.moved:
+            numbers = {leave: number for number, leave in enumerate(self.plan.bands)}
             index = rows.index.long()
             ready = torch.empty_like(ready).index_copy_(0, index, ready)
-            if self.away:
-                counts = torch.tensor([group.count for group in self.away])
-                facts = [(g.band.leave, model.depth - g.band.leave, 1 << self.numbers[g.band.leave]) for g in self.away]
-                leave, skipped, taken = torch.tensor(facts).repeat_interleave(counts, 0).to(index.device).unbind(1)
-                gone = index[rows.live :]
-                self.exit_layer[gone] = leave.int()
-                self.layers_run[gone] -= skipped.int()
-                self.bands_taken[gone] |= taken
-        return Result(ready, self.exit_layer, self.layers_run, self.bands_taken, self.work, self.block_work)
+            home = index.cpu()
+            at = rows.live
+            for group in self.away:
+                gone = home[at : at + group.count]
+                facts[0, gone] = group.band.leave
+                facts[1, gone] -= model.depth - group.band.leave
+                facts[2, gone] |= 1 << numbers[group.band.leave]
+                at += group.count
+            for skipped, band in self.skips:
+                gone = skipped.cpu().long()
+                facts[1, gone] -= band.resume - band.leave
+                facts[2, gone] |= 1 << numbers[band.leave]
+        exit_layer, layers_run, bands_taken = facts.to(device).unbind()
+        return Result(ready, exit_layer.int(), layers_run.int(), bands_taken, self.work, self.block_work)
 
     def _head(self, band: Band, block: Block | None, which: slice) -> Tensor:
         """Head-ready rows of a slice of the buffers."""

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyndepth.exits import Band, NormHead, TranslatorHead
 from dyndepth.exits.criteria import Criterion, Entropy, Margin, RouterScore, TopProbability
 from dyndepth.exits.maps import EPS
+from dyndepth.exits.router import STAT_FEATURES
 from dyndepth.op import forced_providers
 from dyndepth.ops import _cpp
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.bind_layer import optional
-from dyndepth.runtime.norms import has_hooks
+from dyndepth.runtime.norms import has_hooks, rms_style
 
 #: Criteria by the number that csrc/cpu/judge_rows.cpp knows them by.
 _KINDS: dict[type[Criterion], int] = {RouterScore: 0, TopProbability: 1, Margin: 2, Entropy: 3}
@@ -40,15 +41,22 @@ class Judge:
     silu: bool
     kind: int
 
-    def scores(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 [live] scores of residuals [live, d], higher is safer, and their head-ready rows [live, d]."""
+    def __call__(
+        self, hidden: Tensor, threshold: float | Tensor, may_leave: Tensor, total: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Judge residuals [live, d] of a buffer of `total` rows.
+
+        Returns fp32 [live] scores, higher is safer; int8 [total] states for compact_rows (a row leaves when its score reaches
+        the threshold, one for all or fp32 [live], and it may); and the head-ready rows [left, d] of those that leave.
+        """
         t = self.translator
         down, up, bias = (None, None, None) if t is None else (t.down, t.up, t.bias)
-        scores, ready = torch.ops.dyndepth_cpp.judge_rows(
+        one, many = (0.0, threshold) if isinstance(threshold, Tensor) else (float(threshold), None)
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.dyndepth_cpp.judge_rows(
             hidden, self.gain, self.style, self.eps, down, up, bias, EPS, *self.head, self.softcap, self.router, self.silu,
-            _ROUTER_EPS, self.kind,
+            _ROUTER_EPS, self.kind, one, many, may_leave, total,
         )  # fmt: skip
-        return scores, ready
+        return found
 
 
 def judge_of(model: Model, band: Band, head: tuple[Tensor, Tensor | None] | None) -> Judge | None:
@@ -63,12 +71,9 @@ def judge_of(model: Model, band: Band, head: tuple[Tensor, Tensor | None] | None
         and type(criterion) in _KINDS
         and type(band.head) in (NormHead, TranslatorHead, type(None))
         and model.final_norm is not None
-        and model.final_norm.kind == "rms"
-        and type(norm).__module__.startswith("transformers.models.")
-        and type(norm.weight) is nn.Parameter
-        and head is not None
     )
-    if not known or head is None:
+    style = rms_style(norm)
+    if not known or head is None or style is None:
         return None
     if type(criterion) is RouterScore and (router is None or router.stats_weight is None or router.cosine_weight is not None):
         return None
@@ -81,9 +86,16 @@ def judge_of(model: Model, band: Band, head: tuple[Tensor, Tensor | None] | None
     weights: list[Tensor] = []
     if router is not None and router.stats_weight is not None:
         weights = [router.weight1, router.bias1, router.weight2, router.bias2, router.stats_weight]
+        neurons, width = router.weight1.shape[0], model.hidden_size
+        sizes = [(neurons, width), (neurons,), (neurons,), (1,), (neurons, STAT_FEATURES)]
+        if any(
+            part.dtype != torch.float32 or not part.is_contiguous() or tuple(part.shape) != size
+            for part, size in zip(weights, sizes, strict=True)
+        ):
+            return None
     return Judge(
         gain=norm.weight.detach(),
-        style=int(model.family.one_plus_gain),
+        style=style,
         eps=model.final_norm.eps,
         translator=band.head if isinstance(band.head, TranslatorHead) else None,
         head=head,

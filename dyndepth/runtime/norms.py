@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from dyndepth.check import FLOATS
+from dyndepth.ops import _cpp
+from dyndepth.ops.ragged_linear import pays
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,37 @@ def norm_facts(module: nn.Module | None, one_plus_gain: bool) -> NormFacts | Non
         return None
     gain = weight.detach().float()
     return NormFacts("rms", 1 + gain if one_plus_gain else gain, None, float(eps))
+
+
+#: Where transformers' RMSNorm classes round (csrc/common/rms_norm.h): Llama's gain times the rounded quotient, or Gemma's one
+#: rounding of quotient times (1 + gain). A class that is not here (OLMo 2 rounds in a third way) runs as its module.
+_STYLES = {
+    **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"), 0),
+    **dict.fromkeys(("Gemma2RMSNorm", "Gemma3RMSNorm"), 1),
+}
+
+
+def rms_style(module: nn.Module | None) -> int | None:
+    """How C++ must round to do what the module does; None if it is not known to."""
+    known = _STYLES.get(type(module).__name__)
+    own = type(module).__module__.startswith("transformers.models.")
+    plain = module is not None and type(getattr(module, "weight", None)) in (Tensor, nn.Parameter) and not has_hooks(module)
+    return known if own and plain else None
+
+
+def final_norm_function(module: nn.Module, facts: NormFacts | None) -> Callable[[Tensor], Tensor]:
+    """The norm module, in one call of C++ where it is transformers' plain RMSNorm on the CPU in one dtype."""
+    style = rms_style(module)
+    if facts is None or style is None or _cpp.missing() is not None:
+        return module
+    gain, eps = module.weight.detach(), facts.eps  # type: ignore[operator]
+
+    def norm(x: Tensor) -> Tensor:
+        if not pays(x, gain):
+            return module(x)
+        return torch.ops.dyndepth_cpp.rms_norm(x.contiguous(), gain, style, eps)
+
+    return norm
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dyndepth.errors import ArgumentError, PagesFullError
 
 _SLOTS = 2**31
+#: Sequence or position numbers of rows; bookkeeping is numpy's because a tensor op costs ten times as much for a few numbers.
+Indices = NDArray[np.int64]
 
 
 class Pages:
@@ -51,12 +55,12 @@ class Pages:
         self.kv = torch.empty(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
         # The table is edited on the host and copied to the device when a page was added: once per page_size tokens.
         # Its columns grow with the longest sequence.
-        self._table = torch.full((sequences, 1), -1, dtype=torch.int32)
+        self._table = np.full((sequences, 1), -1, dtype=np.int32)
         self._device_table: Tensor | None = None
         self._owned: list[list[int]] = [[] for _ in range(sequences)]
-        self._length = torch.zeros(sequences, dtype=torch.int64)
+        self._length = np.zeros(sequences, dtype=np.int64)
         #: Positions that the pages a sequence owns can hold.
-        self._room = torch.zeros(sequences, dtype=torch.int64)
+        self._room = np.zeros(sequences, dtype=np.int64)
         self._free = list(range(pages - 1, -1, -1))
 
     @property
@@ -75,7 +79,8 @@ class Pages:
     def block_table(self, reach: int | None = None) -> Tensor:
         """int32 [sequences, max_pages] on the device of the pages, or its first columns, enough for `reach` positions."""
         if self._device_table is None:
-            self._device_table = self._table.clone().to(self.kv.device)  # never the host's own, which goes on changing
+            # A copy: the host's own goes on changing.
+            self._device_table = torch.from_numpy(self._table.copy()).to(self.kv.device)
         if reach is None:
             return self._device_table
         return self._device_table[:, : max(1, self._pages_for(reach))].contiguous()
@@ -93,7 +98,7 @@ class Pages:
         columns = self._table.shape[1]
         if self._pages_for(length) > columns:
             more = max(columns, self._pages_for(length) - columns)
-            self._table = torch.nn.functional.pad(self._table, (0, more), value=-1)
+            self._table = np.pad(self._table, ((0, 0), (0, more)), constant_values=-1)
         for _ in range(missing):
             page = self._free.pop()
             self._table[sequence, len(self._owned[sequence])] = page
@@ -103,16 +108,18 @@ class Pages:
             self._room[sequence] = len(self._owned[sequence]) * self.page_size
         self._length[sequence] = max(int(self._length[sequence]), length)
 
-    def reserve_rows(self, sequences: Tensor, positions: Tensor) -> None:
+    def reserve_rows(self, sequences: Indices, positions: Indices) -> None:
         """`reserve` for rows [n]: every position given becomes writable. One look where all pages are there already."""
-        if positions.numel() == 0:
-            return
+        if sequences.size and not (sequences.min() >= 0 and sequences.max() < len(self._owned) and positions.min() >= 0):
+            raise ArgumentError(
+                f"Pages: sequences must be in [0, {len(self._owned)}) and positions at least 0, got {sequences.tolist()} and "
+                f"{positions.tolist()}"
+            )
         fresh = positions >= self._room[sequences]
-        if bool(fresh.any()):
-            lengths = torch.zeros(len(self._owned), dtype=torch.int64).scatter_reduce(0, sequences, positions + 1, "amax")
-            for sequence in sequences[fresh].unique().tolist():
-                self.reserve(sequence, int(lengths[sequence]))
-        self._length.scatter_reduce_(0, sequences, positions + 1, "amax")
+        if fresh.any():
+            for sequence in np.unique(sequences[fresh]).tolist():
+                self.reserve(sequence, int(positions[sequences == sequence].max()) + 1)
+        np.maximum.at(self._length, sequences, positions + 1)
 
     def release(self, sequence: int) -> None:
         """Give all pages of a sequence back. Releasing twice is harmless."""
@@ -124,18 +131,17 @@ class Pages:
         self._room[sequence] = 0
         self._length[sequence] = 0
 
-    def slots(self, sequences: Sequence[int] | Tensor, positions: Sequence[int] | Tensor) -> Tensor:
+    def slots(self, sequences: Sequence[int] | Indices | Tensor, positions: Sequence[int] | Indices | Tensor) -> Tensor:
         """int32 slots of (sequence, position) pairs, on the device of the pages. Positions must be reserved."""
-        at = torch.as_tensor(sequences, dtype=torch.int64)
-        pos = torch.as_tensor(positions, dtype=torch.int64)
-        if at.numel() == 0:
+        at, pos = np.asarray(sequences, dtype=np.int64), np.asarray(positions, dtype=np.int64)
+        if at.size == 0:
             return torch.empty(0, dtype=torch.int32, device=self.kv.device)
-        if int(pos.min()) < 0 or int(pos.max()) >= self._table.shape[1] * self.page_size:
+        if pos.min() < 0 or pos.max() >= self._table.shape[1] * self.page_size:
             raise ArgumentError(f"Pages: positions must be in [0, {self._table.shape[1] * self.page_size}), got {pos.tolist()}")
         page = self._table[at, pos // self.page_size]
-        if bool((page < 0).any()):
+        if page.min() < 0:
             raise ArgumentError("Pages: slots asked for positions that were not reserved")
-        return (page * self.page_size + pos % self.page_size).to(torch.int32).to(self.kv.device)
+        return torch.from_numpy((page * self.page_size + pos % self.page_size).astype(np.int32)).to(self.kv.device)
 
     def _grow(self, missing: int) -> None:
         more = min(self.limit - self.total, max(missing, self.total // 2))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,7 +131,7 @@ class Session:
             propagation=Propagation(model),
             depth=None if asked is None else asked.to(model.device),
         )
-        self._closed = Plan(**{**self.plan.__dict__, "open": False})
+        self._closed = dataclasses.replace(self.plan, open=False)
 
     def work(self) -> Work:
         """A fresh counter for this model."""
@@ -168,17 +170,16 @@ class Session:
         may_leave: Tensor | bool = True,
     ) -> tuple[Rows, Context]:
         """Embedded rows with their pages reserved: what a pass starts from. Arguments as for `run`."""
-        seq = torch.as_tensor(seq, dtype=torch.int64)
-        pos = torch.as_tensor(pos, dtype=torch.int64)
-        count = seq.shape[0]
+        own, at = (np.asarray(x.cpu() if isinstance(x, Tensor) else x, dtype=np.int64) for x in (seq, pos))
+        count = own.shape[0]
         device = self.model.device
-        self.pages.reserve_rows(seq, pos)
-        reach = int(pos.max()) + 1 if count else 1
+        reach = int(at.max()) + 1 if count else 1
+        self.pages.reserve_rows(own, at)
         if reach > self.reach:
             grown = self.reach + self.reach // 2
             self.reach = max(reach, min(grown, self.model.positions_limit or grown))
             self.cos, self.sin = self.model.rotary_tables(self.reach)
-        positions = pos.to(device=device, dtype=torch.int32)
+        positions = torch.from_numpy(at.astype(np.int32)).to(device)
         if embeds is None:
             assert tokens is not None
             hidden = self.model.embed(tokens.to(device), positions)
@@ -186,11 +187,13 @@ class Session:
             hidden = self.model.embed_positions(embeds.to(device), positions)
         rows = Rows(
             hidden=hidden.contiguous(),
-            seq=seq.to(device=device, dtype=torch.int32),
+            seq=torch.from_numpy(own.astype(np.int32)).to(device),
             pos=positions,
-            slots=self.pages.slots(seq, pos),
+            slots=self.pages.slots(own, at),
             step=torch.zeros_like(positions) if step is None else torch.as_tensor(step).to(device=device, dtype=torch.int32),
-            may_leave=torch.full((count,), may_leave, device=device) if isinstance(may_leave, bool) else may_leave.to(device),
+            may_leave=torch.full((count,), may_leave, device=device)
+            if isinstance(may_leave, bool)
+            else may_leave.to(device).contiguous(),
         )
         return rows, Context(self.pages.kv, self.pages.block_table(reach), self.cos, self.sin)
 

@@ -1,9 +1,9 @@
 """Decoder layers of the Llama kind on the CPU: everything between two boundaries in one call of C++ (csrc/cpu/decoder_layers).
 
-The kernels read the modules' own weights where they lie: nothing is packed or copied, and a change of the weights is seen by
-the next call. Products are summed in an order that does not depend on how many rows there are, so a row's residual is the
-same bits alone and in any batch. Layers that are anything else than plain linears, RMS norms and a gated MLP run through
-their modules (dyndepth/runtime/layer.py), which is also the reference this path is tested against.
+The kernels read the modules' own weights where they lie: nothing is packed or copied (but the gains of q and k norms, which
+are folded to fp32 when a model is bound). Products are summed in an order that does not depend on how many rows there are, so
+a row's residual is the same bits alone and in any batch. Layers that are anything else than plain linears, RMS norms and a
+gated MLP run through their modules (dyndepth/runtime/layer.py), which is also the reference this path is tested against.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dyndepth.op import forced_providers
 from dyndepth.ops import _cpp
 from dyndepth.runtime.family import Family
 from dyndepth.runtime.layer import Context, Layer
-from dyndepth.runtime.norms import has_hooks, is_plain_linear
+from dyndepth.runtime.norms import has_hooks, is_plain_linear, rms_style
 
 #: Parts of a layer in the order of csrc/cpu/decoder_layers.cpp.
 PARTS = (
@@ -29,13 +29,13 @@ PARTS = (
     "q_bias", "k_bias", "v_bias", "out_bias", "gate_bias", "up_bias", "down_bias", "q_gain", "k_gain",
 )  # fmt: skip
 _ACTIVATIONS = {
-    "SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1, "NewGELUActivation": 1, "GELUActivation": 2,
+    "SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1, "GELUActivation": 2,
 }  # fmt: skip
 #: Ops that a stack does in one: forcing a provider other than cpp for one of them turns stacks off.
-REPLACED = ("project_qkv", "store_kv", "ragged_attention")
+REPLACED = ("project_qkv", "store_kv", "ragged_attention", "ragged_linear")
 
 
-class _NotPlain(Exception):
+class _NotPlainError(Exception):
     """Why a layer must run through its modules."""
 
 
@@ -76,16 +76,21 @@ def stack_of(layers: Sequence[Layer], family: Family) -> Stack | str:
         return absent
     try:
         found = [_parts(layer, family) for layer in layers]
-        style, eps = _norms(layers, family)
+        style, eps = _norms(layers)
         act = _activation(layers, family)
-    except _NotPlain as reason:
+    except _NotPlainError as reason:
         return str(reason)
     first = layers[0]
     present = [name in found[0] for name in PARTS]
     if any([name in parts for name in PARTS] != present for parts in found):
         return "layers differ in the parts they have"
+    if len({parts["q"].dtype for parts in found}) > 1:
+        return "layers are of several dtypes"
+    shapes = [{name: part.shape for name, part in parts.items()} for parts in found]
+    if any(shape != shapes[0] for shape in shapes) or not _fits(first, shapes[0]):
+        return "layers differ in their sizes, or their parts do not fit together"
     numbers = [eps, 0.0 if first.plain is None else first.plain.norm_eps, first.scale, first.softcap]
-    if any((layer.scale, layer.softcap, layer.heads) != (first.scale, first.softcap, first.heads) for layer in layers):
+    if len({(layer.scale, layer.softcap, layer.heads, layer.plain and layer.plain.norm_eps) for layer in layers}) > 1:
         return "layers differ in the shape of attention"
     bits = sum(1 << at for at, there in enumerate(present) if there)
     return Stack(
@@ -102,14 +107,14 @@ def _parts(layer: Layer, family: Family) -> dict[str, Tensor]:
     """The tensors of a layer by part."""
     plain = layer.plain
     if plain is None:
-        raise _NotPlain("a projection of q, k, v is no plain linear")
+        raise _NotPlainError("a projection of q, k, v is no plain linear")
     if layer.parallel or layer.after_attention_residual is not None:
-        raise _NotPlain("residuals are added elsewhere than in Llama's layers")
+        raise _NotPlainError("residuals are added elsewhere than in Llama's layers")
     mlp: Any = layer.mlp[0]
     if not family.gated or len(layer.mlp) != 1:
-        raise _NotPlain("the MLP is not gated")
+        raise _NotPlainError("the MLP is not gated")
     if has_hooks(mlp) or not type(mlp).__module__.startswith("transformers."):
-        raise _NotPlain("the MLP is not transformers' own, or carries hooks")
+        raise _NotPlainError("the MLP is not transformers' own, or carries hooks")
     parts = dict(zip(("q", "k", "v"), plain.weights, strict=True))
     linears = {"out": layer.out, "down": getattr(mlp, family.gated[-1])}
     if len(family.gated) == 3:
@@ -117,25 +122,39 @@ def _parts(layer: Layer, family: Family) -> dict[str, Tensor]:
     else:
         fused = getattr(mlp, family.gated[0])
         if not is_plain_linear(fused) or fused.bias is not None:
-            raise _NotPlain("the fused gate and up projection is no plain linear")
+            raise _NotPlainError("the fused gate and up projection is no plain linear")
         parts["gate"], parts["up"] = fused.weight.detach().chunk(2)
     for name, module in linears.items():
         if not is_plain_linear(module):
-            raise _NotPlain(f"the {name} projection is no plain linear")
+            raise _NotPlainError(f"the {name} projection is no plain linear")
         parts[name] = module.weight.detach()
         if module.bias is not None:
             parts[f"{name}_bias"] = module.bias.detach()
     for name, norm in _norm_modules(layer).items():
+        if type(getattr(norm, "weight", None)) not in (Tensor, nn.Parameter):
+            raise _NotPlainError("a norm is not transformers' RMSNorm, or carries hooks")
         parts[name] = norm.weight.detach()
     parts |= {f"{name}_bias": bias for name, bias in zip("qkv", plain.biases, strict=True) if bias is not None}
     dtype = plain.weights[0].dtype
     if dtype not in FLOATS or any(part.dtype != dtype for part in parts.values()):
-        raise _NotPlain("weights are of several dtypes")
+        raise _NotPlainError("weights are of several dtypes")
     if any(part.device.type != "cpu" or not part.is_contiguous() for part in parts.values()):
-        raise _NotPlain("weights are not in main memory, row by row")
+        raise _NotPlainError("weights are not in main memory, row by row")
     if plain.q_gain is not None and plain.k_gain is not None:
         parts |= {"q_gain": plain.q_gain, "k_gain": plain.k_gain}
     return parts
+
+
+def _fits(layer: Layer, shapes: dict[str, torch.Size]) -> bool:
+    """The sizes that csrc/cpu/decoder_layers.cpp takes for granted."""
+    width, inner = shapes["out"][0], shapes["gate"][0]
+    heads, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    outputs = {"q": heads, "k": kv, "v": kv, "out": width, "gate": inner, "up": inner, "down": width}
+    inputs = {"out": heads, "down": inner}
+    wanted = {name: (size, inputs.get(name, width)) for name, size in outputs.items()}
+    wanted |= {f"{name}_bias": (size,) for name, size in outputs.items()}  # type: ignore[misc]
+    wanted |= dict.fromkeys(("q_gain", "k_gain"), (layer.head_dim,))  # type: ignore[arg-type]
+    return all(tuple(shape) == wanted.get(name, (width,)) for name, shape in shapes.items())
 
 
 def _norm_modules(layer: Layer) -> dict[str, Any]:
@@ -146,22 +165,25 @@ def _norm_modules(layer: Layer) -> dict[str, Any]:
     return {name: norm for name, norm in named.items() if norm is not None}
 
 
-def _norms(layers: Sequence[Layer], family: Family) -> tuple[int, float]:
+def _norms(layers: Sequence[Layer]) -> tuple[int, float]:
     """Style (csrc/common/rms_norm.h) and eps that all norms share."""
-    found = set()
-    for layer in layers:
-        for norm in _norm_modules(layer).values():
-            own = type(norm).__name__.endswith("RMSNorm") and type(norm).__module__.startswith("transformers.models.")
-            if not own or has_hooks(norm) or type(norm.weight) not in (Tensor, nn.Parameter):
-                raise _NotPlain("a norm is not transformers' RMSNorm, or carries hooks")
-            found.add(float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))))
+    norms = [norm for layer in layers for norm in _norm_modules(layer).values()]
+    styles = {rms_style(norm) for norm in norms} or {0}
+    if None in styles or len(styles) > 1:
+        raise _NotPlainError("a norm is not transformers' RMSNorm, or carries hooks")
+    found = {float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))) for norm in norms} or {0.0}
     if len(found) > 1:
-        raise _NotPlain("norms differ in eps")
-    return int(family.one_plus_gain), found.pop() if found else 0.0
+        raise _NotPlainError("norms differ in eps")
+    return int(styles.pop() or 0), found.pop()
 
 
 def _activation(layers: Sequence[Layer], family: Family) -> int:
-    found = {type(getattr(layer.mlp[0], family.activation)).__name__ for layer in layers}
+    modules = [getattr(layer.mlp[0], family.activation) for layer in layers]
+    if any(getattr(getattr(module, "act", None), "__func__", None) is not None for module in modules):
+        raise _NotPlainError("the MLP's activation is written out in Python")  # GELU with use_gelu_python rounds at every step
+    if any(has_hooks(module) for module in modules if isinstance(module, nn.Module)):
+        raise _NotPlainError("the MLP's activation carries hooks")
+    found = {type(module).__name__ for module in modules}
     if len(found) != 1 or not found <= set(_ACTIVATIONS):
-        raise _NotPlain(f"the MLP's activation is {', '.join(sorted(found))}")
+        raise _NotPlainError(f"the MLP's activation is {', '.join(sorted(found))}")
     return _ACTIVATIONS[found.pop()]

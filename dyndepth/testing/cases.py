@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyndepth.testing.linear_cases import linear
+
 Arguments = dict[str, Any]
 
 
@@ -401,6 +403,25 @@ CASES: dict[str, list[Case]] = {
         Case("llama1", _project(_decode(1, 512, _LLAMA), 4096, 64), bench=True, gpu=True),
         Case("llama32", _project(_decode(32, 512, _LLAMA), 4096, 64), bench=True, gpu=True),
         Case("llama32_none_live", _project(_decode(32, 512, _LLAMA), 4096, 64, live=0), bench=True, gpu=True),
+    ],
+    "ragged_linear": [
+        Case("empty", linear(0, 24, 16)),
+        Case("one", linear(1, 24, 16)),
+        Case("odd", linear(7, 37, 23)),
+        Case("no_channels", linear(3, 0, 5, bias=True)),
+        *(Case(f"tiles{rows}", linear(rows, 64, 48)) for rows in (17, 33)),
+        *(Case(f"gated_{name}", linear(9, 96, 37, gated=name)) for name in ("silu", "gelu_tanh", "gelu")),
+        Case("bias", linear(5, 48, 20, bias=True)),
+        Case("gate_bias", linear(5, 50, 16, gated="silu", gate_bias=True)),
+        Case("residual", linear(18, 64, 37, residual=True)),
+        Case("live", linear(21, 64, 40, live=4)),
+        Case("none_live", linear(9, 50, 23, gated="silu", live=0)),
+        Case("everything", linear(35, 64, 53, gated="gelu", bias=True, gate_bias=True, residual=True, live=33)),
+        *(Case(f"smol{rows}", linear(rows, 576, 1536), bench=True) for rows in (1, 16, 512)),
+        Case("smol16_gated", linear(16, 576, 1536, gated="silu"), bench=True),
+        Case("smol16_residual", linear(16, 1536, 576, residual=True), bench=True),
+        Case("head", linear(16, 576, 49152), bench=True, large=True),
+        *(Case(f"llama{rows}", linear(rows, 4096, 14336), bench=True, gpu=True) for rows in (1, 32)),
     ],
     "backfill_kv": [
         Case("empty", _backfill(Paged(0, 4, 2, 16), 24, 3, 8)),

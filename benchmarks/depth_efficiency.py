@@ -1,0 +1,325 @@
+"""Depth efficiency: of the time that a perfect machine would save by leaving rows out of layers, the share that is saved.
+
+Rows leave at random with known rates (depth_forced.py), so the rows x layers removed are exact and the quality of exits
+plays no part. A perfect machine's layer takes what it was measured to take with that many rows, in the same run, on the same
+pages: sum over layers of (time with all rows - time with the rows that are left), nothing for no rows. Not part of it, and
+therefore counted against us: boundaries, moving rows, exit heads, K,V back-fill, jumps. Beside it, what exits cost that
+nobody takes: the shipped ones with thresholds that no score reaches.
+
+    PYTHONPATH=benchmarks python benchmarks/depth_efficiency.py build [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from depth_forced import Draw, Scenario, draw, forced_exits, perfect_saving
+from torch import Tensor
+
+from dyndepth import info
+from dyndepth.demo import chat, load
+from dyndepth.demo.prompts import SHOWN, calibrating
+from dyndepth.exits import Exits
+from dyndepth.files import replacing, require
+from dyndepth.profiling.alone import run_layers
+from dyndepth.profiling.prompts import prompts
+from dyndepth.profiling.timers import timing
+from dyndepth.runtime.bind import Model, bind
+from dyndepth.runtime.session import Session
+
+#: Involuntary context switches per second above which a block counts as preempted; one is always forgiven.
+PREEMPTED = 50.0
+#: Below this share of a full step a perfect saving is as small as what two runs of the same differ by.
+RESOLVED = 0.02
+#: No score of a shipped criterion (a probability) reaches it.
+NEVER_REACHED = 2.0
+Key = tuple[str, Any]
+
+
+def scenarios(depth: int) -> list[Scenario]:
+    """One exit at two thirds, two exits, one band that resumes; at a quarter and at a half of the live rows each."""
+    first, second, band = depth // 3, 2 * depth // 3, (depth // 6, depth // 3)
+    found = []
+    for rate in (0.25, 0.5):
+        found += [
+            Scenario(f"exit at {second}", ((second, depth, rate),)),
+            Scenario(f"exits at {first} and {second}", ((first, depth, rate), (second, depth, rate))),
+            Scenario(f"band [{band[0]}, {band[1]})", ((*band, rate),)),
+        ]
+    return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One block: seconds a step (or a layer), and whether something else had a core meanwhile."""
+
+    seconds: float
+    preempted: bool
+
+
+class Bench:
+    """One batch of rows with the same context, decoded over the same positions and tokens by every system."""
+
+    def __init__(self, causal_lm: Any, rows: Sequence[Tensor], steps: int) -> None:
+        self.model: Model = bind(causal_lm)
+        self.batch, self.steps, self.context = len(rows), steps, len(rows[0]) - 1
+        self.capacity = [self.context + steps] * self.batch
+        self.full = Session(self.model, self.capacity)
+        self.full.prefill([row[:-1] for row in rows], self.full.work())
+        self.tokens = [torch.stack([row[-1] for row in rows])]
+        for step in range(steps):  # full depth's own text, forced on everybody
+            self.tokens.append(self.step(self.full, step)[0])
+
+    def session(self, exits: Exits) -> Session:
+        """A session with exits on the pages of the others: every system has the same context, and memory is taken once."""
+        session = Session(self.model, self.capacity, exits, kv="predict", first=[1] * self.batch)
+        session.pages = self.full.pages
+        return session
+
+    def step(self, session: Session, step: int) -> tuple[Tensor, list[int]]:
+        """(arg max, rows that ran each layer)."""
+        result = session.run(
+            range(self.batch), [self.context + step] * self.batch, tokens=self.tokens[step], step=[step] * self.batch
+        )
+        return self.model.argmax(result.ready), result.work
+
+    def block(self, session: Session, expected: list[list[int]]) -> Callable[[], float]:
+        """Runs all steps; returns the steps, for seconds a step. Raises if other rows ran than are expected."""
+
+        def run() -> float:
+            for step in range(self.steps):
+                _, work = self.step(session, step)
+                if work != expected[step]:
+                    raise RuntimeError(f"step {step}: wanted {expected[step]} rows by layer, {work} ran")
+            return self.steps
+
+        return run
+
+    def layers(self, count: int) -> tuple[Callable[[], object], Callable[[], float]]:
+        """What to do before, and a span of all layers on `count` of the rows; it returns the layers."""
+        at = self.context + self.steps // 2
+        rows, context = self.full.rows(range(count), [at] * count, tokens=self.tokens[self.steps // 2][:count])
+        hidden = rows.hidden.clone()
+
+        def before() -> None:
+            # The head's weights go through the caches between two passes of decoding too.
+            self.model.argmax(self.model.finish(rows.hidden))
+            hidden.copy_(rows.hidden)
+
+        def run() -> float:
+            run_layers(self.model, 0, self.model.depth, hidden, count, rows, context)
+            return self.model.depth
+
+        return before, run
+
+
+def sample(run: Callable[[], float], before: Callable[[], object] = lambda: None) -> Sample:
+    """`run` timed once; it returns by what its seconds are to be divided."""
+    before()
+    switches, begin = _switches(), time.perf_counter()
+    parts = run()
+    seconds = time.perf_counter() - begin
+    return Sample(seconds / parts, _switches() - switches > 1 + PREEMPTED * seconds)
+
+
+def by_part(runs: Mapping[Key, Callable[[], float]], repetitions: int = 3) -> dict[Key, dict[str, float]]:
+    """Per run, seconds a step by part of the runtime (dyndepth.profiling): medians of repetitions in turn, with timers."""
+    found: dict[Key, dict[str, list[float]]] = {key: {} for key in runs}
+    for _ in range(repetitions):
+        for key, run in runs.items():
+            with timing() as recorder:
+                steps = run()
+            for part in {span.part for span in recorder.spans}:
+                own = sum(span.own for span in recorder.spans if span.part == part)
+                found[key].setdefault(part, []).append(own / 1e9 / steps)
+    return {key: {part: statistics.median(seconds) for part, seconds in sorted(parts.items())} for key, parts in found.items()}
+
+
+def _switches() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+@torch.no_grad()
+def measure(causal_lm: Any, rows: Sequence[Tensor], shipped: Exits, steps: int, rounds: int, seed: int = 5) -> dict[str, Any]:
+    """All scenarios of one batch, in turn, `rounds` times after one round that does not count."""
+    bench = Bench(causal_lm, rows, steps)
+    model, batch = bench.model, bench.batch
+    wanted = scenarios(model.depth)
+    draws = [draw(scenario, model.depth, steps, batch, seed + number) for number, scenario in enumerate(wanted)]
+    everybody = [[batch] * model.depth] * steps
+    runs: dict[Key, tuple[Callable[[], object], Callable[[], float]]] = {
+        ("full", None): (lambda: None, bench.block(bench.full, everybody)),
+        ("configured", None): (lambda: None, bench.block(bench.session(shipped.with_thresholds(NEVER_REACHED)), everybody)),
+    }
+    maps: dict[str, str] = {}
+    for number, (scenario, drawn) in enumerate(zip(wanted, draws, strict=True)):
+        exits, said = forced_exits(model, scenario, drawn, list(shipped))
+        maps |= said
+        runs["forced", number] = (lambda: None, bench.block(bench.session(exits), drawn.live))
+    for count in sorted({batch, *(count for drawn in draws for count in drawn.counts)}):
+        runs["layer", count] = bench.layers(count)
+    samples: dict[Key, list[Sample]] = {key: [] for key in runs}
+    for round_number in range(rounds + 1):
+        for key, (before, run) in runs.items():
+            found = sample(run, before)
+            if round_number:
+                samples[key].append(found)
+    parts = by_part({key: run for key, (_, run) in runs.items() if key[0] != "layer"})
+    layer_s = {key[1]: middle(taken) for key, taken in samples.items() if key[0] == "layer"}
+    return {
+        "batch": batch,
+        "maps": maps,
+        "layer_s": {str(count): seconds for count, seconds in layer_s.items()},
+        "preempted": sum(one.preempted for taken in samples.values() for one in taken),
+        "blocks": sum(map(len, samples.values())),
+        "machinery": {**machinery(samples), "parts_s": parts["configured", None]},
+        "full_parts_s": parts["full", None],
+        "cells": [
+            {
+                "batch": batch,
+                **cell(scenario, drawn, samples, ("forced", number), batch),
+                "parts_s": parts["forced", number],
+            }
+            for number, (scenario, drawn) in enumerate(zip(wanted, draws, strict=True))
+        ],
+    }
+
+
+def kept(samples: Sequence[Sample]) -> list[float]:
+    """Seconds of blocks that were not preempted; of all, where those are fewer than half."""
+    quiet = [one.seconds for one in samples if not one.preempted]
+    return quiet if 2 * len(quiet) >= len(samples) else [one.seconds for one in samples]
+
+
+def middle(samples: Sequence[Sample]) -> float:
+    return statistics.median(kept(samples))
+
+
+def cell(scenario: Scenario, drawn: Draw, samples: Mapping[Key, Sequence[Sample]], key: Key, batch: int) -> dict[str, Any]:
+    """One scenario: medians over blocks, and the efficiency with its spread over rounds."""
+    layers = {count: taken for (kind, count), taken in samples.items() if kind == "layer"}
+    full, dynamic = middle(samples["full", None]), middle(samples[key])
+    perfect = perfect_saving(drawn, {count: middle(taken) for count, taken in layers.items()}, batch)
+    spread = []
+    for number, (whole, mine) in enumerate(zip(samples["full", None], samples[key], strict=True)):
+        own = {count: taken[number] for count, taken in layers.items() if count in (*drawn.counts, batch)}
+        if not (whole.preempted or mine.preempted or any(one.preempted for one in own.values())):
+            ideal = perfect_saving(drawn, {count: one.seconds for count, one in own.items()}, batch)
+            if ideal > 0:
+                spread.append((whole.seconds - mine.seconds) / ideal)
+    possible = len(drawn.live) * len(drawn.live[0]) * batch
+    return {
+        "scenario": scenario.name, "bands": [list(band) for band in scenario.bands], "rate": scenario.rate,
+        "rows_x_layers": drawn.run / possible, "full_s": full, "dynamic_s": dynamic, "saved_s": full - dynamic,
+        "perfect_s": perfect, "efficiency": (full - dynamic) / perfect if perfect > 0 else None,
+        "efficiency_p10": quantile(spread, 0.1), "efficiency_p90": quantile(spread, 0.9),
+        "resolved": perfect >= RESOLVED * full, "rounds_kept": len(spread),
+    }  # fmt: skip
+
+
+def machinery(samples: Mapping[Key, Sequence[Sample]]) -> dict[str, Any]:
+    """What exits cost that nobody takes, as a share of a full step."""
+    pairs = zip(samples["full", None], samples["configured", None], strict=True)
+    costs = [mine.seconds / full.seconds - 1 for full, mine in pairs if not (full.preempted or mine.preempted)]
+    full, configured = middle(samples["full", None]), middle(samples["configured", None])
+    return {
+        "full_s": full, "configured_s": configured, "cost": configured / full - 1,
+        "cost_p10": quantile(costs, 0.1), "cost_p90": quantile(costs, 0.9), "rounds_kept": len(costs),
+    }  # fmt: skip
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """Linear between neighbours; None of nothing."""
+    if not values:
+        return None
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+def plot(path: Path, found: dict[str, Any]) -> None:
+    """Efficiency by batch size and scenario, and the cost of exits that nobody takes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(2, 1), constrained_layout=True)
+    cells = [cell for batch in found["batches"] for cell in batch["cells"] if cell["resolved"]]
+    names = list(dict.fromkeys(cell["scenario"] for cell in cells))
+    for name, rate in dict.fromkeys((cell["scenario"], cell["rate"]) for cell in cells):
+        own = [cell for cell in cells if (cell["scenario"], cell["rate"]) == (name, rate)]
+        middles = [100 * cell["efficiency"] for cell in own]
+        left.plot(
+            [cell["batch"] for cell in own], middles, "-" if rate < 0.5 else "--", color=f"C{names.index(name)}", marker="o",
+            label=f"{name}, {rate:.0%} of the live rows",
+        )  # fmt: skip
+    left.axhline(100, color="grey", linewidth=0.8)
+    left.set(xlabel="rows in the batch", ylabel="depth efficiency, % of a perfect machine's saving", xscale="log")
+    left.legend(fontsize=8)
+    batches = [batch["batch"] for batch in found["batches"]]
+    right.plot(batches, [100 * batch["machinery"]["cost"] for batch in found["batches"]], marker="o")
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.set(xlabel="rows in the batch", ylabel="exits configured, none taken: % of a full step", xscale="log")
+    for axis in (left, right):
+        axis.set_xticks(batches, [str(batch) for batch in batches], minor=False)
+        axis.minorticks_off()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
+
+
+def _say(found: dict[str, Any]) -> None:
+    cost = found["machinery"]
+    print(f"batch {found['batch']}: full step {cost['full_s'] * 1e3:.2f} ms, configured {cost['cost']:+.1%}, "
+          f"{found['preempted']} of {found['blocks']} blocks preempted")  # fmt: skip
+    for cell in found["cells"]:
+        share = "nothing to save" if not cell["resolved"] else f"{cell['efficiency']:.0%}"
+        print(f"  {cell['scenario']}, {cell['rate']:.0%}: {cell['rows_x_layers']:.1%} rows x layers, saved "
+              f"{cell['saved_s'] * 1e3:.2f} of {cell['perfect_s'] * 1e3:.2f} ms: {share}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--quick", action="store_true", help="batches 1, 16, 64 and few rounds: below two minutes")
+    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--context", type=int, default=128, help="tokens before the first step")
+    parser.add_argument("--steps", type=int, default=8, help="decode steps of a block")
+    parser.add_argument("--rounds", type=int, help="25; 5 with --quick")
+    wish = parser.parse_args()
+    require("matplotlib", "the picture needs matplotlib: pip install 'dyndepth[demo]'")
+    batches = wish.batches or ([1, 16, 64] if wish.quick else [1, 4, 16, 32, 64])
+    rounds = wish.rounds or (5 if wish.quick else 25)
+    if min(*batches, wish.steps, rounds, wish.context) < 1:
+        parser.error("batches, context, steps and rounds must be at least 1")
+    causal_lm, tokenizer, shipped = load(torch.bfloat16)
+    texts = [chat(tokenizer, text) for text in (*SHOWN, *calibrating()[:48])]
+    found: dict[str, Any] = {
+        "machine": info.collect(),
+        "settings": {
+            "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "context": wish.context, "steps": wish.steps,
+            "rounds": rounds, "kv": "predict", "threads": torch.get_num_threads(), "resolved_from": RESOLVED,
+            "threshold_of_configured": NEVER_REACHED,
+        },
+        "batches": [],
+    }  # fmt: skip
+    for batch in batches:
+        rows = prompts(tokenizer, texts, calibrating()[112:284], batch, wish.context + 1)
+        found["batches"].append(measure(causal_lm, rows, shipped, wish.steps, rounds))
+        _say(found["batches"][-1])
+        with replacing(wish.folder / "depth_efficiency.json") as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+    plot(wish.folder / "depth_efficiency.png", found)
+    print(f"wrote depth_efficiency.json and depth_efficiency.png into {wish.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Renderers of the tables of docs/speed.md, part of tables.py: comparison, depth efficiency, soak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def depth_efficiency(results: Path) -> str:
+    """What `make depth-efficiency` found: per batch size and forced rate, time saved against a perfect machine's saving."""
+    found = _load(results / "depth_efficiency.json")
+    lines = _header("batch", "rows leave at", "of live rows", "rows × layers", "full step, ms", "saved, ms", "perfect, ms",
+                    "depth efficiency (p10–p90)")  # fmt: skip
+    for batch in found["batches"]:
+        for cell in batch["cells"]:
+            lines.append(
+                f"| {cell['batch']} | {cell['scenario']} | {cell['rate']:.0%} | {cell['rows_x_layers']:.1%} "
+                f"| {cell['full_s'] * 1e3:.2f} | {cell['saved_s'] * 1e3:.2f} | {cell['perfect_s'] * 1e3:.2f} "
+                f"| {_efficiency(cell)} |"
+            )
+    lines += ["", *_header("batch", "full step, ms", "exits configured, none taken, ms", "cost (p10–p90)")]
+    for batch in found["batches"]:
+        cost = batch["machinery"]
+        lines.append(
+            f"| {batch['batch']} | {cost['full_s'] * 1e3:.2f} | {cost['configured_s'] * 1e3:.2f} "
+            f"| {cost['cost']:.1%}{_spread(cost['cost_p10'], cost['cost_p90'], 1)} |"
+        )
+    settings, preempted = found["settings"], sum(batch["preempted"] for batch in found["batches"])
+    blocks = sum(batch["blocks"] for batch in found["batches"])
+    text = (
+        f"{settings['model']}, {settings['dtype']}, context {settings['context']}, {settings['threads']} threads, "
+        f"{settings['rounds']} rounds of {settings['steps']} steps; {preempted} of {blocks} blocks preempted and left out. "
+        f"– : a perfect machine would save less than {settings['resolved_from']:.0%} of a step. {_machine(found)}"
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def soak(results: Path) -> str:
+    """What `make soak` found, in one row."""
+    found = _load(results / "soak.json")
+    verdict, rounds, settings = found["verdict"], found["rounds"], found["settings"]
+    memory = verdict["memory"]
+    lines = _header("minutes", "rounds", "tokens", "resident: first third", "last third", "growth", "pages leaked",
+                    "rounds unlike the first", "exception")  # fmt: skip
+    shown = ["too short to judge"] * 3
+    if memory["leak"] is not None:
+        shown = [f"{memory[key] / 2**20:.1f} MiB" for key in ("first_bytes", "last_bytes", "growth_bytes")]
+    cells = [
+        f"{sum(one['seconds'] for one in rounds) / 60:.1f}", len(rounds), sum(one["tokens"] for one in rounds), *shown,
+        verdict["pages_leaked"], len(verdict["different_rounds"]), verdict["error"] or "none",
+    ]  # fmt: skip
+    lines.append("| " + " | ".join(map(str, cells)) + " |")
+    text = (
+        f"{settings['model']}, {settings['dtype']}, up to {settings['batch']} requests at once, "
+        f"{settings['requests']} a round, {settings['threads']} threads. {_machine(found)}"
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def compare(results: Path) -> str:
+    """What `make compare` found: every system in one run, by dtype, context and batch; then what could not run."""
+    found = _load(results / "compare.json")
+    lines = _header("dtype", "context", "batch", "system", "tokens/s (p10–p90)", "decode tokens/s", "prefill tokens/s",
+                    "rows × layers", "agreement", "free-running")  # fmt: skip
+    for row in sorted(found["rows"], key=lambda row: (row["dtype"], row["context"], row["batch"])):
+        work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
+        decode = "–" if row["decode_tokens_per_s_median"] is None else f"{row['decode_tokens_per_s_median']:.1f}"
+        lines.append(
+            f"| {row['dtype']} | {row['context']} | {row['batch']} | {row['system']}, {row['mode']} "
+            f"| {row['tokens_per_s_median']:.1f} ({row['tokens_per_s_p10']:.1f}–{row['tokens_per_s_p90']:.1f}) | {decode} "
+            f"| {row['prefill_tokens_per_s_median']:.0f} | {work} | {row['agreement_teacher_forced']:.1%} "
+            f"| {row['agreement_free']:.1%} |"
+        )
+    reasons = dict.fromkeys(f"{entry['system']}, {entry['mode']}: {entry['reason']}" for entry in found["not_run"])
+    lines += ["", "Not run: " + "; ".join(reasons) + "."] if reasons else []
+    return "\n".join([*lines, "", f"`make compare` on {_machine(found)}", ""])
+
+
+TABLES = {"compare": compare, "depth_efficiency": depth_efficiency, "soak": soak}
+
+
+def _efficiency(cell: dict[str, Any]) -> str:
+    if not cell["resolved"]:
+        return "–"
+    return f"{cell['efficiency']:.0%}{_spread(cell['efficiency_p10'], cell['efficiency_p90'], 0)}"
+
+
+def _spread(low: float | None, high: float | None, digits: int) -> str:
+    return "" if low is None or high is None else f" ({low:.{digits}%}–{high:.{digits}%})"
+
+
+def _header(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+
+
+def _machine(found: dict[str, Any]) -> str:
+    facts = found["machine"]
+    cpu = facts["cpu"]
+    return f"{cpu['name']} ({cpu['capability']}), torch {facts['packages']['torch']}."
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

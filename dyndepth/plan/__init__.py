@@ -1,0 +1,15 @@
+"""The planner: what a step of dynamic depth will cost on a machine, and whether it pays (docs/plan.md)."""
+
+from dyndepth.plan.advice import Advice, Option, advise
+from dyndepth.plan.costs import CostTable
+from dyndepth.plan.machine import Machine, Timing
+from dyndepth.plan.predict import POLICIES, Step, full_depth, predict
+from dyndepth.plan.rates import Exit, curve, exits_of, parse_rates
+from dyndepth.plan.rebatch import art, best_flush, flushed, rebatch
+from dyndepth.plan.shape import Shape
+from dyndepth.plan.times import HEADS
+
+__all__ = [
+    "HEADS", "POLICIES", "Advice", "CostTable", "Exit", "Machine", "Option", "Shape", "Step", "Timing", "advise", "art",
+    "best_flush", "curve", "exits_of", "flushed", "full_depth", "parse_rates", "predict", "rebatch",
+]  # fmt: skip
