@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
-.PHONY: demo test test-interpreted test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
+.PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
 	static-report compare depth-efficiency soak wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
@@ -22,6 +22,14 @@ test: $(VENV)/.built
 # The Triton kernels on the CPU. A process of its own: Triton decides between compiler and interpreter when it is imported.
 test-interpreted: $(VENV)/.built
 	TRITON_INTERPRET=1 $(BIN)/pytest $(OPS:%=tests/test_%.py) -k triton
+
+# The kernels' versions for processors without matrix tiles, without AVX-512, without AVX2: the same tests, a process each.
+test-simd: $(VENV)/.built
+	for level in 4 3 1; do \
+	  DYNDEPTH_SIMD=$$level $(BIN)/pytest -q tests/test_ragged_linear.py tests/test_ragged_attention.py \
+	    tests/test_ragged_attention_segments.py tests/test_exit_stats.py tests/test_router_score.py tests/test_judge.py \
+	    tests/test_stack.py tests/test_store_kv.py || exit 1; \
+	done
 
 # On a machine with a GPU and torch, triton, cupy for it already installed: PYTHON's own packages are used.
 test-gpu:

@@ -5,6 +5,9 @@
 
 #include <string>
 
+#include "common/simd.h"
+#include "cpu/amx.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -19,16 +22,17 @@ std::string compiler() {
 #endif
 }
 
-// What DYN_BEST (csrc/common/simd.h) picks on this machine.
+// What DYN_BEST (csrc/common/simd.h) and the bf16 products (csrc/cpu/amx.h) pick on this machine.
 std::string instruction_set() {
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
-  return "x86-64 baseline (SSE2)";
-#else
-  return "baseline of the build target";
-#endif
+  const std::string tiles = dyndepth::amx_usable() ? ", AMX tiles for bfloat16" : "";
+  switch (dyndepth::simd_level()) {
+    case 4:
+      return "x86-64-v4 (AVX-512)" + tiles;
+    case 3:
+      return "x86-64-v3 (AVX2)" + tiles;
+    default:
+      return "baseline of the build target" + tiles;
+  }
 }
 
 }  // namespace

@@ -115,8 +115,8 @@ def test_closed_bands_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """A band without a reachable threshold costs nothing, unless something later waits for what it would have seen."""
     model = tiny_models.shared("llama")
     asked: list[int] = []
-    judge = _Pass._judge
-    monkeypatch.setattr(_Pass, "_judge", lambda self, band, block: asked.append(band.leave) or judge(self, band, block))
+    decide = _Pass._decide
+    monkeypatch.setattr(_Pass, "_decide", lambda self, band, block: asked.append(band.leave) or decide(self, band, block))
     tokens = [torch.randint(3, 90, (6,))]
     plain = [Band(leave, 6, TopProbability(), threshold=math.inf) for leave in (2, 4)]
     score(model, tokens, tiny_exits.exits_of(model, *plain), kv="propagate")

@@ -243,7 +243,7 @@ def test_layers_that_differ(change: Callable[[Any], None], why: str) -> None:
     assert_modules_run(causal_lm, why)
 
 
-@pytest.mark.parametrize("activation", ["relu", "quick_gelu", "mish", "relu2"])
+@pytest.mark.parametrize("activation", ["gelu_new", "relu", "quick_gelu", "mish", "relu2"])
 def test_other_activations(activation: str) -> None:
     assert_modules_run(tiny_models.tiny("llama", hidden_act=activation), "the MLP's activation is ")
 

@@ -35,8 +35,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_op_compiles_and_fits(rows: list[dict[str, Any]]) -> None:
+    with_triton = {name for name, op in REGISTRY.items() if "triton" in op.providers}
     for target in TARGETS:
-        assert {row["op"] for row in rows if row["target"] == target} == set(REGISTRY)
+        assert {row["op"] for row in rows if row["target"] == target} == with_triton
     assert all(row["registers"] > 0 and row["warps"] > 0 for row in rows)
     assert max(row["shared"] for row in rows if row["target"] == "gfx942") <= 65536
     assert max(row["shared"] for row in rows if row["target"] == "sm_86") <= 101376

@@ -95,7 +95,7 @@ class Plan:
 
     def judge(self, band: Band) -> Judge | None:
         """The one call that judges at a boundary; None where criteria see more than residuals and logits."""
-        if self.depth is not None or not usable():
+        if not usable():
             return None
         if band.leave not in self.judges:
             self.judges[band.leave] = judge_of(self.model, band, self.head(band))
@@ -284,7 +284,13 @@ class _Pass:
         judge = None if block is not None else plan.judge(band)
         if judge is not None:
             hidden = rows.hidden[:live]
-            threshold = band.threshold if band.decay is None else band.thresholds(rows.step[:live])
+            threshold: float | Tensor = band.threshold if band.decay is None else band.thresholds(rows.step[:live])
+            if plan.depth is not None:
+                # A request that names its depth is not judged by anything else; the others are judged as they always are.
+                asked = plan.depth[rows.seq[:live].long()]
+                here = (asked == band.leave) & (band.resume == plan.model.depth)
+                named = torch.where(here, -math.inf, math.inf)
+                threshold = torch.where(asked >= 0, named, band.thresholds(rows.step[:live]))
             _, state, ready = judge(hidden, threshold, rows.may_leave[:live], len(rows))
             if plan.previous_wanted:
                 rows.carry("previous", hidden)
