@@ -74,7 +74,9 @@ def compare(results: Path) -> str:
         )
     reasons = dict.fromkeys(f"{entry['system']}, {entry['mode']}: {entry['reason']}" for entry in found["not_run"])
     lines += ["", "Not run: " + "; ".join(reasons) + "."] if reasons else []
-    return "\n".join([*lines, "", f"`make compare` on {_machine(found)}", ""])
+    asked = found["settings"]
+    text = f"{asked['repetitions']} repetitions of {asked['new_tokens']} new tokens, {asked['threads']} threads"
+    return "\n".join([*lines, "", f"`make compare`, {text}, on {_machine(found)}", ""])
 
 
 TABLES = {"compare": compare, "depth_efficiency": depth_efficiency, "soak": soak}
