@@ -79,7 +79,18 @@ def compare(results: Path) -> str:
     return "\n".join([*lines, "", f"`make compare`, {text}, on {_machine(found)}", ""])
 
 
-TABLES = {"compare": compare, "depth_efficiency": depth_efficiency, "soak": soak}
+def kernel_ratios(results: Path) -> str:
+    """What `make kernel-ratios` found."""
+    found = _load(results / "kernel_ratios.json")
+    lines = _header("kernel", "ours, ms", "theirs, ms", "times as fast", f"1 → {found['threads']} threads")
+    for row in found["rows"]:
+        ours, theirs, alone = row["ours_s"], row["theirs_s"], row["one_thread_s"]
+        lines.append(f"| {row['case']} | {ours * 1e3:.2f} | {theirs * 1e3:.2f} | {theirs / ours:.1f} | {alone / ours:.2f} |")
+    text = f"`make kernel-ratios`: bfloat16, medians, in turn; attention is ten layers. {_machine(found)}"
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES = {"kernel_ratios": kernel_ratios, "compare": compare, "depth_efficiency": depth_efficiency, "soak": soak}
 
 
 def _efficiency(cell: dict[str, Any]) -> str:
