@@ -1,8 +1,9 @@
-"""The only file that reads environment variables.
+"""The only file of Python that reads environment variables.
 
 `DYNDEPTH_BACKEND`  providers to use, like the argument of `dyndepth.backend`: "torch", "cpp,torch", "exit_stats=torch".
 `TRITON_INTERPRET`  Triton's own switch; set to 1, its kernels run on the CPU under an interpreter.
 `DYNDEPTH_CACHE`    folder for converted demo weights and fitted exits; default `$XDG_CACHE_HOME/dyndepth`, `~/.cache/dyndepth`.
+`DYNDEPTH_SIMD`     5, 4, 3 or 1: the most that C++ may use of the processor (csrc/common/simd.h reads it).
 """
 
 import os

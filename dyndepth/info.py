@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import dyndepth
 from dyndepth import ops  # noqa: F401  (registers the ops)
 from dyndepth.op import RANK, REGISTRY, forced_providers
 from dyndepth.ops._cpp import extension
+from dyndepth.plan.measure import cpu_name
 
 _PACKAGES = ("torch", "transformers", "safetensors", "triton", "cupy-cuda13x", "numpy")
 
@@ -27,21 +27,11 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "threads": torch.get_num_threads(),
-        "cpu": {"name": _cpu_name(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "cpu": {"name": cpu_name(), "capability": torch.backends.cpu.get_cpu_capability()},
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "extension": build,
         "ops": {name: _providers(name) for name in sorted(REGISTRY)},
     }
-
-
-def _cpu_name() -> str:
-    """As Linux tells it; elsewhere what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -179,6 +179,11 @@ def forced_providers(op: str) -> tuple[str, ...] | None:
     return by_op.get(op) or by_op.get("") or None
 
 
+def cpp_allowed(*ops: str) -> bool:
+    """Nobody forced another provider than cpp for one of the ops: code of C++ that stands for all of them may run."""
+    return all((forced := forced_providers(op)) is None or forced[0] == "cpp" for op in ops)
+
+
 @functools.lru_cache(maxsize=64)
 def parse(choice: str, source: str) -> dict[str, tuple[str, ...]]:
     """Providers per op, those for all ops under ""; `BackendError` on a name that does not exist."""

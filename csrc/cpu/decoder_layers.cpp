@@ -135,9 +135,6 @@ class Decoder {
     return {data, heads * shape_.head_dim, shape_.head_dim, heads, shape_.head_dim};
   }
 
-  // Rows per thread that pay for waking it: a few microseconds of work.
-  int64_t grain() const { return 16384 / (shape_.width + 1) + 1; }
-
   // The normed rows, or the rows themselves where the model has no norm.
   const T* normed(const T* from, int64_t rows, const T* gain) {
     if (gain == nullptr) return from;
@@ -146,10 +143,7 @@ class Decoder {
   }
 
   void norm_rows(const T* from, T* to, int64_t rows, const T* gain) {
-    torch::stable::parallel_for(0, rows, grain(), [&](int64_t begin, int64_t end) {
-      const int64_t at = begin * shape_.width;
-      rms_norm(from + at, to + at, end - begin, shape_.width, gain, shape_.norm, shape_.eps);
-    });
+    rms_norm(from, to, rows, shape_.width, gain, shape_.norm, shape_.eps);
   }
 
   void normalise_heads(T* data, int64_t heads, const float* gain) const {

@@ -27,26 +27,15 @@ constexpr bool kTiled = std::is_same_v<T, BFloat16>;
 template <class T>
 struct Chunk {
   const Product<T>* product = nullptr;
-  int64_t first = 0, outputs = 0;
+  int64_t first = 0, outputs = 0, number = 0;  // of the product's chunks
 
   const T* weight(int64_t width) const { return product->weight + first * width; }
   const T* weight2(int64_t width) const { return product->weight2 + first * width; }
-  void fetch(Ahead& ahead, int64_t width) const {
-    const int64_t bytes = outputs * width * static_cast<int64_t>(sizeof(T)), half = bytes / 2;
-    ahead = {};
-    if (product->weight2 != nullptr) {
-      ahead.set(0, weight(width), bytes);
-      ahead.set(1, weight2(width), bytes);
-    } else {
-      ahead.set(0, weight(width), half);
-      ahead.set(1, reinterpret_cast<const char*>(weight(width)) + half, bytes - half);
-    }
-  }
 };
 
 template <class T>
 int64_t chunk_outputs(const Product<T>& product) {
-  return product.weight2 == nullptr ? 2 * kPanel : kPanel;
+  return panels_per_chunk(product.weight2) * kPanel;
 }
 
 template <class T>
@@ -62,9 +51,15 @@ Chunk<T> chunk_at(const std::vector<Product<T>>& products, int64_t at) {
       continue;
     }
     const int64_t first = at * chunk_outputs(product);
-    return {&product, first, std::min(chunk_outputs(product), product.outputs - first)};
+    return {&product, first, std::min(chunk_outputs(product), product.outputs - first), at};
   }
   return {};
+}
+
+template <class T>
+void upcoming_chunk(const Chunk<T>& chunk, int64_t width, Ahead& ahead) {
+  const Product<T>& p = *chunk.product;
+  Upcoming::of(p.weight, p.weight2, p.outputs, width).fetch(ahead, chunk.number);
 }
 
 // A chunk whose panels are all full.
@@ -164,7 +159,7 @@ void multiply(const Operand<T>& x, const std::vector<Product<T>>& products, cons
         const Chunk<T> chunk = chunk_at(products, at);
         Ahead ahead;
         if (next < chunks)
-          chunk_at(products, next).fetch(ahead, x.width());
+          upcoming_chunk(chunk_at(products, next), x.width(), ahead);
         else
           upcoming.fetch(ahead, worker);
         if constexpr (kTiled<T>) {

@@ -36,6 +36,9 @@ struct Product {
   float* wide = nullptr;        // instead of `out`: rounded to T, stored as float
 };
 
+// A thread takes two panels of a plain product at a time, one of both weights of a gated one.
+inline int64_t panels_per_chunk(const void* weight2) { return weight2 == nullptr ? 2 : 1; }
+
 // Weights that are read after a product: their first part is fetched while threads wait for each other.
 struct Upcoming {
   const char* weight = nullptr;
@@ -48,10 +51,10 @@ struct Upcoming {
     if (weight == nullptr) return {};
     const int64_t row = width * static_cast<int64_t>(sizeof(T));
     return {reinterpret_cast<const char*>(weight), reinterpret_cast<const char*>(weight2),
-            (weight2 == nullptr ? 2 : 1) * kPanel * row, outputs * row};
+            panels_per_chunk(weight2) * kPanel * row, outputs * row};
   }
 
-  // What the given worker will take first.
+  // The chunk that the given worker will take first: the one of its number.
   void fetch(Ahead& ahead, int64_t worker) const {
     const int64_t from = worker * chunk, size = std::min(chunk, bytes - from);
     if (size <= 0) return;

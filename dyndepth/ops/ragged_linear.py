@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dyndepth import check
-from dyndepth.op import Op, forced_providers
+from dyndepth.op import Op, cpp_allowed
 from dyndepth.ops import _cpp
 
 #: Activations of a gated product: SiLU (SwiGLU), GELU by tanh and by erf (GeGLU). The order is csrc/cpu/products.h's.
@@ -108,7 +108,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not (x.is_contiguous() and weight.is_contiguous()):
         return False
-    return _cpp.missing() is None and ((forced := forced_providers("ragged_linear")) is None or forced[0] == "cpp")
+    return _cpp.missing() is None and cpp_allowed("ragged_linear")
 
 
 op = Op(

@@ -14,7 +14,7 @@ from dyndepth.exits import Band, NormHead, TranslatorHead
 from dyndepth.exits.criteria import Criterion, Entropy, Margin, RouterScore, TopProbability
 from dyndepth.exits.maps import EPS
 from dyndepth.exits.router import STAT_FEATURES
-from dyndepth.op import forced_providers
+from dyndepth.op import cpp_allowed
 from dyndepth.ops import _cpp
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.bind_layer import optional
@@ -108,4 +108,4 @@ def judge_of(model: Model, band: Band, head: tuple[Tensor, Tensor | None] | None
 
 def usable() -> bool:
     """Nobody forced another provider for an op that a judge stands for."""
-    return all((forced := forced_providers(op)) is None or forced[0] == "cpp" for op in REPLACED)
+    return cpp_allowed(*REPLACED)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.check import FLOATS
-from dyndepth.op import forced_providers
+from dyndepth.op import cpp_allowed
 from dyndepth.ops import _cpp
 from dyndepth.runtime.family import Family
 from dyndepth.runtime.layer import Context, Layer
@@ -56,7 +56,7 @@ class Stack:
     @staticmethod
     def usable() -> bool:
         """Nobody forced another provider for an op that the stack replaces."""
-        return all((forced := forced_providers(op)) is None or forced[0] == "cpp" for op in REPLACED)
+        return cpp_allowed(*REPLACED)
 
     def run(
         self, begin: int, end: int, hidden: Tensor, live: int, seq: Tensor, pos: Tensor, slots: Tensor, context: Context
