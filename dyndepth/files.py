@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a full disk never leaves half of one: temporary name in the same folder, then rename."""
+"""Writing files so that a kill or a full disk never leaves half of one: a temporary place in the same folder, then rename."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`, on failure removed."""
+    """Yields a path to write, in a folder of its own beside `path`; once written it is synced and renamed to `path`.
+
+    The folder is removed either way. It holds whatever temporaries the writing library makes (safetensors and others
+    write to names of their own first), so that `sweep` finds all that a kill leaves.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.{_owner()}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_owner()}.", suffix=".tmp", dir=path.parent))
     try:
+        temporary = folder / path.name
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -26,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(mode)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
@@ -35,7 +39,10 @@ def sweep(folder: Path) -> None:
         host, _, number = left.name.rpartition("@")
         pid = number.partition(".")[0]
         if host.endswith(f".{platform.node()}") and pid.isdigit() and not _alive(int(pid)):
-            left.unlink(missing_ok=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:  # what earlier versions left was a file
+                left.unlink(missing_ok=True)
 
 
 def _owner() -> str:
