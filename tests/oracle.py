@@ -137,6 +137,12 @@ class Oracle:
                 weight, bias = band.kv.weight[number - band.leave], band.kv.bias[number - band.leave]
                 key, value = (rms(h) @ weight[i].T + bias[i] for i in (0, 1))
                 key, value = key.view(kv_heads, dim), value.view(kv_heads, dim)
+            elif self.kv == "copy":
+                turns = config.layer_types if config.model_type == "gemma3_text" else [""] * config.num_hidden_layers
+                below = [j for j in range(band.leave) if turns[j] == turns[number]] or [band.leave - 1]
+                source = self.cache.layers[below[-1]]
+                self.cache.update(source.keys[:, :, -1:], source.values[:, :, -1:], number)
+                continue
             else:
                 x = layer.input_layernorm(h) if hasattr(layer, "input_layernorm") else h
                 key, value = layer.self_attn.k_proj(x), layer.self_attn.v_proj(x).view(kv_heads, dim)

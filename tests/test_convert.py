@@ -105,7 +105,7 @@ def test_a_copy_of_a_converted_model_is_its_own(model: transformers.PreTrainedMo
 
 def test_refusals_leave_the_model_alone(model: transformers.PreTrainedModel) -> None:
     with pytest.raises(ExitsError, match="kv must be one of"):
-        dyndepth.convert(model, tiny_exits.mixed(model), kv="copy")
+        dyndepth.convert(model, tiny_exits.mixed(model), kv="clone")
     assert converted(model) is None
     dyndepth.convert(model, tiny_exits.mixed(model))
     cache = dyndepth.revert(copy.deepcopy(model))(torch.tensor([[3, 4]]), use_cache=True).past_key_values

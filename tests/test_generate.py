@@ -249,7 +249,7 @@ def test_band_then_exit_in_one_pass() -> None:
             ArgumentError,
             "output_hidden_states is not supported",
         ),
-        ({"kv": "copy"}, ExitsError, "kv must be one of predict, propagate, none, got 'copy'"),
+        ({"kv": "clone"}, ExitsError, "kv must be one of predict, propagate, copy, recompute, release, none, got 'clone'"),
         ({"pages": 2, "page_size": 8}, PagesFullError, r"sequence \d wants \d more pages"),
         ({"penalty_alpha": 0.6, "top_k": 4}, ArgumentError, "penalty_alpha is another way of decoding"),
         ({"dola_layers": "low"}, ArgumentError, "dola_layers is another way of decoding"),

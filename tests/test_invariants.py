@@ -90,7 +90,7 @@ def test_depths_differ_per_request() -> None:
 # -- a second witness for everything rows can do ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv", ["predict", "propagate"])
+@pytest.mark.parametrize("kv", ["predict", "propagate", "copy"])
 @pytest.mark.parametrize("family", ORACLE_FAMILIES)
 def test_equals_the_oracle(family: str, kv: str) -> None:
     """Bands, exits, jumps, heads, back-fill: rows of four sequences in one pass against one token at a time."""

@@ -14,8 +14,8 @@ from dyndepth.exits.criteria import Criterion, Decay, Entropy, Margin, RouterSco
 from dyndepth.exits.router import Router
 from dyndepth.op import backend
 from dyndepth.runtime.bind import bind
-from dyndepth.runtime.forward import Plan
 from dyndepth.runtime.judge import Judge, judge_of
+from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.propagate import Propagation
 from dyndepth.runtime.score import score
 

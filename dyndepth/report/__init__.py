@@ -28,7 +28,7 @@ from dyndepth.report.reliability import reliability
 from dyndepth.report.show import table
 from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.fingerprint import check_exits
-from dyndepth.runtime.forward import check_policy
+from dyndepth.runtime.policies import check_policy
 from dyndepth.runtime.session import default_policy
 
 __all__ = ["FILES", "KINDS", "kind", "report", "table"]

@@ -91,12 +91,12 @@ class Block:
     project_out: nn.Module | None
     readout: TranslatorHead | None = None
 
-    def store(self, rows: Rows, context: Context) -> None:
-        """K,V of every row, whether it exits here or not: a later token that does reads them.
+    def store(self, rows: Rows, context: Context, count: int) -> None:
+        """K,V of the first `count` rows, whether they exit here or not: a later token that does reads them.
 
         Rows that are away contribute what they left with, as in propagation.
         """
-        self.layer.keys_values(rows.hidden, 0, rows.pos, rows.slots, context)
+        self.layer.keys_values(rows.hidden[:count], 0, rows.pos[:count], rows.slots[:count], context)
 
     def ready(self, hidden: Tensor, rows: Rows, begin: int, end: int, context: Context) -> Tensor:
         """Head-ready rows [begin, end) from their residuals `hidden`; their K,V must have been stored."""

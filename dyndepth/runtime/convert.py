@@ -16,8 +16,8 @@ from dyndepth.exits import Exits
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.entry import generate as generate_entry
 from dyndepth.runtime.fingerprint import check_exits
-from dyndepth.runtime.forward import check_policy
 from dyndepth.runtime.inputs import real_tokens
+from dyndepth.runtime.policies import check_policy
 from dyndepth.runtime.score import score
 from dyndepth.runtime.session import default_policy
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 from dyndepth.runtime.generate import decode
-from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE
+from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING
 
 
 class Generate:
@@ -24,13 +24,16 @@ class Generate:
 
     Args:
         exits: dyndepth.Exits made for this model; None runs at full depth.
-        kv: how rows that leave get K,V in the layers they skip: `predict` (fitted maps), `propagate` (CALM) or `none`.
-            None takes `predict` where the exits have maps, else `propagate`.
+        kv: how rows that leave get K,V in the layers they skip: `predict` (fitted maps), `propagate` (CALM), `copy` (the last
+            computed layer's: DYNAMAX, DREX), `recompute` (exact: they run the other layers when a later token of their
+            sequence goes deeper: EE-LLM, FREE), `release` (they run them at once, only their token is out early: Apparate)
+            or `none`. None takes `predict` where the exits have maps, else `propagate`.
         depth: exit point for all requests (int) or per request; None entries let the criteria decide.
         prompt: `full` runs prompts at full depth (all but their last token, which produces the first new token);
             `dynamic` lets prompt tokens leave too.
         page_size, pages: geometry of the paged K,V; by default as many pages as the call can need.
         prefill_chunk: prompt rows per pass.
+        pending: with `kv="recompute"`, tokens of a sequence that may wait before its next one runs every layer with them.
         generator: torch.Generator for sampling.
 
     Returns transformers' output; with `return_dict_in_generate=True` a `DynamicDepthOutput`, which adds `exit_layers`,
@@ -52,6 +55,7 @@ class Generate:
         page_size: int = DEFAULT_PAGE_SIZE,
         pages: int | None = None,
         prefill_chunk: int = DEFAULT_CHUNK,
+        pending: int = DEFAULT_PENDING,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
         token_streamer: Any = None,
@@ -69,7 +73,8 @@ class Generate:
         return decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config,
             exits=exits, kv=kv, depth=depth, prompt=prompt, page_size=page_size, pages=pages, prefill_chunk=prefill_chunk,
-            generator=generator, streamer=streamer if token_streamer is None else token_streamer, **model_kwargs,
+            pending=pending, generator=generator, streamer=streamer if token_streamer is None else token_streamer,
+            **model_kwargs,
         )  # fmt: skip
 
     @property

@@ -10,96 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dyndepth.errors import ExitsError
-from dyndepth.exits import Band, Exits
-from dyndepth.exits.criteria import HOLE_FREE, FixedDepth, Schedule, View
-from dyndepth.ops import ExitStats, backfill_kv, exit_stats
-from dyndepth.ops.compact_rows import AWAY, RUN
-from dyndepth.ops.exit_stats import stats_of_logits
-from dyndepth.runtime.bind import Model
+from dyndepth.exits import Band
+from dyndepth.exits.criteria import View
+from dyndepth.ops import ExitStats, backfill_kv
+from dyndepth.ops.compact_rows import AWAY, LEAVING, RUN
 from dyndepth.runtime.block import Block
-from dyndepth.runtime.judge import Judge, judge_of, usable
 from dyndepth.runtime.layer import Context
-from dyndepth.runtime.propagate import Propagation
+from dyndepth.runtime.pass_plan import Plan
+from dyndepth.runtime.policies import EXACT, copy_last
 from dyndepth.runtime.rows import Rows
-
-#: How rows that skip layers get K,V there: fitted maps, the skipped layers' own projections of the exit residual (CALM),
-#: or nothing (only where no later row reads the holes).
-KV_POLICIES = ("predict", "propagate", "none")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a pass needs that does not change between passes."""
-
-    model: Model
-    exits: Exits | None
-    kv_policy: str
-    #: Bound block heads by boundary.
-    blocks: dict[int, Block]
-    propagation: Propagation
-    #: int32 [sequences] on the device, -1 for none: depth asked for per request; None when nobody asked.
-    depth: Tensor | None = None
-    #: Criteria may decide; False keeps every row to the top (block heads still store their K,V).
-    open: bool = True
-    #: Rows of the LM head that a band's shortlist names, by boundary; filled on first use.
-    shortlists: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    #: Judges by boundary, None where judging goes op by op; filled on first use.
-    judges: dict[int, Judge | None] = field(default_factory=dict)
-    #: Answers of `closed` by boundary; thresholds do not change while a plan lives.
-    shut: dict[int, bool] = field(default_factory=dict)
-
-    @functools.cached_property
-    def bands(self) -> dict[int, Band]:
-        return {} if self.exits is None else {band.leave: band for band in self.exits}
-
-    @functools.cached_property
-    def stops(self) -> list[int]:
-        """Where a pass looks up from the layers: its ends, and the boundaries where rows leave or resume."""
-        return sorted({0, self.model.depth} | {stop for band in self.bands.values() for stop in (band.leave, band.resume)})
-
-    @functools.cached_property
-    def previous_wanted(self) -> bool:
-        """A criterion compares residuals with those at the previous boundary."""
-        return any(band.criterion.needs_previous for band in self.bands.values())
-
-    def closed(self, band: Band) -> bool:
-        """No row can leave here, and judging it would tell later boundaries nothing."""
-        if band.leave not in self.shut:
-            self.shut[band.leave] = self._closed(band)
-        return self.shut[band.leave]
-
-    def _closed(self, band: Band) -> bool:
-        shut = band.criterion.kind == "never" or (band.criterion.scored and band.threshold == math.inf)
-        waited_for = any(other.criterion.needs_previous or other.criterion.carries for other in self.exits or ())
-        return shut and self.depth is None and not waited_for
-
-    def head(self, band: Band) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias of the LM head over the band's shortlist; None if it is no plain linear."""
-        plain, ids = self.model.plain_head(), band.shortlist
-        if plain is None or ids is None:
-            return plain
-        if band.leave not in self.shortlists:  # gathered once: exit_stats would gather these rows on every call
-            self.shortlists[band.leave] = plain[0][ids], None if plain[1] is None else plain[1][ids]
-        return self.shortlists[band.leave]
-
-    def stats(self, band: Band, ready: Tensor) -> ExitStats:
-        """exit_stats of head-ready rows over the band's shortlist; a head that is no plain linear runs as its module."""
-        model, ids, head = self.model, band.shortlist, self.head(band)
-        if head is None:
-            logits = model.logits(ready)
-            found = stats_of_logits(logits if ids is None else logits[:, ids])
-        else:
-            found = exit_stats(ready.contiguous(), head[0], head_bias=head[1], softcap=model.logit_softcap)
-        return found if ids is None else found._replace(argmax=ids[found.argmax])
-
-    def judge(self, band: Band) -> Judge | None:
-        """The one call that judges at a boundary; None where criteria see more than residuals and logits."""
-        if not usable():
-            return None
-        if band.leave not in self.judges:
-            self.judges[band.leave] = judge_of(self.model, band, self.head(band))
-        return self.judges[band.leave]
 
 
 @dataclass
@@ -118,69 +37,39 @@ class Result:
     work: list[int]
     #: Rows that ran an exit block (one layer each), by boundary.
     block_work: dict[int, int]
+    #: bool [n]: rows that were held at a boundary; their token is still to come. None where nothing is held.
+    held: Tensor | None = None
+    #: Residuals [n, d] that rows ended with, where a later pass may take them up (`recompute`, or rows are held).
+    hidden: Tensor | None = None
+    #: What criteria carry from boundary to boundary, by name, where rows are held.
+    carried: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class _Away:
-    """Rows that left together: consecutive in the buffers, behind the live prefix, latest group first."""
+    """Rows that are away together: consecutive in the buffers, behind the live prefix, latest group first."""
 
-    band: Band
     count: int
-    #: Head-ready rows of those that left for good, in buffer order.
+    #: The boundary that they are at, and the one where they go on (the number of layers: not in this pass).
+    leave: int
+    resume: int
+    #: The band that they took; None for rows that wait, from an earlier pass (they join at `leave`) or held in this one.
+    band: Band | None = None
+    #: Head-ready rows of the first ones in buffer order: those that left for good with a token.
     ready: Tensor | None = None
-
-
-def check_policy(exits: Exits | None, kv_policy: str) -> None:
-    """Raise unless every band can run under this policy."""
-    if kv_policy not in KV_POLICIES:
-        raise ExitsError(f"kv must be one of {', '.join(KV_POLICIES)}, got {kv_policy!r}")
-    for band in exits or ():
-        name = f"band [{band.leave}, {band.resume})"
-        if kv_policy == "predict" and band.kv is None and band.criterion.kind != "never":
-            raise ExitsError(f"{name} has no K,V maps for kv='predict'; fit them or use kv='propagate'")
-        if kv_policy == "none" and band.criterion.kind not in HOLE_FREE:
-            raise ExitsError(
-                f"kv='none' leaves holes that later rows of a sequence would read under criterion {band.criterion.kind} of "
-                f"{name}; it works with {', '.join(HOLE_FREE)}"
-            )
-    if kv_policy == "none" and exits is not None:
-        _check_holes(exits)
-
-
-def _check_holes(exits: Exits) -> None:
-    """Under `none`, no step may run a layer that an earlier step of the sequence left out.
-
-    Each criterion of HOLE_FREE alone never does that, but a schedule can keep rows from another band's boundary.
-    """
-    steps = torch.arange(1 + max((b.criterion.length for b in exits if isinstance(b.criterion, Schedule)), default=0))
-    zeros = torch.zeros_like(steps)
-    resumes, ran = zeros, torch.ones(exits.model.layers, len(steps), dtype=torch.bool)
-    for band in exits:
-        if isinstance(band.criterion, FixedDepth):
-            continue  # a request that names its depth is not judged by anything else, and the same at every step
-        view = View(
-            hidden=zeros, seq=zeros, step=steps, previous=None, stats=_no_stats, depth=None, leave=band.leave,
-            layers=exits.model.layers,
-        )  # fmt: skip
-        leaves = (resumes <= band.leave) & band.criterion.leaves(view, band.thresholds(steps))
-        ran[band.leave : band.resume] &= ~leaves
-        resumes = torch.where(leaves, band.resume, resumes)
-    if bool((ran[:, 1:] & ~ran[:, :-1]).any()):
-        raise ExitsError(
-            "kv='none' leaves holes that later rows of a sequence would read: with these bands a later step runs a layer that "
-            "an earlier one skipped"
-        )
-
-
-def _no_stats() -> ExitStats:
-    raise ExitsError("kv='none' works with criteria that read no logits")
+    #: Waiting rows: they go on when a row of their sequence does (True), or in any case.
+    follow: bool = False
+    held: bool = False
 
 
 @torch.no_grad()
-def forward(plan: Plan, rows: Rows, context: Context) -> Result:
-    """Run one pass over `rows` (their buffers are consumed). It computes in the model's own dtype, autocast or not."""
+def forward(plan: Plan, rows: Rows, context: Context, hold: frozenset[int] = frozenset()) -> Result:
+    """Run one pass over `rows` (their buffers are consumed). It computes in the model's own dtype, autocast or not.
+
+    Rows that reach a boundary of `hold` and do not leave there stop: a later pass takes them up (`Rows.joins`).
+    """
     with torch.autocast(rows.hidden.device.type, enabled=False):
-        return _Pass(plan, rows, context).run()
+        return _Pass(plan, rows, context, hold).run()
 
 
 @dataclass
@@ -188,12 +77,18 @@ class _Pass:
     plan: Plan
     rows: Rows
     context: Context
+    hold: frozenset[int] = frozenset()
     away: list[_Away] = field(default_factory=list)
 
     def run(self) -> Result:
         model, rows = self.plan.model, self.rows
+        #: The first so many live rows make a token; live rows behind them follow one of these (`recompute`).
+        self.lead = rows.live
+        self.away = [_Away(count, at, model.depth, follow=follow) for at, follow, count in rows.joins]
         #: Rows that skipped a band and resumed, in the caller's numbers.
         self.skips: list[tuple[Tensor, Band]] = []
+        #: Rows whose token was released at a band while they go on, in the caller's numbers, with their head-ready rows.
+        self.released: list[tuple[Tensor, Band, Tensor]] = []
         self.work = [0] * model.depth
         self.block_work: dict[int, int] = {}
         bands = self.plan.bands
@@ -203,10 +98,15 @@ class _Pass:
             self._resume(number)
             if number in bands:
                 self._boundary(bands[number])
+            if number in self.hold and rows.live:
+                self.away.insert(0, _Away(rows.live, number, model.depth, held=True))
+                self.lead = 0
+                rows.set_live(0)
+            self._join(number)
             if rows.live == 0:
                 # Nobody reads the weights of the next layers: the away rows get their K,V there all at once.
                 if propagate and number >= idle_until:
-                    idle_until = min((group.band.resume for group in self.away), default=model.depth)
+                    idle_until = min((group.resume for group in self.away), default=model.depth)
                     self.plan.propagation.store(rows.hidden, rows.pos, rows.slots, number, idle_until, self.context)
                 continue
             self._layers(number, end, len(rows) if propagate else rows.live)
@@ -227,9 +127,20 @@ class _Pass:
 
     def _resume(self, boundary: int) -> None:
         """Rows whose band ends here become runners again, with the residual their jump map gives them."""
-        returning = [group.band.resume == boundary and boundary < self.plan.model.depth for group in self.away]
+        at = self.rows.live
+        groups = self._bring([group.resume == boundary < self.plan.model.depth for group in self.away])
+        if groups:
+            self.lead = self.rows.live  # bands that resume and rows that follow never meet (policies.check_policy)
+        for group in groups:
+            if group.band is not None and group.band.jump is not None:
+                stream = self.rows.hidden[at : at + group.count]
+                stream.copy_(group.band.jump(stream))
+            at += group.count
+
+    def _bring(self, returning: list[bool]) -> list[_Away]:
+        """Whole groups go behind the live prefix, which then takes them in; returns them."""
         if not any(returning):
-            return
+            return []
         rows, before = self.rows, self.rows.live
         if returning != sorted(returning, reverse=True):  # otherwise they already lie right behind the live prefix
             state = torch.zeros(len(rows), dtype=torch.int8)
@@ -241,33 +152,69 @@ class _Pass:
         groups = [group for group, back in zip(self.away, returning, strict=True) if back]
         self.away = [group for group, back in zip(self.away, returning, strict=True) if not back]
         rows.set_live(before + sum(group.count for group in groups))
-        at = before
-        for group in groups:
-            if group.band.jump is not None:
-                stream = rows.hidden[at : at + group.count]
-                stream.copy_(group.band.jump(stream))
-            at += group.count
+        return groups
+
+    def _join(self, boundary: int) -> None:
+        """Rows that waited here go on: those whose own token is due, then those whose sequence has a row that goes on."""
+        waiting = [group.band is None and not group.held and group.leave == boundary for group in self.away]
+        if not any(waiting):
+            return
+        rows = self.rows
+        own = [wait and not group.follow for wait, group in zip(waiting, self.away, strict=True)]
+        if any(own):
+            assert self.lead == rows.live, "rows that make tokens lie before those that follow"
+            self._bring(own)
+            self.lead = rows.live
+        behind = [(at, group) for at, group in self._places() if group.follow and group.leave == boundary]
+        if not behind or self.lead == 0:
+            return
+        going = torch.zeros(self.context.block_table.shape[0], dtype=torch.bool, device=rows.seq.device)
+        going[rows.seq[: self.lead].long()] = True
+        state = torch.full((len(rows),), AWAY, dtype=torch.int8, device=rows.seq.device)
+        state[: rows.live] = RUN
+        for at, group in behind:
+            part = slice(at, at + group.count)
+            follows = going[rows.seq[part].long()]
+            state[part] = torch.where(follows, RUN, AWAY).to(torch.int8)
+            group.count -= int(follows.sum())
+        if bool((state[rows.live :] == RUN).any()):
+            rows.partition(state)
+        self.away = [group for group in self.away if group.count]
+
+    def _places(self) -> list[tuple[int, _Away]]:
+        """Groups with the place in the buffers where they begin."""
+        counts = [group.count for group in self.away]
+        return list(zip(itertools.accumulate(counts, initial=self.rows.live), self.away, strict=False))
 
     def _boundary(self, band: Band) -> None:
         """Judge the live rows; those that leave go behind the live prefix and get their K,V and, if for good, their head."""
         rows, plan = self.rows, self.plan
         block = plan.blocks.get(band.leave)
         if block is not None:
-            block.store(rows, self.context)
-        if not plan.open or rows.live == 0 or plan.closed(band):
+            # Rows that wait have their own K,V here already, or will when they come; others give what they left with.
+            block.store(rows, self.context, rows.live if plan.kv_policy == "recompute" else len(rows))
+        if not plan.open or self.lead == 0 or plan.closed(band):
             return
         decided = self._decide(band, block)
         if decided is None:
             return
         state, ready = decided
+        if plan.kv_policy == "release":
+            self._release(band, block, state[: self.lead] == LEAVING, ready)
+            return
+        gone = int((state[: self.lead] == LEAVING).sum()) if self.lead < rows.live else -1
         live, left = rows.partition(state)
+        gone = left if gone < 0 else gone
+        self.lead -= gone
         leaving = slice(live, live + left)
         for_good = band.resume == plan.model.depth
         if not for_good:
             self.skips.append((rows.index[leaving], band))
         elif ready is None:
-            ready = self._head(band, block, leaving)
-        self.away.insert(0, _Away(band, left, ready if for_good else None))
+            ready = self._head(band, block, slice(live, live + gone))
+        self.away.insert(0, _Away(left, band.leave, band.resume, band, ready if for_good else None))
+        if plan.kv_policy == "copy":
+            copy_last(self.context.pages, rows.slots[leaving], band.leave, band.resume, plan.model.layers)
         if plan.kv_policy == "predict" and band.kv is not None:
             backfill_kv(
                 rows.hidden[leaving], band.kv.weight, rows.pos[leaving], rows.slots[leaving], self.context.pages, band.leave,
@@ -275,12 +222,31 @@ class _Pass:
                 variant=plan.propagation.variants(band.leave, band.resume),
             )  # fmt: skip
 
+    def _release(self, band: Band, block: Block | None, leaves: Tensor, ready: Tensor | None) -> None:
+        """`release`: the token is known here and judged no more, the row goes on to the top."""
+        rows = self.rows
+        if ready is None:
+            ready = self._head(band, block, slice(0, self.lead))[leaves]
+        self.released.append((rows.index[: self.lead][leaves], band, ready))
+        rows.may_leave[: self.lead] &= ~leaves
+
     def _decide(self, band: Band, block: Block | None) -> tuple[Tensor, Tensor | None] | None:
         """int8 [n] states for the partition and, where judging had to make them, the leavers' head-ready rows in order.
 
-        None when nobody leaves.
+        Rows that follow do what the row of their sequence does. None when nobody leaves.
         """
-        rows, plan, live = self.rows, self.plan, self.rows.live
+        decided = self._judged(band, block)
+        rows, lead = self.rows, self.lead
+        if decided is not None and lead < rows.live:
+            state = decided[0]
+            state_of = torch.zeros(self.context.block_table.shape[0], dtype=torch.int8, device=state.device)
+            state_of[rows.seq[:lead].long()] = state[:lead]
+            state[lead : rows.live] = state_of[rows.seq[lead : rows.live].long()]
+        return decided
+
+    def _judged(self, band: Band, block: Block | None) -> tuple[Tensor, Tensor | None] | None:
+        """`_decide` for the rows that make tokens."""
+        rows, plan, live = self.rows, self.plan, self.lead
         judge = None if block is not None else plan.judge(band)
         if judge is not None:
             hidden = rows.hidden[:live]
@@ -304,8 +270,8 @@ class _Pass:
         return state, None if heads is None or band.resume != plan.model.depth else heads[leaves]
 
     def _judge(self, band: Band, block: Block | None) -> tuple[Tensor, Tensor | None]:
-        """bool [live] and, when the criterion had to read the exit head of every live row, their head-ready rows."""
-        rows, plan, live = self.rows, self.plan, self.rows.live
+        """bool [lead] and, when the criterion had to read the exit head of every leading row, their head-ready rows."""
+        rows, plan, live = self.rows, self.plan, self.lead
         hidden = rows.hidden[:live]
         heads: list[Tensor] = []
 
@@ -333,31 +299,63 @@ class _Pass:
         return leaves, heads[0] if heads else None
 
     def _result(self) -> Result:
-        """What the rows made, brought to the caller's order: those that left for good wait behind the live ones, by group."""
-        rows, model = self.rows, self.plan.model
-        parts = [model.finish(rows.hidden[: rows.live])] if rows.live else []
-        parts += [group.ready for group in self.away if group.ready is not None]
-        ready = rows.hidden.new_empty(0, model.ready_size) if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
-        total, device = len(rows), rows.hidden.device
+        """What the rows made, brought to the caller's order: those that are away lie behind the live ones, by group."""
+        rows, model, total = self.rows, self.plan.model, len(self.rows)
+        ready = self._ready()
         facts = torch.tensor([[model.depth], [model.depth], [0]]).repeat(1, total)  # exit layer, layers run, bands taken
-        if rows.moved:
+        held = torch.zeros(total, dtype=torch.bool) if self.hold else None
+        if rows.moved or self.away:
             numbers = {leave: number for number, leave in enumerate(self.plan.bands)}
             index = rows.index.long()
-            ready = torch.empty_like(ready).index_copy_(0, index, ready)
+            if rows.moved:
+                ready = torch.empty_like(ready).index_copy_(0, index, ready)
             home = index.cpu()
-            at = rows.live
-            for group in self.away:
+            for at, group in self._places():
                 gone = home[at : at + group.count]
-                facts[0, gone] = group.band.leave
-                facts[1, gone] -= model.depth - group.band.leave
-                facts[2, gone] |= 1 << numbers[group.band.leave]
-                at += group.count
+                facts[0, gone] = group.leave
+                facts[1, gone] -= model.depth - group.leave
+                if group.band is not None:
+                    facts[2, gone[: 0 if group.ready is None else group.ready.shape[0]]] |= 1 << numbers[group.leave]
+                elif group.held and held is not None:
+                    held[gone] = True
             for skipped, band in self.skips:
                 gone = skipped.cpu().long()
                 facts[1, gone] -= band.resume - band.leave
                 facts[2, gone] |= 1 << numbers[band.leave]
-        exit_layer, layers_run, bands_taken = facts.to(device).unbind()
-        return Result(ready, exit_layer.int(), layers_run.int(), bands_taken, self.work, self.block_work)
+        fresh = total - sum(count for _, _, count in rows.joins)
+        for at, _, count in rows.joins:  # these had run so many layers before
+            facts[1, fresh : fresh + count] -= at
+            fresh += count
+        for released, band, made in self.released:
+            gone = released.long()
+            ready = ready.index_copy(0, gone, made)
+            facts[0, gone.cpu()] = band.leave
+            facts[2, gone.cpu()] |= 1 << list(self.plan.bands).index(band.leave)
+        exit_layer, layers_run, bands_taken = facts.to(rows.hidden.device).unbind()
+        result = Result(ready, exit_layer.int(), layers_run.int(), bands_taken, self.work, self.block_work, held)
+        if self.hold or self.plan.kv_policy in EXACT:
+            result.hidden = torch.empty_like(rows.hidden).index_copy_(0, rows.index.long(), rows.hidden)
+            if self.hold:
+                result.carried = {
+                    name: torch.empty_like(value).index_copy_(0, rows.index.long(), value)
+                    for name, value in rows.carried.items()
+                }
+        return result
+
+    def _ready(self) -> Tensor:
+        """Head-ready rows [n, ready] in buffer order; zero for rows that made no token."""
+        rows, model = self.rows, self.plan.model
+        parts = [model.finish(rows.hidden[: rows.live])] if rows.live else []
+        if all(group.ready is not None and group.ready.shape[0] == group.count for group in self.away):
+            parts += [group.ready for group in self.away if group.ready is not None]
+            return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else rows.hidden.new_empty(0, model.ready_size)
+        ready = rows.hidden.new_zeros(len(rows), model.ready_size)
+        if parts:
+            ready[: rows.live] = parts[0]
+        for at, group in self._places():
+            if group.ready is not None:
+                ready[at : at + group.ready.shape[0]] = group.ready
+        return ready
 
     def _head(self, band: Band, block: Block | None, which: slice) -> Tensor:
         """Head-ready rows of a slice of the buffers."""

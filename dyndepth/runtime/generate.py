@@ -13,7 +13,8 @@ from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.inputs import real_tokens
-from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, Session, Work
+from dyndepth.runtime.parked import Parked
+from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING, Session, Work
 
 PROMPTS = ("full", "dynamic")
 #: New tokens that K,V pages are taken for at once; more come when they are needed, so a high max_new_tokens costs nothing.
@@ -34,6 +35,7 @@ def decode(
     page_size: int = DEFAULT_PAGE_SIZE,
     pages: int | None = None,
     prefill_chunk: int = DEFAULT_CHUNK,
+    pending: int = DEFAULT_PENDING,
     generator: torch.Generator | None = None,
     streamer: Any = None,
     **model_kwargs: Any,
@@ -55,9 +57,12 @@ def decode(
         page_size=page_size,
         pages=pages,
         chunk=prefill_chunk,
+        pending=pending,
         first=[min(length, prompt_rows.shape[0] + _ROOM) for length, prompt_rows in zip(lengths, prompts, strict=True)],
     )
     prompt_work, work = session.work(), session.work()
+    if prompt == "dynamic" and session.kv_policy == "recompute":
+        raise ArgumentError("generate: prompt must be 'full' with kv='recompute' (prompt rows run together), got 'dynamic'")
     # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
     session.prefill([rows[:-1] for rows in prompts], prompt_work, embeds=embedded, may_leave=prompt == "dynamic")
     loop = _Loop(model, session, generation_config, logits_processor, stopping_criteria, generator, streamer, work)
@@ -82,6 +87,10 @@ class _Loop:
         self.processor, self.criteria, self.generator, self.streamer = processor, criteria, generator, streamer
         self.work = work
         self.keep = bool(config.return_dict_in_generate)
+        #: Under `recompute`, the tokens that left and whose other layers nobody has needed yet.
+        self.parked: Parked | None = None
+        #: int64 [3, batch] per step: exit layers, layers run, bands taken.
+        self.went: list[Tensor] = []
 
     def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
         config, session = self.config, self.session
@@ -93,15 +102,13 @@ class _Loop:
         content = torch.stack([rows[-1] for rows in prompts]) if batch else input_ids.new_empty(0)
         scores: list[Tensor] = []
         raw_logits: list[Tensor] = []
-        depths: list[Tensor] = []
         step = 0
         while True:
             # Without an EOS token transformers goes on writing sequences that a stop string or criterion ended: so do we.
             running = (unfinished if has_eos else torch.ones_like(unfinished)).nonzero()[:, 0].cpu()
-            logits, went = self._pass(running, lengths, content, embedded and step == 0, step, batch)
+            logits = self._pass(running, lengths, content, embedded and step == 0, step, batch)
             next_scores = self.processor(input_ids, logits.to(input_ids.device))
             if self.keep:
-                depths.append(went)
                 if config.output_scores:
                     scores.append(next_scores)
                 if config.output_logits:
@@ -122,6 +129,8 @@ class _Loop:
                 lengths[sequence] += 1
                 if has_eos and not unfinished[sequence]:
                     session.pages.release(sequence)
+                    if self.parked is not None:  # nobody will need their K,V
+                        self.parked = self.parked.where(self.parked.seq != sequence)
             content = tokens
             step += 1
             if not bool(unfinished.any()):
@@ -132,7 +141,7 @@ class _Loop:
             return input_ids
         from dyndepth.runtime.output import DynamicDepthOutput
 
-        exit_layers, layers_run, bands_taken = torch.stack(depths, dim=-1)
+        exit_layers, layers_run, bands_taken = torch.stack(self.went, dim=-1)
         return DynamicDepthOutput(
             sequences=input_ids,  # type: ignore[arg-type]
             scores=tuple(scores) if config.output_scores else None,  # type: ignore[arg-type]
@@ -145,27 +154,34 @@ class _Loop:
             kv=session.kv_policy,
         )
 
-    def _pass(
-        self, running: Tensor, lengths: list[int], content: Tensor, embedded: bool, step: int, batch: int
-    ) -> tuple[Tensor, Tensor]:
-        """Logits fp32 [batch, V] and int64 [3, batch] = (exit layer, layers run, bands taken).
-
-        Sequences that have ended have logits of zero and (-1, -1, 0).
-        """
+    def _pass(self, running: Tensor, lengths: list[int], content: Tensor, embedded: bool, step: int, batch: int) -> Tensor:
+        """Logits fp32 [batch, V], zero for sequences that have ended; notes where the rows went, (-1, -1, 0) for those."""
         positions = [lengths[sequence] - 1 for sequence in running.tolist()]
         mine = content[running.to(content.device)]
-        source = {"embeds": mine} if embedded else {"tokens": mine}
-        result = self.session.run(running, positions, step=torch.full_like(running, step), **source)
-        self.work.add(result, running.shape[0])
-        logits = self.model.logits(result.ready)
+        source: dict[str, Any] = {"embeds": mine} if embedded else {"tokens": mine}
+        steps = torch.full_like(running, step)
+        count, parked = running.shape[0], self.parked
+        if parked is not None and len(parked):
+            # A sequence with too many tokens parked takes them to the top with its next one.
+            waiting = torch.from_numpy(parked.counts(batch))[running]
+            source["may_leave"] = waiting < self.session.pending
+        result = self.session.run(running, positions, step=steps, parked=parked, **source)
+        self.work.add(result, count)
         went = torch.stack([result.exit_layer.long(), result.layers_run.long(), result.bands_taken]).cpu()
-        if running.shape[0] == batch:
-            return logits, went
+        if self.session.kv_policy == "recompute":
+            if parked is not None:
+                for sequence, at, ran in zip(parked.seq.tolist(), parked.step.tolist(), went[1, count:].tolist(), strict=True):
+                    self.went[at][1, sequence] += ran
+            self.parked = self.session.left(result, running, positions, steps, parked)
+        logits = self.model.logits(result.ready[:count])
+        if count == batch:
+            self.went.append(went[:, :count].clone())
+            return logits
+        self.went.append(torch.tensor([-1, -1, 0])[:, None].repeat(1, batch))
+        self.went[-1][:, running] = went[:, :count]
         everyone = logits.new_zeros(batch, logits.shape[1])
         everyone[running.to(logits.device)] = logits
-        all_went = torch.tensor([-1, -1, 0])[:, None].repeat(1, batch)
-        all_went[:, running] = went
-        return everyone, all_went
+        return everyone
 
 
 def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,9 @@ class Rows:
     slots: Tensor  # int32 [n], where its K,V go; -1 nowhere
     step: Tensor  # int32 [n], how many tokens were generated before this one (decay of CALM, schedules)
     may_leave: Tensor  # bool [n]; prompt rows of a full-depth prefill may not
+    #: Rows that waited and join above layer 0, at the end of the buffers: (boundary, they follow a row of their sequence,
+    #: how many), by ascending boundary, those that follow last at each.
+    joins: Sequence[tuple[int, bool, int]] = ()
     index: Tensor = field(init=False)  # int32 [n], place in the caller's order
     #: Per-row state that criteria carry from boundary to boundary, by name; moved with the rows.
     carried: dict[str, Tensor] = field(init=False)
@@ -34,10 +38,10 @@ class Rows:
     moved: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.live = len(self)
+        self.counter = None
+        self.set_live(len(self) - sum(count for _, _, count in self.joins))
         self.index = torch.arange(len(self), dtype=torch.int32, device=self.hidden.device)
         self.carried = {}
-        self.counter = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -55,11 +59,15 @@ class Rows:
         return live, left
 
     def carry(self, name: str, value: Tensor) -> None:
-        """Let state of the live rows travel with them; rows that are away keep what they had, NaN or -1 at first."""
+        """Let state of the first rows travel with them; the others keep what they had, NaN or -1 at first."""
         if name not in self.carried:
-            nothing = torch.nan if value.is_floating_point() else -1
-            self.carried[name] = value.new_full((len(self), *value.shape[1:]), nothing)
-        self.carried[name][: self.live] = value
+            self.carried[name] = self.nothing(value, len(self))
+        self.carried[name][: value.shape[0]] = value
+
+    @staticmethod
+    def nothing(like: Tensor, count: int) -> Tensor:
+        """Carried state of rows that have none."""
+        return like.new_full((count, *like.shape[1:]), torch.nan if like.is_floating_point() else -1)
 
     def set_live(self, live: int, counter: Tensor | None = None) -> None:
         self.live = live

@@ -16,7 +16,8 @@ from torch import Tensor
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 from dyndepth.runtime.bind import Model, bind
-from dyndepth.runtime.session import DEFAULT_CHUNK, Session, Work
+from dyndepth.runtime.policies import check_policy
+from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PENDING, Session, Work
 
 #: fp32 logits of this many rows at a time: 256 rows x 50k tokens x 4 bytes = 50 MB.
 HEAD_ROWS = 256
@@ -56,8 +57,11 @@ def score(
     depth: Sequence[int | None] | None = None,
     chunk: int = DEFAULT_CHUNK,
     embeds: bool = False,
+    pending: int = DEFAULT_PENDING,
 ) -> Scored:
     """Run token sequences (int64 [t] each, or embeddings [t, d]) through the model with dynamic depth.
+
+    Under `recompute` every layer is run, as all K,V are the full model's; `layers_run` and `work` are what generation runs.
 
     `start[i]` is the first position of sequence i whose row may leave (position of the last prompt token, in generation);
     rows before it run at full depth. None lets every row leave.
@@ -67,8 +71,11 @@ def score(
     if len(starts) != len(sequences):
         raise ArgumentError(f"score: start must have one entry per sequence ({len(sequences)}), got {len(starts)}")
     lengths = [int(tokens.shape[0]) for tokens in sequences]
+    exact = kv == "recompute"
+    if exact:
+        check_policy(exits, "recompute")
     # Pages are taken as sequences come and given back as they end, so memory does not grow with their number.
-    session = Session(model, lengths, exits, kv=kv, depth=depth, chunk=chunk, first=[0] * len(lengths))
+    session = Session(model, lengths, exits, kv="release" if exact else kv, depth=depth, chunk=chunk, first=[0] * len(lengths))
     ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
     done = 0
     work = session.work()
@@ -79,25 +86,58 @@ def score(
     judged = pos >= first
     content = torch.cat(list(sequences)) if sequences else torch.empty(0, dtype=torch.int64)
     ready: list[Tensor] = []
+    top: list[Tensor] = []
     went: list[Tensor] = []
     for begin in range(0, total, chunk):
         part = slice(begin, begin + chunk)
-        source = {"embeds": content[part]} if embeds else {"tokens": content[part]}
+        source: dict[str, Any] = {"embeds": content[part]} if embeds else {"tokens": content[part]}
         step = (pos[part] - first[part]).clamp_min(0)
         result = session.run(seq[part], pos[part], step=step, may_leave=judged[part], **source)
         ready.append(result.ready)
+        if exact:
+            assert result.hidden is not None
+            top.append(model.finish(result.hidden))
         went.append(torch.stack([result.exit_layer.long(), result.layers_run.long(), result.bands_taken]).cpu())
         work.add(result, result.ready.shape[0], full=int((~judged[part]).sum()))
         while done < len(lengths) and int(ends[done]) <= begin + chunk:
             session.pages.release(done)
             done += 1
     exit_layer, layers_run, bands_taken = torch.cat(went, dim=1) if went else torch.zeros(3, 0, dtype=torch.int64)
+    made = torch.cat(ready) if ready else torch.empty(0, model.ready_size)
+    if exact and total:
+        forced = _recomputed(exit_layer, layers_run, bands_taken, lengths, model.depth, pending)
+        made = torch.where(forced.to(made.device)[:, None], torch.cat(top), made)
+        work.layers = [int((layers_run[judged] > layer).sum()) for layer in range(model.depth)]
     return Scored(
         model=model,
-        ready=torch.cat(ready) if ready else torch.empty(0, model.ready_size),
+        ready=made,
         exit_layer=exit_layer.int(),
         layers_run=layers_run.int(),
         bands_taken=bands_taken,
         judged=judged,
         work=work,
     )
+
+
+def _recomputed(
+    exit_layer: Tensor, layers_run: Tensor, bands_taken: Tensor, lengths: Sequence[int], depth: int, pending: int
+) -> Tensor:
+    """What `recompute` makes of early exits, in place; bool [tokens], tokens whose exit is refused as too many wait.
+
+    A token runs as many layers as the deepest of its sequence from it on; those that nobody follows are never recomputed.
+    """
+    forced = torch.zeros_like(exit_layer, dtype=torch.bool)
+    end = 0
+    for length in lengths:
+        begin, end = end, end + length
+        waiting = 0
+        for row, left in enumerate(exit_layer[begin:end].tolist(), begin):
+            forced[row] = left < depth and waiting == pending
+            waiting = 0 if left == depth or forced[row] else waiting + 1
+    exit_layer[forced] = depth
+    bands_taken[forced] = 0
+    end = 0
+    for length in lengths:
+        begin, end = end, end + length
+        layers_run[begin:end] = exit_layer[begin:end].flip(0).cummax(0).values.flip(0)
+    return forced

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +18,20 @@ from dyndepth.exits.heads import StoredBlock
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.block import Block, bind_block, restored
 from dyndepth.runtime.fingerprint import check_exits
-from dyndepth.runtime.forward import Plan, Result, check_policy, forward
+from dyndepth.runtime.forward import Result, forward
 from dyndepth.runtime.layer import Context
-from dyndepth.runtime.pages import Pages
+from dyndepth.runtime.pages import Indices, Pages
+from dyndepth.runtime.parked import Parked
+from dyndepth.runtime.pass_plan import Plan
+from dyndepth.runtime.policies import check_policy
 from dyndepth.runtime.propagate import Propagation
 from dyndepth.runtime.rows import Rows
 
 DEFAULT_PAGE_SIZE = 16
 #: Rows per pass of a prefill: enough to be compute-bound, few enough that a long prompt's activations stay small.
 DEFAULT_CHUNK = 512
+#: Tokens of a sequence that may be parked under `recompute` before its next one runs to the top with all of them.
+DEFAULT_PENDING = 16
 
 
 @dataclass
@@ -72,7 +78,7 @@ class Session:
         model: a bound model.
         capacity: positions that each sequence can grow to; one entry per sequence.
         exits: bands to use, None for full depth.
-        kv: K,V policy (dyndepth.runtime.forward.KV_POLICIES); None takes `predict` where every open band has maps, else
+        kv: K,V policy (dyndepth.runtime.policies.KV_POLICIES); None takes `predict` where every open band has maps, else
             `propagate`.
         depth: per sequence, the exit point its tokens leave at (number of layers for the top, None for "let criteria
             decide"); None for all.
@@ -80,6 +86,7 @@ class Session:
             many as all sequences need at capacity.
         chunk: rows per pass of a prefill.
         first: positions per sequence that memory is taken for now (default: the capacity); more is taken when needed.
+        pending: under `recompute`, tokens of a sequence that may be parked before its next one runs to the top.
     """
 
     def __init__(
@@ -94,11 +101,14 @@ class Session:
         pages: int | None = None,
         chunk: int = DEFAULT_CHUNK,
         first: Sequence[int] | None = None,
+        pending: int = DEFAULT_PENDING,
     ) -> None:
-        if chunk < 1:
-            raise ArgumentError(f"chunk must be at least 1, got {chunk}")
+        for name, value in (("chunk", chunk), ("pending", pending)):
+            if value < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {value}")
         self.model = model
         self.chunk = chunk
+        self.pending = pending
         exits = None if exits is None else self._fitting(exits)
         self.kv_policy = default_policy(exits) if kv is None else kv
         check_policy(exits, self.kv_policy)
@@ -146,6 +156,8 @@ class Session:
         embeds: Tensor | None = None,
         step: Sequence[int] | Tensor | None = None,
         may_leave: Tensor | bool = True,
+        parked: Parked | None = None,
+        hold: frozenset[int] = frozenset(),
     ) -> Result:
         """One pass. Rows of a sequence must be consecutive and ascending, and earlier positions must have been run.
 
@@ -154,10 +166,39 @@ class Session:
             tokens: int64 [n] ids, or `embeds` [n, d] token embeddings.
             step: per row, tokens generated before it (0 by default).
             may_leave: bool [n] or one bool for all rows.
+            parked: rows of earlier passes to take up (`left` makes them); they come after the others in the result.
+            hold: boundaries where rows that do not leave stop, to be taken up later.
         """
-        rows, context = self.rows(seq, pos, tokens=tokens, embeds=embeds, step=step, may_leave=may_leave)
+        rows, context = self.rows(seq, pos, tokens=tokens, embeds=embeds, step=step, may_leave=may_leave, parked=parked)
         closed = isinstance(may_leave, bool) and not may_leave
-        return forward(self._closed if closed else self.plan, rows, context)
+        return forward(self._closed if closed else self.plan, rows, context, hold)
+
+    def left(
+        self,
+        result: Result,
+        seq: Sequence[int] | Indices | Tensor,
+        pos: Sequence[int] | Indices | Tensor,
+        step: Sequence[int] | Indices | Tensor,
+        parked: Parked | None = None,
+    ) -> Parked:
+        """What a pass over these rows left between layers: rows held and, under `recompute`, rows that left early.
+
+        `seq`, `pos`, `step` of its fresh rows, and the rows it had taken up.
+        """
+        assert result.hidden is not None, "nothing can be left in a pass that holds nothing and recomputes nothing"
+        at = result.exit_layer.cpu().numpy().astype(np.int64)
+        held = np.zeros(len(at), dtype=np.bool_) if result.held is None else result.held.numpy()
+        kept = at < self.model.depth if self.kv_policy == "recompute" else held
+        if not kept.any():
+            return Parked.nothing(result.hidden)
+        which = np.flatnonzero(kept)
+        index = torch.from_numpy(which).to(result.hidden.device)
+        facts = [
+            np.concatenate([_host(fresh), np.empty(0, np.int64) if parked is None else getattr(parked, name)])[which]
+            for name, fresh in (("seq", seq), ("pos", pos), ("step", step))
+        ]
+        carried = {name: value[index] for name, value in result.carried.items()}
+        return Parked.of(result.hidden[index], *facts, at[which], held[which], carried=carried)
 
     def rows(
         self,
@@ -168,23 +209,32 @@ class Session:
         embeds: Tensor | None = None,
         step: Sequence[int] | Tensor | None = None,
         may_leave: Tensor | bool = True,
+        parked: Parked | None = None,
     ) -> tuple[Rows, Context]:
         """Embedded rows with their pages reserved: what a pass starts from. Arguments as for `run`."""
-        own, at = (np.asarray(x.cpu() if isinstance(x, Tensor) else x, dtype=np.int64) for x in (seq, pos))
-        count = own.shape[0]
+        own, at = _host(seq), _host(pos)
         device = self.model.device
+        fresh = torch.from_numpy(at.astype(np.int32)).to(device)
+        if parked is not None and len(parked):
+            own, at = np.concatenate([own, parked.seq]), np.concatenate([at, parked.pos])
+            steps = _host([0] * len(fresh) if step is None else step)
+            step = torch.from_numpy(np.concatenate([steps, parked.step]))
+        count = own.shape[0]
         reach = int(at.max()) + 1 if count else 1
         self.pages.reserve_rows(own, at)
         if reach > self.reach:
             grown = self.reach + self.reach // 2
             self.reach = max(reach, min(grown, self.model.positions_limit or grown))
             self.cos, self.sin = self.model.rotary_tables(self.reach)
-        positions = torch.from_numpy(at.astype(np.int32)).to(device)
         if embeds is None:
             assert tokens is not None
-            hidden = self.model.embed(tokens.to(device), positions)
+            hidden = self.model.embed(tokens.to(device), fresh)
         else:
-            hidden = self.model.embed_positions(embeds.to(device), positions)
+            hidden = self.model.embed_positions(embeds.to(device), fresh)
+        positions = fresh
+        if parked is not None and len(parked):
+            hidden = torch.cat([hidden, parked.hidden])
+            positions = torch.from_numpy(at.astype(np.int32)).to(device)
         rows = Rows(
             hidden=hidden.contiguous(),
             seq=torch.from_numpy(own.astype(np.int32)).to(device),
@@ -193,8 +243,12 @@ class Session:
             step=torch.zeros_like(positions) if step is None else torch.as_tensor(step).to(device=device, dtype=torch.int32),
             may_leave=torch.full((count,), may_leave, device=device)
             if isinstance(may_leave, bool)
-            else may_leave.to(device).contiguous(),
+            else torch.cat([may_leave.to(device), may_leave.new_ones(count - len(fresh), device=device)]),
+            joins=() if parked is None else parked.groups(),
         )
+        if parked is not None:
+            for name, value in parked.carried.items():
+                rows.carry(name, torch.cat([Rows.nothing(value, len(fresh)), value]))
         return rows, Context(self.pages.kv, self.pages.block_table(reach), self.cos, self.sin)
 
     def prefill(
@@ -212,7 +266,7 @@ class Session:
         content = torch.cat(list(prompts))
         for begin in range(0, seq.shape[0], self.chunk):
             part = slice(begin, begin + self.chunk)
-            source = {"embeds": content[part]} if embeds else {"tokens": content[part]}
+            source: dict[str, Any] = {"embeds": content[part]} if embeds else {"tokens": content[part]}
             result = self.run(seq[part], pos[part], may_leave=may_leave, **source)
             work.add(result, result.ready.shape[0])
 
@@ -238,6 +292,10 @@ def default_policy(exits: Exits | None) -> str:
     """`predict` if every band that can open has K,V maps, else `propagate`."""
     open_bands = [band for band in exits or () if band.criterion.kind != "never"]
     return "predict" if all(band.kv is not None for band in open_bands) else "propagate"
+
+
+def _host(values: Sequence[int] | Indices | Tensor) -> Indices:
+    return np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.int64)
 
 
 def _depths(depth: Sequence[int | None] | None, exits: Exits | None, layers: int, sequences: int) -> Tensor | None:

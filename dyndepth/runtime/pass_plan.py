@@ -1,0 +1,91 @@
+"""What a pass needs that does not change between passes: model, bands, their heads and judges."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dyndepth.exits import Band, Exits
+from dyndepth.ops import ExitStats, exit_stats
+from dyndepth.ops.exit_stats import stats_of_logits
+from dyndepth.runtime.bind import Model
+from dyndepth.runtime.block import Block
+from dyndepth.runtime.judge import Judge, judge_of, usable
+from dyndepth.runtime.propagate import Propagation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a pass needs that does not change between passes."""
+
+    model: Model
+    exits: Exits | None
+    kv_policy: str
+    #: Bound block heads by boundary.
+    blocks: dict[int, Block]
+    propagation: Propagation
+    #: int32 [sequences] on the device, -1 for none: depth asked for per request; None when nobody asked.
+    depth: Tensor | None = None
+    #: Criteria may decide; False keeps every row to the top (block heads still store their K,V).
+    open: bool = True
+    #: Rows of the LM head that a band's shortlist names, by boundary; filled on first use.
+    shortlists: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    #: Judges by boundary, None where judging goes op by op; filled on first use.
+    judges: dict[int, Judge | None] = field(default_factory=dict)
+    #: Answers of `closed` by boundary; thresholds do not change while a plan lives.
+    shut: dict[int, bool] = field(default_factory=dict)
+
+    @functools.cached_property
+    def bands(self) -> dict[int, Band]:
+        return {} if self.exits is None else {band.leave: band for band in self.exits}
+
+    @functools.cached_property
+    def stops(self) -> list[int]:
+        """Where a pass looks up from the layers: its ends, and the boundaries where rows leave or resume."""
+        return sorted({0, self.model.depth} | {stop for band in self.bands.values() for stop in (band.leave, band.resume)})
+
+    @functools.cached_property
+    def previous_wanted(self) -> bool:
+        """A criterion compares residuals with those at the previous boundary."""
+        return any(band.criterion.needs_previous for band in self.bands.values())
+
+    def closed(self, band: Band) -> bool:
+        """No row can leave here, and judging it would tell later boundaries nothing."""
+        if band.leave not in self.shut:
+            self.shut[band.leave] = self._closed(band)
+        return self.shut[band.leave]
+
+    def _closed(self, band: Band) -> bool:
+        shut = band.criterion.kind == "never" or (band.criterion.scored and band.threshold == math.inf)
+        waited_for = any(other.criterion.needs_previous or other.criterion.carries for other in self.exits or ())
+        return shut and self.depth is None and not waited_for
+
+    def head(self, band: Band) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the LM head over the band's shortlist; None if it is no plain linear."""
+        plain, ids = self.model.plain_head(), band.shortlist
+        if plain is None or ids is None:
+            return plain
+        if band.leave not in self.shortlists:  # gathered once: exit_stats would gather these rows on every call
+            self.shortlists[band.leave] = plain[0][ids], None if plain[1] is None else plain[1][ids]
+        return self.shortlists[band.leave]
+
+    def stats(self, band: Band, ready: Tensor) -> ExitStats:
+        """exit_stats of head-ready rows over the band's shortlist; a head that is no plain linear runs as its module."""
+        model, ids, head = self.model, band.shortlist, self.head(band)
+        if head is None:
+            logits = model.logits(ready)
+            found = stats_of_logits(logits if ids is None else logits[:, ids])
+        else:
+            found = exit_stats(ready.contiguous(), head[0], head_bias=head[1], softcap=model.logit_softcap)
+        return found if ids is None else found._replace(argmax=ids[found.argmax])
+
+    def judge(self, band: Band) -> Judge | None:
+        """The one call that judges at a boundary; None where criteria see more than residuals and logits."""
+        if not usable():
+            return None
+        if band.leave not in self.judges:
+            self.judges[band.leave] = judge_of(self.model, band, self.head(band))
+        return self.judges[band.leave]
