@@ -116,7 +116,10 @@ def test_fit_then_generate(checkpoint: Path, tmp_path: Path) -> None:
     [
         (["generate", "{model}", "hi", "--exits", "/nowhere", "--dtype", "float32"], "exits.json does not exist"),
         (["generate", "{model}", "hi", "--dtype", "float8"], "dtype must be one of float32, bfloat16, float16, got 'float8'"),
-        (["generate", "{model}", "hi", "--kv", "copy"], "kv must be one of predict, propagate, none, got 'copy'"),
+        (
+            ["generate", "{model}", "hi", "--kv", "clone"],
+            "kv must be one of predict, propagate, copy, recompute, release, none",
+        ),
         (["fit", "{model}", "{model}/0.txt", "--output", "/tmp/x", "--tokens", "50"], "corpus: wanted at least 256 tokens"),
         (["generate", "{model}", "", "--dtype", "float32"], "every prompt must have at least one token"),
         (["generate", "{model}", "hi", "--chat", "--dtype", "float32"], "this tokenizer has no chat template"),

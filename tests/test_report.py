@@ -324,8 +324,8 @@ def test_refusals(model: Any, exits: Exits, tmp_path: Path, monkeypatch: pytest.
     other = tiny_models.tiny("llama", num_hidden_layers=5)
     with pytest.raises(ExitsError, match="exits were made for another model: layers must be 6, got 5"):
         call(of=other)
-    with pytest.raises(ExitsError, match="kv must be one of predict, propagate, none, got 'copy'"):
-        call(kv="copy")
+    with pytest.raises(ExitsError, match="kv must be one of predict, propagate, copy, recompute, release, none, got 'clone'"):
+        call(kv="clone")
     with pytest.raises(ExitsError, match="kv='none' leaves holes"):
         call(kv="none")
     with pytest.raises(UnsupportedModelError):

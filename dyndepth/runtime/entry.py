@@ -14,6 +14,7 @@ from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 from dyndepth.runtime.generate import decode
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING
+from dyndepth.runtime.speculate import DEFAULT_DRAFTS
 
 
 class Generate:
@@ -34,6 +35,9 @@ class Generate:
         page_size, pages: geometry of the paged K,V; by default as many pages as the call can need.
         prefill_chunk: prompt rows per pass.
         pending: with `kv="recompute"`, tokens of a sequence that may wait before its next one runs every layer with them.
+        mode: `dynamic`: tokens of rows that leave are final. `lossless`: they are drafts, which the full model verifies:
+            greedy tokens are the full model's own, sampled ones have its distribution (self-speculation: LayerSkip, Kangaroo).
+        drafts: with `mode="lossless"`, drafts per sequence before they are verified.
         generator: torch.Generator for sampling.
 
     Returns transformers' output; with `return_dict_in_generate=True` a `DynamicDepthOutput`, which adds `exit_layers`,
@@ -56,6 +60,8 @@ class Generate:
         pages: int | None = None,
         prefill_chunk: int = DEFAULT_CHUNK,
         pending: int = DEFAULT_PENDING,
+        mode: str = "dynamic",
+        drafts: int = DEFAULT_DRAFTS,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
         token_streamer: Any = None,
@@ -73,8 +79,8 @@ class Generate:
         return decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config,
             exits=exits, kv=kv, depth=depth, prompt=prompt, page_size=page_size, pages=pages, prefill_chunk=prefill_chunk,
-            pending=pending, generator=generator, streamer=streamer if token_streamer is None else token_streamer,
-            **model_kwargs,
+            pending=pending, mode=mode, drafts=drafts, generator=generator,
+            streamer=streamer if token_streamer is None else token_streamer, **model_kwargs,
         )  # fmt: skip
 
     @property

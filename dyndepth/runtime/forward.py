@@ -128,22 +128,22 @@ class _Pass:
     def _resume(self, boundary: int) -> None:
         """Rows whose band ends here become runners again, with the residual their jump map gives them."""
         at = self.rows.live
-        groups = self._bring([group.resume == boundary < self.plan.model.depth for group in self.away])
-        if groups:
-            self.lead = self.rows.live  # bands that resume and rows that follow never meet (policies.check_policy)
-        for group in groups:
+        # Rows that follow never meet bands that resume (policies.check_policy): these come right behind the live prefix.
+        for group in self._bring([group.resume == boundary < self.plan.model.depth for group in self.away]):
             if group.band is not None and group.band.jump is not None:
                 stream = self.rows.hidden[at : at + group.count]
                 stream.copy_(group.band.jump(stream))
             at += group.count
 
     def _bring(self, returning: list[bool]) -> list[_Away]:
-        """Whole groups go behind the live prefix, which then takes them in; returns them."""
+        """Whole groups go behind the live rows that make tokens, before those that follow; returns them."""
         if not any(returning):
             return []
         rows, before = self.rows, self.rows.live
-        if returning != sorted(returning, reverse=True):  # otherwise they already lie right behind the live prefix
+        # If not so, they already lie right behind the live prefix.
+        if self.lead < before or returning != sorted(returning, reverse=True):
             state = torch.zeros(len(rows), dtype=torch.int8)
+            state[self.lead : before] = LEAVING  # not really: to lie behind those that come
             at = before
             for group, back in zip(self.away, returning, strict=True):
                 state[at : at + group.count] = RUN if back else AWAY
@@ -151,7 +151,9 @@ class _Pass:
             rows.partition(state.to(rows.hidden.device))
         groups = [group for group, back in zip(self.away, returning, strict=True) if back]
         self.away = [group for group, back in zip(self.away, returning, strict=True) if not back]
-        rows.set_live(before + sum(group.count for group in groups))
+        brought = sum(group.count for group in groups)
+        rows.set_live(before + brought)
+        self.lead += brought
         return groups
 
     def _join(self, boundary: int) -> None:
@@ -162,9 +164,7 @@ class _Pass:
         rows = self.rows
         own = [wait and not group.follow for wait, group in zip(waiting, self.away, strict=True)]
         if any(own):
-            assert self.lead == rows.live, "rows that make tokens lie before those that follow"
             self._bring(own)
-            self.lead = rows.live
         behind = [(at, group) for at, group in self._places() if group.follow and group.leave == boundary]
         if not behind or self.lead == 0:
             return

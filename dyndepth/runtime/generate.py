@@ -15,8 +15,10 @@ from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.inputs import real_tokens
 from dyndepth.runtime.parked import Parked
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING, Session, Work
+from dyndepth.runtime.speculate import DEFAULT_DRAFTS, Speculation
 
 PROMPTS = ("full", "dynamic")
+MODES = ("dynamic", "lossless")
 #: New tokens that K,V pages are taken for at once; more come when they are needed, so a high max_new_tokens costs nothing.
 _ROOM = 256
 
@@ -36,12 +38,15 @@ def decode(
     pages: int | None = None,
     prefill_chunk: int = DEFAULT_CHUNK,
     pending: int = DEFAULT_PENDING,
+    mode: str = "dynamic",
+    drafts: int = DEFAULT_DRAFTS,
     generator: torch.Generator | None = None,
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """Greedy search or sampling with dynamic depth; arguments are prepared by transformers (see `dyndepth.generate`)."""
     _refuse(generation_config, model_kwargs, prompt)
+    lossless = _lossless(mode, drafts, exits, kv)
     model = bind(causal_lm)
     batch, width = input_ids.shape
     prompts, embedded = _prompts(input_ids, model_kwargs)
@@ -52,7 +57,7 @@ def decode(
         model,
         lengths,
         exits,
-        kv=kv,
+        kv="recompute" if lossless else kv,
         depth=_per_sequence(depth, batch, generation_config.num_return_sequences or 1),
         page_size=page_size,
         pages=pages,
@@ -65,8 +70,23 @@ def decode(
         raise ArgumentError("generate: prompt must be 'full' with kv='recompute' (prompt rows run together), got 'dynamic'")
     # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
     session.prefill([rows[:-1] for rows in prompts], prompt_work, embeds=embedded, may_leave=prompt == "dynamic")
-    loop = _Loop(model, session, generation_config, logits_processor, stopping_criteria, generator, streamer, work)
+    parts = (model, session, generation_config, logits_processor, stopping_criteria, generator, streamer, work)
+    loop = Speculation(*parts, drafts) if lossless else _Loop(*parts)
     return loop.run(input_ids, prompts, embedded, prompt_work)
+
+
+def _lossless(mode: str, drafts: int, exits: Exits | None, kv: str | None) -> bool:
+    if mode not in MODES:
+        raise ArgumentError(f"generate: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "dynamic":
+        return False
+    if exits is None:
+        raise ArgumentError("generate: mode='lossless' drafts with early exits, got exits=None")
+    if kv not in (None, "recompute"):
+        raise ArgumentError(f"generate: mode='lossless' works with kv='recompute' only, got kv={kv!r}")
+    if drafts < 1:
+        raise ArgumentError(f"generate: drafts must be at least 1, got {drafts}")
+    return True
 
 
 class _Loop:

@@ -30,3 +30,6 @@ class DynamicDepthOutput(GenerateDecoderOnlyOutput):
     prompt_work: Any = None
     #: K,V policy that was used.
     kv: str | None = None
+    #: int64 [batch], with mode="lossless": tokens that early exits drafted, and how many of them the full model accepted.
+    drafted: Tensor | None = None
+    accepted: Tensor | None = None

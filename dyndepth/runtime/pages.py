@@ -121,6 +121,20 @@ class Pages:
                 self.reserve(sequence, int(positions[sequences == sequence].max()) + 1)
         np.maximum.at(self._length, sequences, positions + 1)
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Give back the pages of a sequence that positions [0, length) do not need. Their content stays until overwritten."""
+        keep = self._pages_for(length)
+        owned = self._owned[sequence]
+        if length < 0 or length > self._length[sequence]:
+            raise ArgumentError(f"Pages: sequence {sequence} has {self._length[sequence]} positions, got a length of {length}")
+        if keep < len(owned):
+            self._free.extend(reversed(owned[keep:]))
+            self._owned[sequence] = owned[:keep]
+            self._table[sequence, keep:] = -1
+            self._device_table = None
+            self._room[sequence] = keep * self.page_size
+        self._length[sequence] = length
+
     def release(self, sequence: int) -> None:
         """Give all pages of a sequence back. Releasing twice is harmless."""
         self._free.extend(reversed(self._owned[sequence]))

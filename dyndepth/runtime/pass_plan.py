@@ -6,6 +6,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dyndepth.exits import Band, Exits
@@ -81,6 +82,19 @@ class Plan:
         else:
             found = exit_stats(ready.contiguous(), head[0], head_bias=head[1], softcap=model.logit_softcap)
         return found if ids is None else found._replace(argmax=ids[found.argmax])
+
+    def logits(self, band: Band, ready: Tensor) -> Tensor:
+        """fp32 [n, V] logits of head-ready rows, -inf for tokens outside the band's shortlist."""
+        model, ids, head = self.model, band.shortlist, self.head(band)
+        if ids is None:
+            return model.logits(ready)
+        if head is None:
+            some = model.logits(ready)[:, ids]
+        else:
+            some = torch.nn.functional.linear(ready, *head).float()
+            if model.logit_softcap:
+                some = model.logit_softcap * torch.tanh(some / model.logit_softcap)
+        return some.new_full((ready.shape[0], model.vocab_size), -math.inf).index_copy_(1, ids, some)
 
     def judge(self, band: Band) -> Judge | None:
         """The one call that judges at a boundary; None where criteria see more than residuals and logits."""

@@ -1,0 +1,288 @@
+"""Lossless generation: tokens of early exits are drafts, and the rows that made them verify them when they go on.
+
+Self-speculation (LayerSkip, Elhoushi et al. 2024, arXiv:2404.16710; Kangaroo, Liu et al. 2024, arXiv:2404.18911) on the row
+machine: a row that leaves early parks with its residual, its token is a draft and the sequence's next row. When a row goes to
+the top, the parked rows of its sequence go with it from where they are, so no layer runs twice for a row, and their logits
+say what the full model would have said. Drafting ends where a row does not leave (it is not confident) or at a number of
+drafts; sequences of a batch draft together, and rows that need the other layers wait for each other at the last exit point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyndepth.ops import accept_drafts
+from dyndepth.runtime.bind import Model
+from dyndepth.runtime.forward import Result
+from dyndepth.runtime.parked import Parked
+from dyndepth.runtime.session import Session, Work
+from dyndepth.runtime.stops import Processed, Stops
+
+#: Drafts per sequence before they are verified.
+DEFAULT_DRAFTS = 4
+
+
+@dataclass
+class _Sequence:
+    """One request."""
+
+    number: int
+    #: What processors and criteria see: the prompt as given (padding included), then the tokens; int64 [longest].
+    ids: Tensor
+    #: Columns of `ids` that the prompt takes, and real tokens in it.
+    width: int
+    prompt: int
+    #: Tokens that are final.
+    made: int = 0
+    #: Tokens not verified yet, and the boundary and distribution [V] that each was drawn at (None: it is the likeliest).
+    drafts: list[int] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)
+    drawn: list[Tensor | None] = field(default_factory=list)
+    #: Its newest row waits at the last exit point for the layers above.
+    held: bool = False
+    ended: bool = False
+    #: Tokens until it ended, with an end-of-sequence token or without.
+    length: int | None = None
+    exits: list[int] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def position(self) -> int:
+        """Of the first row that is not final: that of the newest final token."""
+        return self.prompt - 1 + self.made
+
+    def prefix(self, drafts: int) -> Tensor:
+        """ids with the first `drafts` drafts."""
+        end = self.width + self.made
+        return self.ids[:end] if drafts == 0 else torch.cat([self.ids[:end], self.ids.new_tensor(self.drafts[:drafts])])
+
+
+class Speculation:
+    """State of one lossless generation."""
+
+    def __init__(
+        self,
+        model: Model,
+        session: Session,
+        config: Any,
+        processor: Any,
+        criteria: Any,
+        generator: torch.Generator | None,
+        streamer: Any,
+        work: Work,
+        drafts: int,
+    ) -> None:
+        self.model, self.session, self.config, self.generator, self.streamer = model, session, config, generator, streamer
+        self.work, self.most = work, drafts
+        self.processed, self.stops = Processed(processor), Stops(criteria)
+        self.keep = bool(config.return_dict_in_generate)
+        self.parked = Parked.nothing(torch.empty(0, model.hidden_size, dtype=model.dtype, device=model.device))
+        self.streamed = 0
+
+    def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
+        self.limit = max(self.config.max_length - input_ids.shape[1], 1)
+        self.sequences = []
+        for number, (ids, rows) in enumerate(zip(input_ids.cpu(), prompts, strict=True)):
+            room = torch.cat([ids, ids.new_zeros(self.limit)])
+            self.sequences.append(_Sequence(number, room, ids.shape[0], rows.shape[0]))
+        first = torch.stack([rows[-1] for rows in prompts]) if prompts else input_ids.new_empty(0)
+        while running := [each for each in self.sequences if not each.ended]:
+            self._round(running, first if embedded else None)
+        if self.streamer is not None:
+            self.streamer.end()
+        return self._output(input_ids, prompt_work)
+
+    # -- passes -------------------------------------------------------------------------------------------------------
+
+    def _round(self, running: list[_Sequence], embeds: Tensor | None) -> None:
+        """One pass: sequences that may draft do; when none may, those that wait go to the top and are verified."""
+        drafting = [each for each in running if not each.held and len(each.drafts) < min(self.most, self._left(each) - 1)]
+        # Alone there is nobody to wait for: a row that does not leave goes on at once.
+        last = max((band.leave for band in self.session.plan.bands.values()), default=0)
+        hold = frozenset([last]) if drafting and len(running) > 1 else frozenset()
+        fresh = drafting or [each for each in running if not each.held]
+        if drafting:
+            own = np.isin(self.parked.seq, [each.number for each in drafting])
+            taken = self.parked.where(own & (self.parked.at < last) if hold else own)
+            others = self.parked.where(~own | (self.parked.at >= last) if hold else ~own)
+        else:
+            taken, others = self.parked, self.parked.where(np.zeros(len(self.parked), dtype=np.bool_))
+        seq = [each.number for each in fresh]
+        pos = [each.position + len(each.drafts) for each in fresh]
+        step = [each.made + len(each.drafts) for each in fresh]
+        newest = [each.drafts[-1] if each.drafts else int(each.ids[each.width + each.made - 1]) for each in fresh]
+        source: dict[str, Any] = {"tokens": torch.tensor(newest, dtype=torch.int64)}
+        if embeds is not None and fresh and fresh[0].made == 0 and not fresh[0].drafts:  # all sequences begin together
+            source = {"embeds": embeds[seq]}
+        result = self.session.run(seq, pos, step=step, parked=taken, hold=hold, may_leave=bool(drafting), **source)
+        self.work.add(result, 0)
+        self.parked = self.session.left(result, seq, pos, step, taken) + others
+        self._drafted(fresh, result)
+        self._verify(seq + taken.seq.tolist(), pos + taken.pos.tolist(), result)
+
+    def _left(self, each: _Sequence) -> int:
+        """Tokens that a sequence may still make."""
+        return self.limit - each.made
+
+    def _drafted(self, fresh: list[_Sequence], result: Result) -> None:
+        """Tokens of the rows that left."""
+        depths = result.exit_layer[: len(fresh)].tolist()
+        held = [False] * len(fresh) if result.held is None else result.held.tolist()
+        for each, waits in zip(fresh, held, strict=False):
+            each.held = waits
+        for leave, band in self.session.plan.bands.items():
+            rows = [at for at, depth in enumerate(depths) if depth == leave and not held[at]]
+            if not rows:
+                continue
+            ready = result.ready[torch.tensor(rows, device=result.ready.device)]
+            mine = [fresh[at] for at in rows]
+            drawn: list[Tensor | None] = [None] * len(rows)
+            if self.processed.empty and not self.config.do_sample:
+                tokens = self.session.plan.stats(band, ready).argmax
+            else:
+                scores = self.processed([each.prefix(len(each.drafts)) for each in mine], self.session.plan.logits(band, ready))
+                tokens = scores.argmax(-1)
+                if self.config.do_sample:
+                    chances = torch.softmax(scores.float(), dim=-1)
+                    tokens = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
+                    drawn = list(chances)
+            for each, token, chance in zip(mine, tokens.tolist(), drawn, strict=True):
+                each.drafts.append(token)
+                each.at.append(leave)
+                each.drawn.append(chance)
+
+    # -- verification -------------------------------------------------------------------------------------------------
+
+    def _verify(self, seq: list[int], pos: list[int], result: Result) -> None:
+        """Accept the drafts of sequences whose rows reached the top, as far as the full model agrees, and one token more."""
+        depth = self.model.depth
+        rows = {
+            (s, p): row
+            for row, (s, p, layer) in enumerate(zip(seq, pos, result.exit_layer.tolist(), strict=True))
+            if layer == depth
+        }
+        there = [self.sequences[number] for number in sorted({s for s, _ in rows})]
+        if not there:
+            return
+        places = [(each, j) for each in there for j in range(len(each.drafts) + 1)]
+        chosen = torch.tensor([rows[each.number, each.position + j] for each, j in places], device=result.ready.device)
+        logits = self.model.logits(result.ready[chosen])
+        scores = self.processed([each.prefix(j) for each, j in places], logits)
+        accepted, tokens = self._accepted(there, scores)
+        begin = 0
+        for each, count, token in zip(there, accepted, tokens, strict=True):
+            self._extend(each, [*each.drafts[:count], token], [*each.at[:count], depth], scores[begin:], logits[begin:])
+            each.accepted += count
+            each.drafted += len(each.drafts)
+            begin += len(each.drafts) + 1
+            each.drafts, each.at, each.drawn, each.held = [], [], [], False
+            if each.ended:
+                self.session.pages.release(each.number)
+            else:
+                self.session.pages.truncate(each.number, each.position)
+        self._stream()
+
+    def _accepted(self, there: list[_Sequence], scores: Tensor) -> tuple[list[int], list[int]]:
+        """Per sequence, how many drafts hold and the token after them."""
+        device = scores.device
+        counts = [len(each.drafts) for each in there]
+        most = max(counts)
+        drafts = torch.full((len(there), most), -1, dtype=torch.int64, device=device)
+        where = torch.tensor([(row, j) for row, count in enumerate(counts) for j in range(count + 1)], device=device).T
+        for row, each in enumerate(there):
+            drafts[row, : counts[row]] = torch.tensor(each.drafts, dtype=torch.int64)
+        lengths = torch.tensor(counts, dtype=torch.int32, device=device)
+        if not self.config.do_sample:
+            best = torch.zeros(len(there), most + 1, dtype=torch.int64, device=device)
+            best[where[0], where[1]] = scores.argmax(-1)
+            accepted, tokens = accept_drafts(drafts, lengths, best)
+            return accepted.tolist(), tokens.tolist()
+        wanted = scores.new_zeros(len(there), most + 1, scores.shape[1], dtype=torch.float32)
+        wanted[where[0], where[1]] = torch.softmax(scores.float(), dim=-1)
+        had = wanted.new_zeros(len(there), most, scores.shape[1])
+        for row, each in enumerate(there):
+            for j, chance in enumerate(each.drawn):
+                assert chance is not None
+                had[row, j] = chance
+        luck = torch.rand(len(there), most + 1, generator=self.generator, device=device)
+        accepted, tokens = accept_drafts(drafts, lengths, wanted, draft_probs=had, uniforms=luck)
+        return accepted.tolist(), tokens.tolist()
+
+    def _extend(self, each: _Sequence, tokens: list[int], at: list[int], scores: Tensor, logits: Tensor) -> None:
+        """Make tokens final, up to the one that ends the sequence."""
+        for j, (token, leave) in enumerate(zip(tokens, at, strict=True)):
+            each.ids[each.width + each.made] = token
+            each.made += 1
+            each.exits.append(leave)
+            if self.keep and self.config.output_scores:
+                each.scores.append(scores[j].clone())
+            if self.keep and self.config.output_logits:
+                each.logits.append(logits[j].clone())
+            self.work.rows += 1
+            if each.length is None and self.stops(each.ids[: each.width + each.made], scores[j] if self.keep else None):
+                each.length = each.made
+            if self._over(each):
+                each.ended = True
+                return
+
+    def _over(self, each: _Sequence) -> bool:
+        """No more tokens are wanted. Without an end token transformers goes on until every sequence has met a criterion."""
+        if each.made == self.limit or (self.stops.has_eos and each.length is not None):
+            return True
+        return each.length is not None and all(other.length is not None for other in self.sequences)
+
+    # -- what comes out -------------------------------------------------------------------------------------------------
+
+    def _columns(self) -> int:
+        return max((each.length or each.made for each in self.sequences), default=0)
+
+    def _stream(self) -> None:
+        """Columns that every sequence has reached, or has ended before."""
+        if self.streamer is None:
+            return
+        done = min((each.made for each in self.sequences if not each.ended), default=self._columns())
+        for column in range(self.streamed, done):
+            self.streamer.put(torch.tensor([self._token(each, column) for each in self.sequences]))
+        self.streamed = max(self.streamed, done)
+
+    def _token(self, each: _Sequence, column: int) -> int:
+        return int(each.ids[each.width + column]) if column < each.made else int(self.config._pad_token_tensor)
+
+    def _output(self, input_ids: Tensor, prompt_work: Work) -> Any:
+        columns = self._columns()
+        made = torch.tensor([[self._token(each, column) for column in range(columns)] for each in self.sequences])
+        ids = torch.cat([input_ids, made.reshape(len(self.sequences), columns).to(input_ids)], dim=-1)
+        if not self.keep:
+            return ids
+        from dyndepth.runtime.output import DynamicDepthOutput
+
+        depths = torch.full((len(self.sequences), columns), -1, dtype=torch.int32)
+        for row, each in enumerate(self.sequences):
+            depths[row, : min(each.made, columns)] = torch.tensor(each.exits[:columns], dtype=torch.int32)
+        return DynamicDepthOutput(
+            sequences=ids,  # type: ignore[arg-type]
+            scores=self._steps("scores", columns) if self.config.output_scores else None,  # type: ignore[arg-type]
+            logits=self._steps("logits", columns) if self.config.output_logits else None,  # type: ignore[arg-type]
+            exit_layers=depths,
+            layers_run=torch.where(depths >= 0, self.model.depth, -1).int(),
+            bands_taken=torch.zeros_like(depths, dtype=torch.int64),
+            work=self.work,
+            prompt_work=prompt_work,
+            kv="recompute",
+            drafted=torch.tensor([each.drafted for each in self.sequences]),
+            accepted=torch.tensor([each.accepted for each in self.sequences]),
+        )
+
+    def _steps(self, name: str, columns: int) -> tuple[Tensor, ...]:
+        """Per new token, fp32 [batch, V]; zero after the end of a sequence."""
+        nothing = torch.zeros(self.model.vocab_size, device=self.model.device)
+        kept = [getattr(each, name) for each in self.sequences]
+        return tuple(torch.stack([rows[c] if c < len(rows) else nothing for rows in kept]) for c in range(columns))

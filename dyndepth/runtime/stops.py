@@ -1,0 +1,67 @@
+"""Processors and stopping criteria of transformers for sequences that grow raggedly: asked per sequence and prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Processors whose answer for a row depends on nothing but its logits: one call serves rows of any prefixes.
+_PREFIX_FREE = {
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper",
+    "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization",
+}  # fmt: skip
+
+
+class Processed:
+    """A transformers LogitsProcessorList, called with every row's own prefix."""
+
+    def __init__(self, processors: Any) -> None:
+        self.processors = processors
+        self.empty = len(processors) == 0
+        self._free = all(
+            type(each).__name__ in _PREFIX_FREE and type(each).__module__.startswith("transformers.") for each in processors
+        )
+
+    def __call__(self, prefixes: Sequence[Tensor], logits: Tensor) -> Tensor:
+        """Scores fp32 [n, V] from logits [n, V]; `prefixes[i]` int64 [t_i] is what the processors see as input_ids of row i."""
+        if self.empty or not prefixes:
+            return logits
+        if self._free:
+            return self.processors(torch.zeros(len(prefixes), 1, dtype=torch.int64, device=logits.device), logits)
+        return torch.cat(
+            [
+                self.processors(prefix[None].to(logits.device), logits[row : row + 1].clone())
+                for row, prefix in enumerate(prefixes)
+            ]
+        )
+
+
+class Stops:
+    """A transformers StoppingCriteriaList, asked for one sequence at one length at a time."""
+
+    def __init__(self, criteria: Any) -> None:
+        #: There is an end-of-sequence token: what follows it is padding.
+        self.has_eos = any(hasattr(each, "eos_token_id") for each in criteria)
+        self._ends: set[int] = set()
+        self._longest: int | None = None
+        self._others = []
+        for each in criteria:
+            plain = type(each).__module__.startswith("transformers.")
+            if plain and type(each).__name__ == "EosTokenCriteria":
+                self._ends.update(each.eos_token_id.flatten().tolist())
+            elif plain and type(each).__name__ == "MaxLengthCriteria":
+                self._longest = each.max_length if self._longest is None else min(self._longest, each.max_length)
+            else:
+                self._others.append(each)
+
+    def __call__(self, ids: Tensor, scores: Tensor | None = None) -> bool:
+        """Whether the sequence int64 [t] ends with its last token; `scores` fp32 [V] are those it was chosen from."""
+        if self._longest is not None and ids.shape[0] >= self._longest:
+            return True
+        if self._ends and int(ids[-1]) in self._ends:
+            return True
+        given = None if scores is None else (scores[None],)
+        return any(bool(torch.as_tensor(each(ids[None], given)).any()) for each in self._others)
