@@ -59,10 +59,10 @@ class _Sequence:
         """Of the first row that is not final: that of the newest final token."""
         return self.prompt - 1 + self.made
 
-    def prefix(self, drafts: int) -> Tensor:
-        """ids with the first `drafts` drafts."""
-        end = self.width + self.made
-        return self.ids[:end] if drafts == 0 else torch.cat([self.ids[:end], self.ids.new_tensor(self.drafts[:drafts])])
+    def prefix(self, drafts: int) -> tuple[int, Tensor]:
+        """The request's number, and its ids with the first `drafts` drafts."""
+        ids = self.ids[: self.width + self.made]
+        return self.number, ids if drafts == 0 else torch.cat([ids, ids.new_tensor(self.drafts[:drafts])])
 
 
 class Speculation:
@@ -82,13 +82,14 @@ class Speculation:
     ) -> None:
         self.model, self.session, self.config, self.generator, self.streamer = model, session, config, generator, streamer
         self.work, self.most = work, drafts
-        self.processed, self.stops = Processed(processor), Stops(criteria)
+        self.processor, self.stops = processor, Stops(criteria)
         self.keep = bool(config.return_dict_in_generate)
         self.parked = Parked.nothing(torch.empty(0, model.hidden_size, dtype=model.dtype, device=model.device))
         self.streamed = 0
 
     def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
         self.limit = max(self.config.max_length - input_ids.shape[1], 1)
+        self.processed = Processed(self.processor, len(prompts))
         self.sequences = []
         for number, (ids, rows) in enumerate(zip(input_ids.cpu(), prompts, strict=True)):
             room = torch.cat([ids, ids.new_zeros(self.limit)])
@@ -184,10 +185,12 @@ class Speculation:
             each.drafted += len(each.drafts)
             begin += len(each.drafts) + 1
             each.drafts, each.at, each.drawn, each.held = [], [], [], False
-            if each.ended:
+            self.session.pages.truncate(each.number, each.position)
+        for each in self.sequences:
+            if not each.ended and self._over(each):
+                each.ended = True
+                self.parked = self.parked.where(self.parked.seq != each.number)
                 self.session.pages.release(each.number)
-            else:
-                self.session.pages.truncate(each.number, each.position)
         self._stream()
 
     def _accepted(self, there: list[_Sequence], scores: Tensor) -> tuple[list[int], list[int]]:
@@ -229,15 +232,15 @@ class Speculation:
             self.work.rows += 1
             if each.length is None and self.stops(each.ids[: each.width + each.made], scores[j] if self.keep else None):
                 each.length = each.made
-            if self._over(each):
-                each.ended = True
+            if each.made == self.limit or (self.stops.has_eos and each.length is not None):
                 return
 
     def _over(self, each: _Sequence) -> bool:
         """No more tokens are wanted. Without an end token transformers goes on until every sequence has met a criterion."""
         if each.made == self.limit or (self.stops.has_eos and each.length is not None):
             return True
-        return each.length is not None and all(other.length is not None for other in self.sequences)
+        lengths = [other.length for other in self.sequences]
+        return None not in lengths and each.made >= max(length or 0 for length in lengths)
 
     # -- what comes out -------------------------------------------------------------------------------------------------
 

@@ -16,27 +16,48 @@ _PREFIX_FREE = {
 
 
 class Processed:
-    """A transformers LogitsProcessorList, called with every row's own prefix."""
+    """A transformers LogitsProcessorList, called with every row's own prefix.
 
-    def __init__(self, processors: Any) -> None:
-        self.processors = processors
+    Some processors keep something per request and want as many rows as there are requests: every call has a row for each
+    request, in order, and those that ask for nothing carry what another one asked.
+    """
+
+    def __init__(self, processors: Any, requests: int) -> None:
+        self.processors, self.requests = processors, requests
         self.empty = len(processors) == 0
         self._free = all(
             type(each).__name__ in _PREFIX_FREE and type(each).__module__.startswith("transformers.") for each in processors
         )
 
-    def __call__(self, prefixes: Sequence[Tensor], logits: Tensor) -> Tensor:
-        """Scores fp32 [n, V] from logits [n, V]; `prefixes[i]` int64 [t_i] is what the processors see as input_ids of row i."""
+    def __call__(self, prefixes: Sequence[tuple[int, Tensor]], logits: Tensor) -> Tensor:
+        """Scores fp32 [n, V] from logits [n, V].
+
+        `prefixes[i]` is the request of row i and int64 [t_i], what the processors see as its input_ids.
+        """
         if self.empty or not prefixes:
             return logits
         if self._free:
             return self.processors(torch.zeros(len(prefixes), 1, dtype=torch.int64, device=logits.device), logits)
-        return torch.cat(
-            [
-                self.processors(prefix[None].to(logits.device), logits[row : row + 1].clone())
-                for row, prefix in enumerate(prefixes)
-            ]
-        )
+        scores = torch.empty_like(logits)
+        for together in self._calls(prefixes):
+            anyone = next(iter(together.values()))
+            rows = [together.get(request, anyone) for request in range(self.requests)]
+            ids = torch.stack([prefixes[row][1] for row in rows]).to(logits.device)
+            found = self.processors(ids, logits[rows])
+            for request, row in together.items():
+                scores[row] = found[request]
+        return scores
+
+    @staticmethod
+    def _calls(prefixes: Sequence[tuple[int, Tensor]]) -> list[dict[int, int]]:
+        """Rows by request, for as few calls as can be: prefixes of a call are equally long and of different requests."""
+        calls: dict[tuple[int, int], dict[int, int]] = {}
+        for row, (request, prefix) in enumerate(prefixes):
+            turn = 0
+            while request in calls.setdefault((prefix.shape[0], turn), {}):
+                turn += 1
+            calls[prefix.shape[0], turn][request] = row
+        return list(calls.values())
 
 
 class Stops:
