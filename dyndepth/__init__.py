@@ -20,6 +20,8 @@ _LAZY = {
     "Exits": "dyndepth.exits",
     "Band": "dyndepth.exits",
     "generate": "dyndepth.runtime.entry",
+    "Engine": "dyndepth.engine",
+    "Request": "dyndepth.engine",
     "convert": "dyndepth.runtime.convert",
     "revert": "dyndepth.runtime.convert",
     "fit": "dyndepth.closed_form",
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from dyndepth import demo, errors, exits, ops
     from dyndepth.calibration import calibrate
     from dyndepth.closed_form import fit
+    from dyndepth.engine import Engine, Request
     from dyndepth.exits import Band, Exits
     from dyndepth.op import backend
     from dyndepth.runtime.convert import convert, revert
@@ -39,8 +42,8 @@ if TYPE_CHECKING:
     from dyndepth.training import train
 
 __all__ = [
-    "Band", "Exits", "__version__", "backend", "calibrate", "convert", "demo", "errors", "exits", "fit", "generate", "ops",
-    "recipes", "revert", "train",
+    "Band", "Engine", "Exits", "Request", "__version__", "backend", "calibrate", "convert", "demo", "errors", "exits", "fit",
+    "generate", "ops", "recipes", "revert", "train",
 ]  # fmt: skip
 
 

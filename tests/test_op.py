@@ -56,7 +56,7 @@ LAYERS = {
     **dict.fromkeys(("cuda", "ops"), 2),
     **dict.fromkeys(("testing", "exits", "plan"), 3),
     "runtime": 4,
-    "data": 5,
+    **dict.fromkeys(("data", "engine"), 5),
     "closed_form": 6,
     **dict.fromkeys(("calibration", "training"), 7),
     "recipes": 8,

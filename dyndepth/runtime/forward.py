@@ -99,17 +99,19 @@ class _Pass:
             if number in bands:
                 self._boundary(bands[number])
             if number in self.hold and rows.live:
-                self.away.insert(0, _Away(rows.live, number, model.depth, held=True))
-                self.lead = 0
-                rows.set_live(0)
+                self._hold(number)
             self._join(number)
             if rows.live == 0:
                 # Nobody reads the weights of the next layers: the away rows get their K,V there all at once.
                 if propagate and number >= idle_until:
                     idle_until = min((group.resume for group in self.away), default=model.depth)
-                    self.plan.propagation.store(rows.hidden, rows.pos, rows.slots, number, idle_until, self.context)
+                    count = self._carried()
+                    hidden, pos, slots = rows.hidden[:count], rows.pos[:count], rows.slots[:count]
+                    if count:
+                        self.plan.propagation.store(hidden, pos, slots, number, idle_until, self.context)
                 continue
-            self._layers(number, end, len(rows) if propagate else rows.live)
+            idle_until = 0  # who goes away from now on has nothing there
+            self._layers(number, end, self._carried() if propagate else rows.live)
             self.work[number:end] = [rows.live] * (end - number)
         return self._result()
 
@@ -122,6 +124,10 @@ class _Pass:
         counter = rows.counter if carried > rows.live else None
         for layer in model.layers[begin:end]:
             layer.run(rows.hidden, rows.live, carried, rows.seq, rows.pos, rows.slots, context, counter)
+
+    def _carried(self) -> int:
+        """Rows but those that wait from an earlier pass, which lie last: their K,V below are their own."""
+        return len(self.rows) - sum(group.count for group in self.away if group.band is None and not group.held)
 
     # -- boundaries -----------------------------------------------------------------------------------------------------
 
@@ -155,6 +161,15 @@ class _Pass:
         rows.set_live(before + brought)
         self.lead += brought
         return groups
+
+    def _hold(self, boundary: int) -> None:
+        """The live rows stop here; those that make tokens lie before those that follow them."""
+        rows, depth = self.rows, self.plan.model.depth
+        if rows.live > self.lead:
+            self.away.insert(0, _Away(rows.live - self.lead, boundary, depth, follow=True))
+        self.away.insert(0, _Away(self.lead, boundary, depth, held=True))
+        self.lead = 0
+        rows.set_live(0)
 
     def _join(self, boundary: int) -> None:
         """Rows that waited here go on: those whose own token is due, then those whose sequence has a row that goes on."""
@@ -192,7 +207,7 @@ class _Pass:
         block = plan.blocks.get(band.leave)
         if block is not None:
             # Rows that wait have their own K,V here already, or will when they come; others give what they left with.
-            block.store(rows, self.context, rows.live if plan.kv_policy == "recompute" else len(rows))
+            block.store(rows, self.context, rows.live if plan.kv_policy == "recompute" else self._carried())
         if not plan.open or self.lead == 0 or plan.closed(band):
             return
         decided = self._decide(band, block)

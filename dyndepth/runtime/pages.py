@@ -64,9 +64,23 @@ class Pages:
         self._free = list(range(pages - 1, -1, -1))
 
     @property
+    def sequences(self) -> int:
+        """Sequences there are places for."""
+        return len(self._owned)
+
+    @property
     def free(self) -> int:
         """Number of pages nobody owns, of those there are now."""
         return len(self._free)
+
+    @property
+    def available(self) -> int:
+        """Pages that can still be taken, those there is no memory for yet included."""
+        return len(self._free) + self.limit - self.total
+
+    def needed(self, sequence: int, length: int) -> int:
+        """Pages that `reserve` would take."""
+        return max(0, self._pages_for(length) - len(self._owned[sequence]))
 
     @property
     def total(self) -> int:
@@ -87,11 +101,11 @@ class Pages:
 
     def reserve(self, sequence: int, length: int) -> None:
         """Make positions [0, length) of a sequence writable. Takes nothing if the pages do not suffice."""
-        missing = self._pages_for(length) - len(self._owned[sequence])
-        if missing > len(self._free) + self.limit - self.total:
+        missing = self.needed(sequence, length)
+        if missing > self.available:
             raise PagesFullError(
                 f"Pages: sequence {sequence} wants {missing} more pages for {length} positions, "
-                f"{len(self._free) + self.limit - self.total} of {self.limit} pages of {self.page_size} are free"
+                f"{self.available} of {self.limit} pages of {self.page_size} are free"
             )
         if missing > len(self._free):
             self._grow(missing - len(self._free))

@@ -165,7 +165,7 @@ class Session:
             seq, pos: per row, its sequence and position; positions must fit the capacity.
             tokens: int64 [n] ids, or `embeds` [n, d] token embeddings.
             step: per row, tokens generated before it (0 by default).
-            may_leave: bool [n] or one bool for all rows.
+            may_leave: bool [n] or one bool for all rows; rows taken up may be left out, they may leave.
             parked: rows of earlier passes to take up (`left` makes them); they come after the others in the result.
             hold: boundaries where rows that do not leave stop, to be taken up later.
         """
@@ -243,7 +243,7 @@ class Session:
             step=torch.zeros_like(positions) if step is None else torch.as_tensor(step).to(device=device, dtype=torch.int32),
             may_leave=torch.full((count,), may_leave, device=device)
             if isinstance(may_leave, bool)
-            else torch.cat([may_leave.to(device), may_leave.new_ones(count - len(fresh), device=device)]),
+            else torch.cat([may_leave.to(device), may_leave.new_ones(count - may_leave.shape[0], device=device)]),
             joins=() if parked is None else parked.groups(),
         )
         if parked is not None:

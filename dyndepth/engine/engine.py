@@ -1,0 +1,311 @@
+"""The engine: requests that come and go, one pass per step, rows parked at exit points until a rule sends them on.
+
+Re-batching (DREX, Liu et al. 2025, arXiv:2512.15705) without involuntary exits or stays: a row leaves where its criterion says
+so and nowhere else. What waits is a row with its residual; the other requests go on meanwhile. Which rows run together changes
+no row's arithmetic on the CPU's kernels, so a request's tokens do not depend on the others, on rules or on preemption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dyndepth.engine.request import Request
+from dyndepth.engine.rules import Immediate, Moment, Rule, Waiting
+from dyndepth.errors import ArgumentError, PagesFullError
+from dyndepth.exits import Exits
+from dyndepth.runtime.bind import bind
+from dyndepth.runtime.forward import Result
+from dyndepth.runtime.parked import Parked
+from dyndepth.runtime.policies import EXACT
+from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING, Session
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token of a request, where its row left (the number of layers: the top), and whether the request ended with it."""
+
+    request: Request
+    token: int
+    exit_layer: int
+    last: bool
+
+
+@dataclass
+class Counts:
+    """What an engine did."""
+
+    passes: int = 0
+    #: Passes that sent waiting rows on, by boundary, and how many rows.
+    flushes: dict[int, int] = field(default_factory=dict)
+    flushed: dict[int, int] = field(default_factory=dict)
+    #: The longest that a row has waited, in passes.
+    longest_wait: int = 0
+    #: Rows that their criterion could not let go because too many tokens were parked (`recompute` only).
+    kept: int = 0
+    preempted: int = 0
+    #: Rows judged at each boundary that makes tokens leave, and those that left.
+    judged: dict[int, int] = field(default_factory=dict)
+    left: dict[int, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Decoding for requests that arrive at any time.
+
+        engine = dyndepth.Engine(model, exits)
+        engine.add_request(Request(prompt_ids, max_new_tokens=64, ends=[tokenizer.eos_token_id]))
+        for event in engine.stream(): ...
+
+    Args:
+        causal_lm: the model.
+        exits: dyndepth.Exits for it, None for full depth.
+        kv: K,V policy, as for dyndepth.generate.
+        rule: when rows that wait go on (dyndepth.engine.rules); None: at once.
+        slots: requests that run together.
+        longest: positions a request may take, prompt included.
+        page_size, pages: geometry of the K,V pages; None: as many as all slots can need. With fewer, requests wait for pages
+            and, when pages run out, the latest request gives its own back and is run again later.
+        longest_wait: passes after which a waiting row goes on, whatever the rule says.
+        pending: with kv="recompute", tokens of a request that may be parked before its next one runs every layer.
+        chunk: prompt rows per step, and per pass.
+    """
+
+    def __init__(
+        self,
+        causal_lm: Any,
+        exits: Exits | None = None,
+        *,
+        kv: str | None = None,
+        rule: Rule | None = None,
+        slots: int = 16,
+        longest: int = 2048,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        pages: int | None = None,
+        longest_wait: int = 32,
+        pending: int = DEFAULT_PENDING,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        for name, value in (("slots", slots), ("longest", longest), ("longest_wait", longest_wait)):
+            if value < 1:
+                raise ArgumentError(f"Engine: {name} must be at least 1, got {value}")
+        self.model = bind(causal_lm)
+        self.session = Session(
+            self.model, [longest] * slots, exits, kv=kv, page_size=page_size, pages=pages, chunk=chunk, pending=pending,
+            first=[0] * slots,
+        )  # fmt: skip
+        if self.session.kv_policy == "release" and not isinstance(rule, Immediate | None):
+            raise ArgumentError(f"Engine: under kv='release' rows go on at once, so rule must be Immediate(), got {rule!r}")
+        self.longest, self.longest_wait, self.rule = longest, longest_wait, rule or Immediate()
+        self._points = [band.leave for band in exits or () if band.resume == self.model.depth]
+        self._queue: list[Request] = []
+        self._running: dict[int, Request] = {}
+        self._parked = Parked.nothing(torch.empty(0, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device))
+        self._numbers = 0
+        self.counts = Counts()
+        #: Rows x layers of decoding, of prompts, and of rows that ran again after a preemption.
+        self.work, self.prompt_work, self.repeated = self.session.work(), self.session.work(), self.session.work()
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> Request:
+        """Queue a request; it joins when a slot and pages are free, in the order of arrival. Returns it."""
+        if request.number >= 0:
+            raise ArgumentError("Engine: the request was added before; make a new one")
+        most = request.prompt.shape[0] + request.max_new_tokens - 1
+        room = min(self.longest, self.session.pages.limit * self.session.pages.page_size)
+        if most > room:
+            raise ArgumentError(f"Engine: the request can take {most} positions, there is room for {room}")
+        low, high = int(request.prompt.min()), int(request.prompt.max())
+        if low < 0 or high >= self.model.vocab_size:
+            raise ArgumentError(f"Engine: prompt ids must be in [0, {self.model.vocab_size}), got {low} to {high}")
+        request.number, self._numbers = self._numbers, self._numbers + 1
+        self._queue.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request and give back what it holds; the tokens it has stay. Harmless when it is done."""
+        if request.done:
+            return
+        if request in self._queue:
+            self._queue.remove(request)
+        elif self._running.get(request.slot) is request:
+            self._drop(request)
+        else:
+            raise ArgumentError("Engine: cannot cancel a request that is not this engine's")
+        request.state = "cancelled"
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._queue or self._running)
+
+    def stream(self) -> Iterator[Event]:
+        """Steps until nothing is left, and yields every token as it comes."""
+        while self.busy:
+            yield from self.step()
+
+    # -- one pass -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Let requests join, run one pass, and return the tokens it made (none when rows only came to wait)."""
+        self._admit()
+        self._make_room()
+        fresh = [request for request in self._running.values() if not request.waits_at]
+        if not self._running:
+            return []
+        going = self._going(fresh)
+        hold = frozenset(self._points) - going
+        waiting = {request.slot for request in self._running.values() if request.waits_at in going and request.waits_at}
+        present = np.isin(self._parked.seq, [request.slot for request in fresh] + sorted(waiting))
+        taken = self._parked.where(present & (~self._parked.wants | np.isin(self._parked.seq, sorted(waiting))))
+        others = self._parked.where(~present)
+        self._note(going, [request for request in self._running.values() if request.slot in waiting])
+        seq = [request.slot for request in fresh]
+        pos = [request.position for request in fresh]
+        step = [len(request.tokens) for request in fresh]
+        may_leave = torch.ones(len(fresh) + len(taken), dtype=torch.bool)
+        if self.session.kv_policy == "recompute":
+            early = {request.slot: request.early for request in self._running.values()}
+            may_leave = torch.tensor([early[slot] < self.session.pending for slot in [*seq, *taken.seq]], dtype=torch.bool)
+            self.counts.kept += int((~may_leave[: len(fresh)]).sum())
+        tokens = torch.tensor([request.newest for request in fresh], dtype=torch.int64)
+        result = self.session.run(seq, pos, tokens=tokens, step=step, may_leave=may_leave, parked=taken, hold=hold)
+        self.counts.passes += 1
+        self.work.add(result, 0)
+        if hold or self.session.kv_policy == "recompute":
+            others = self.session.left(result, seq, pos, step, taken) + others
+        self._parked = others
+        makers = [*fresh, *(self._running[slot] for slot in taken.seq[taken.wants].tolist())]
+        rows = [*range(len(fresh)), *(len(fresh) + np.flatnonzero(taken.wants)).tolist()]
+        return self._tokens(makers, rows, result)
+
+    def _going(self, fresh: list[Request]) -> frozenset[int]:
+        """Boundaries where rows go on in this pass."""
+        now = time.monotonic()
+        found = []
+        for boundary in self._points:
+            waits = [request.since for request in self._running.values() if request.waits_at == boundary]
+            passes = max((self.counts.passes - since for since, _ in waits), default=0)
+            seconds = max((now - began for _, began in waits), default=0.0)
+            found.append(Waiting(boundary, len(waits), passes, seconds))
+        rates = {point: self.counts.left.get(point, 0) / judged for point, judged in self.counts.judged.items()}
+        context = sum(request.position + 1 for request in self._running.values()) // len(self._running)
+        going = self.rule(found, Moment(len(fresh), len(self._running), context, rates)) & frozenset(self._points)
+        going |= {each.boundary for each in found if each.passes >= self.longest_wait}
+        if not fresh and not any(each.rows for each in found if each.boundary in going):
+            going |= {max(found, key=lambda each: each.passes if each.rows else -1).boundary}
+        return frozenset(going)
+
+    def _note(self, going: frozenset[int], waiting: list[Request]) -> None:
+        counts = self.counts
+        for boundary in going:
+            rows = [request for request in waiting if request.waits_at == boundary]
+            if rows:
+                counts.flushes[boundary] = counts.flushes.get(boundary, 0) + 1
+                counts.flushed[boundary] = counts.flushed.get(boundary, 0) + len(rows)
+                counts.longest_wait = max(counts.longest_wait, *(counts.passes - request.since[0] for request in rows))
+
+    def _tokens(self, makers: list[Request], rows: list[int], result: Result) -> list[Event]:
+        """Give every maker its token, or note that it waits."""
+        depths = result.exit_layer.tolist()
+        held = [False] * len(depths) if result.held is None else result.held.tolist()
+        self._judged(makers, [depths[row] for row in rows], [held[row] for row in rows])
+        now = time.monotonic()
+        due = []
+        for request, row in zip(makers, rows, strict=True):
+            if held[row]:
+                if request.waits_at != depths[row]:
+                    request.since, request.waits_at = (self.counts.passes, now), depths[row]
+            else:
+                request.waits_at = 0
+                due.append((request, row))
+        if not due:
+            return []
+        chosen = torch.tensor([row for _, row in due], device=result.ready.device)
+        logits = self.model.logits(result.ready[chosen])
+        best = logits.argmax(-1).tolist()
+        events = []
+        for at, (request, row) in enumerate(due):
+            plain = request.processors is None and not request.sample
+            token = best[at] if plain else request.choose(logits[at])
+            early = depths[row] < self.model.depth
+            request.tokens.append(token)
+            request.exit_layers.append(depths[row])
+            request.early = request.early + 1 if early else 0
+            self.work.rows += 1
+            over = token in request.ends or len(request.tokens) == request.max_new_tokens
+            if over:
+                self._drop(request)
+                request.state = "finished"
+            events.append(Event(request, token, depths[row], over))
+        return events
+
+    def _judged(self, makers: list[Request], depths: list[int], held: list[bool]) -> None:
+        """Rates for rules: rows that came past each exit point in this pass, and those that left there."""
+        for request, depth, waits in zip(makers, depths, held, strict=True):
+            for point in self._points:
+                if request.waits_at < point <= depth:
+                    self.counts.judged[point] = self.counts.judged.get(point, 0) + 1
+            if depth < self.model.depth and not waits:
+                self.counts.left[depth] = self.counts.left.get(depth, 0) + 1
+
+    # -- slots and pages ------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Queued requests take free slots while there are pages for them, about `chunk` prompt rows per step."""
+        budget = self.session.chunk
+        while self._queue and budget > 0:
+            slot = next((slot for slot in range(self.session.pages.sequences) if slot not in self._running), None)
+            request = self._queue[0]
+            pages = self.session.pages
+            # A page for each that runs: otherwise who joins would take what the others need next, and be put back at once.
+            if slot is None or pages.needed(slot, request.position + 1) + len(self._running) > pages.available:
+                return
+            self._queue.pop(0)
+            request.slot, request.state, request.waits_at = slot, "running", 0
+            self._running[slot] = request
+            budget -= request.position
+            self._build(request)
+
+    def _build(self, request: Request) -> None:
+        """K,V of every row but the newest: the prompt's at full depth, those of its tokens as they were judged."""
+        ids, prompt = request.ids[:-1], request.prompt.shape[0]
+        again = self.repeated if request.tokens else self.prompt_work
+        for begin in range(0, ids.shape[0], self.session.chunk):
+            part = torch.arange(begin, min(begin + self.session.chunk, ids.shape[0]))
+            judged = part >= prompt - 1
+            exact = self.session.kv_policy in EXACT or not bool(judged.any())
+            result = self.session.run(
+                torch.full_like(part, request.slot), part, tokens=ids[part], step=(part - prompt + 1).clamp_min(0),
+                may_leave=False if exact else judged,
+            )  # fmt: skip
+            again.add(result, len(part))
+
+    def _make_room(self) -> None:
+        """Pages for the next row of every running request, or, latest first, requests give theirs back."""
+        for request in sorted(self._running.values(), key=lambda each: each.number):
+            while request.state == "running":
+                try:
+                    self.session.pages.reserve(request.slot, request.position + 1)
+                    break
+                except PagesFullError:
+                    self._preempt(max(self._running.values(), key=lambda each: each.number))
+
+    def _preempt(self, request: Request) -> None:
+        self._drop(request)
+        request.state, request.waits_at = "queued", 0
+        request.preempted += 1
+        self.counts.preempted += 1
+        self._queue.insert(sum(each.number < request.number for each in self._queue), request)
+
+    def _drop(self, request: Request) -> None:
+        """Take a request out of its slot."""
+        del self._running[request.slot]
+        self.session.pages.release(request.slot)
+        self._parked = self._parked.where(self._parked.seq != request.slot)
+        request.slot = -1
