@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	static-report compare depth-efficiency kernel-ratios soak wheel clean
+	static-report compare depth-efficiency kernel-ratios policies soak wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -67,6 +67,10 @@ compare: $(VENV)/.built
 # Time saved by rows that leave at random, against a machine that saves all of it; and what exits cost that nobody takes.
 depth-efficiency: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build
+
+# K,V policies, lossless generation and re-batching beside full depth: speed, exactness, quality; half an hour.
+policies: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/policies.py build
 
 # Three kernels against what one would write without them; a minute.
 kernel-ratios: $(VENV)/.built

@@ -90,7 +90,69 @@ def kernel_ratios(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-TABLES = {"kernel_ratios": kernel_ratios, "compare": compare, "depth_efficiency": depth_efficiency, "soak": soak}
+def policies_speed(results: Path) -> str:
+    """What `make policies` found about speed."""
+    found = _load(results / "policies.json")
+    lines = _header("batch", "", "tokens/s (p10–p90)", "times full depth", "rows × layers", "drafts accepted")
+    for row in found["speed"]:
+        work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
+        drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
+        lines.append(
+            f"| {row['batch']} | {row['system']} | {row['tokens_per_s']:.1f} ({row['p10']:.1f}–{row['p90']:.1f}) "
+            f"| {row['times_full']:.2f} | {work} | {drafts} |"
+        )
+    return "\n".join([*lines, "", _policies(found), ""])
+
+
+def policies_lossless(results: Path) -> str:
+    """What `make policies` found about losslessness."""
+    found = _load(results / "policies.json")
+    lines = _header("dtype", "against", "batch", "sequences × tokens", "sequences that differ", "drafts accepted")
+    for row in found["lossless"]:
+        lines.append(
+            f"| {row['dtype']} | {row['against']} | {row['batch']} | {row['sequences']} × {row['tokens']} "
+            f"| {row['different']} | {row['accepted']} of {row['drafted']} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def policies_quality(results: Path) -> str:
+    """What `make policies` found about the tokens that stay."""
+    found = _load(results / "policies.json")
+    names = list(dict.fromkeys(row["policy"] for row in found["quality"]))
+    lines = _header("tokens that left", "tokens judged", *(f"{name}: agreement, KL" for name in names))
+    for share in dict.fromkeys(row["share"] for row in found["quality"]):
+        rows = {row["policy"]: row for row in found["quality"] if row["share"] == share}
+        cells = [f"{rows[name]['agreement']:.1%}, {rows[name]['kl']:.4f}" for name in names]
+        lines.append(f"| {share:.0%} | {rows[names[0]]['tokens']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def policies_engine(results: Path) -> str:
+    """What `make policies` found about re-batching."""
+    found = _load(results / "policies.json")
+    lines = _header("rule", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "rows that left", "passes",
+                    "rows that waited", "longest wait, passes")  # fmt: skip
+    for row in found["engine"]:
+        lines.append(
+            f"| {row['system']} | {row['tokens_per_s']:.0f} | {row['p50_s']:.2f} | {row['p99_s']:.2f} "
+            f"| {row['rows_x_layers']:.1%} | {row['left']:.1%} | {row['passes']} | {row['flushed']} | {row['longest_wait']} |"
+        )
+    first = found["engine"][0]
+    text = f"{first['requests']} requests arrive at once, {first['slots']} slots. {_policies(found)}"
+    return "\n".join([*lines, "", text, ""])
+
+
+def _policies(found: dict[str, Any]) -> str:
+    asked = found["settings"]
+    return f"`make policies`: {asked['model']}, bfloat16, {asked['threads']} threads, in turn, medians. {_machine(found)}"
+
+
+TABLES = {
+    "kernel_ratios": kernel_ratios, "compare": compare, "depth_efficiency": depth_efficiency, "soak": soak,
+    "policies_speed": policies_speed, "policies_lossless": policies_lossless, "policies_quality": policies_quality,
+    "policies_engine": policies_engine,
+}  # fmt: skip
 
 
 def _efficiency(cell: dict[str, Any]) -> str:

@@ -18,7 +18,9 @@ def generate(
     exits: Annotated[Path | None, typer.Option(help="Exits folder; none runs at full depth.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     chat: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template.")] = False,
-    kv: Annotated[str | None, typer.Option(help="predict, propagate or none.")] = None,
+    kv: Annotated[str | None, typer.Option(help="predict, propagate, copy, recompute, release or none.")] = None,
+    mode: Annotated[str, typer.Option(help="dynamic, or lossless: early exits draft, the full model verifies.")] = "dynamic",
+    drafts: Annotated[int, typer.Option(help="With --mode lossless, drafts before they are verified.")] = 4,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Continue prompts with dynamic depth, every token coloured by the layers it ran."""
@@ -30,8 +32,8 @@ def generate(
     texts = chat_of(tokenizer, list(prompts), chat)
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
     out = causal_lm.generate(
-        **inputs, custom_generate=dyndepth.generate, exits=loaded, kv=kv, max_new_tokens=max_new_tokens, do_sample=False,
-        return_dict_in_generate=True,
+        **inputs, custom_generate=dyndepth.generate, exits=loaded, kv=kv, mode=mode, drafts=drafts,
+        max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True,
     )  # fmt: skip
     console = Console()
     width, depth = inputs["input_ids"].shape[1], causal_lm.config.num_hidden_layers
@@ -40,6 +42,8 @@ def generate(
         f"{out.work.run} of {out.work.possible} rows x layers ({out.work.fraction:.1%}), K,V policy {out.kv}",
         highlight=False,
     )
+    if out.drafted is not None:
+        console.print(f"{int(out.accepted.sum())} of {int(out.drafted.sum())} drafts accepted; the text is the full model's")
     if loaded is not None and loaded.certificate is not None:
         from dyndepth.calibration import describe
 
