@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import refuse_wrong_answers
+from harness import DTYPES, refuse_wrong_answers
 
 from dyndepth import ops  # noqa: F401  (registers the ops)
 from dyndepth.files import replacing
@@ -75,13 +75,14 @@ def main() -> None:
     rows = []
     for op in sorted(REGISTRY):
         moved = importlib.import_module(f"bench_{op}").moved
+        dtype = DTYPES.get(op, [torch.bfloat16])[-1]
         for case in CASES[op]:
             if not case.bench:
                 continue
             for provider in REGISTRY[op].providers:
                 if provider == "cpp" or REGISTRY[op].providers[provider].missing() is not None:
                     continue
-                arguments = case.build(torch.bfloat16, "cuda")
+                arguments = case.build(dtype, "cuda")
                 refuse_wrong_answers(op, arguments, provider)
                 with backend(provider):
                     try:
@@ -96,7 +97,7 @@ def main() -> None:
                     {
                         "op": op,
                         "case": case.name,
-                        "dtype": "bfloat16",
+                        "dtype": str(dtype).removeprefix("torch."),
                         "provider": provider,
                         "median_us": median,
                         "p90_us": p90,

@@ -15,6 +15,7 @@ from dyndepth.testing.cases import Arguments, widened
 
 #: Names of the outputs, in order; `pages` is written in place.
 OUTPUTS = {
+    "accept_drafts": ["accepted", "token"],
     "exit_stats": ["argmax", "top1", "top2", "logsumexp", "entropy", "entropy_half"],
     "router_score": ["score"],
     "ragged_attention": ["out"],

@@ -148,7 +148,8 @@ def test_a_forced_provider_that_cannot_run_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"), [("gpu", "providers are cuda, triton, cpp, torch"), ("sort=cpp", "ops are backfill_kv")]
+    ("choice", "message"),
+    [("gpu", "providers are cuda, triton, cpp, torch"), ("sort=cpp", "ops are accept_drafts, backfill_kv")],
 )
 def test_unknown_names(choice: str, message: str) -> None:
     with pytest.raises(BackendError, match=message), backend(choice):

@@ -1,5 +1,6 @@
 """Public ops. Each file holds one op: contract, reference, fake and its providers' registration."""
 
+from dyndepth.ops.accept_drafts import accept_drafts
 from dyndepth.ops.backfill_kv import backfill_kv
 from dyndepth.ops.compact_rows import compact_rows
 from dyndepth.ops.exit_stats import ExitStats, exit_stats
@@ -11,6 +12,7 @@ from dyndepth.ops.store_kv import store_kv
 
 __all__ = [
     "ExitStats",
+    "accept_drafts",
     "backfill_kv",
     "compact_rows",
     "exit_stats",

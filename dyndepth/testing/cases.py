@@ -1,45 +1,17 @@
-"""One case list per op; it serves the tests and the benchmarks.
-
-`Case.build(dtype, device)` makes the arguments of the op's dispatcher (`torch.ops.dyndepth.<op>`), fresh and from a fixed
-seed. `bench` marks the shapes worth timing (a decode pass of SmolLM2-135M or Llama-3-8B); tests run them too unless
-they are `large`.
-"""
+"""One case list per op; it serves the tests and the benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dyndepth.testing.accept_cases import ACCEPT_DRAFTS
+from dyndepth.testing.case import Arguments as Arguments
+from dyndepth.testing.case import Case as Case
 from dyndepth.testing.linear_cases import linear
-
-Arguments = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    make: Callable[[torch.dtype, torch.Generator], Arguments]
-    bench: bool = False
-    #: Too slow for the tests of a small machine.
-    large: bool = False
-    #: Sized for a GPU: a small machine neither tests nor times it.
-    gpu: bool = False
-
-    def build(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Arguments:
-        generator = torch.Generator().manual_seed(20503005)
-        return {name: _to(value, device) for name, value in self.make(dtype, generator).items()}
-
-
-def _to(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, list):
-        return [_to(item, device) for item in value]
-    return value
 
 
 def widened(arguments: Arguments) -> Arguments:
@@ -313,6 +285,7 @@ def _decode(rows: int, context: int, shape: dict[str, int]) -> Paged:
 
 
 CASES: dict[str, list[Case]] = {
+    "accept_drafts": ACCEPT_DRAFTS,
     "compact_rows": [
         Case("empty", _compact(0, 8)),
         Case("one", _compact(1, 8)),
