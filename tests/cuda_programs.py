@@ -30,7 +30,8 @@ def source(op: str) -> str:
 
 def build(folder: Path, program: str, *flags: str) -> Path:
     target = folder / program
-    command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", *flags, "-o", str(target), str(HERE / f"{program}.cpp")]
+    always = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
+    command = ["g++", *always, *flags, "-o", str(target), str(HERE / f"{program}.cpp")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return target

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import cuda_programs
-import op_harness
 import pytest
-import torch
-
-from dyndepth.cuda import accept_drafts, compact_rows
-from dyndepth.op import REGISTRY
-from dyndepth.testing import CASES, Case, assert_same
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -35,27 +28,47 @@ RIGHT: dict[str, list[Arguments]] = {
         ("certain", 9, 0, 50),
         ("drawn", 12, 70, 5),
     ],
+    "store_kv": [
+        (dtype, *shape)
+        for dtype in ("float32", "bfloat16", "float16")
+        # rows, queries, heads, kv_heads, head_dim, rotary, elements before every first one
+        for shape in (
+            (1, 1, 4, 2, 16, 8, 0),
+            (9, 4, 6, 2, 20, 5, 0),
+            *((9, 9, 6, 2, 24, 8, shift) for shift in (0, 1, 4, 8)),
+            (7, 0, 4, 2, 16, 0, 0),
+            (7, 7, 4, 2, 15, 0, 0),
+            (40, 40, 9, 3, 64, 32, 0),
+            (5, 5, 1, 1, 1, 0, 1),
+            (6, 3, 40, 8, 128, 64, 0),
+        )
+    ],
 }
 #: Too long to repeat with other seeds.
 LONG: list[tuple[str, Arguments]] = [
     ("compact_rows", (70_000, "random")),
     ("accept_drafts", ("greedy", 70_000, 2)),
     ("accept_drafts", ("drawn", 3, 2, 128_256)),
+    ("store_kv", ("bfloat16", 70_000, 70_000, 1, 1, 16, 8, 0)),
 ]
 SANITIZED: dict[str, list[Arguments]] = {
     "compact_rows": [(rows, "random") for rows in (1, 33, 1024, 3000)],
     "accept_drafts": [
         ("greedy", 20, 33),
-        ("drawn", 8, 3, 33),
-        ("drawn", 8, 3, 1100),
-        ("certain", 8, 3, 1100),
-        ("drawn", 3, 0, 5),
+        *((kind, 10, 3, words) for kind in ("drawn", "certain") for words in (33, 1100)),
+        ("drawn", 10, 0, 5),
+    ],
+    "store_kv": [
+        (dtype, *shape)
+        for dtype in ("float32", "bfloat16", "float16")
+        for shape in ((9, 9, 6, 2, 24, 8, 0), (9, 4, 6, 2, 24, 8, 1), (9, 9, 6, 2, 20, 5, 0), (7, 7, 4, 2, 16, 0, 0))
     ],
 }
 #: Runs of which at least one notices a kernel that is wrong.
 TELLING: dict[str, list[Arguments]] = {
     "compact_rows": [(rows, "random") for rows in (70, 1024, 3000)],
     "accept_drafts": [("greedy", 30, 70), ("drawn", 12, 3, 40), ("certain", 12, 3, 40), ("drawn", 12, 3, 2100)],
+    "store_kv": [(dtype, 30, 20, 5, 2, 24, 8, 0) for dtype in ("float32", "bfloat16", "float16")],
 }
 MUTANTS = [
     ("compact_rows", "same & ((1u << lane) - 1)", "same & (1u << lane)"),
@@ -83,13 +96,24 @@ MUTANTS = [
     ("accept_drafts", "const double certain = q == nullptr", "const float certain = q == nullptr"),
     ("accept_drafts", "q + kept * q_place", "q"),
     ("accept_drafts", "p += row * p_row", "p += row * p_place * (most + 1)"),
+    ("store_kv", "row < a.q_rows && ", ""),
+    ("store_kv", "a.live == nullptr || row < *a.live", "true"),
+    ("store_kv", "(a.head_dim - a.rotary) /", "(a.head_dim - 2 * a.rotary) /"),
+    ("store_kv", "!has_query : slot < 0", "!has_query : false"),
+    ("store_kv", "} else if (slot >= 0) {", "} else {"),
+    ("store_kv", "pages + a.plane + key", "pages + key"),
+    ("store_kv", "a.k, row, kv_head", "a.k, row, head"),
+    ("store_kv", "a * c.item[i] - b * s.item[i]", "a * c.item[i] + b * s.item[i]"),
+    ("store_kv", "(sin + channel)", "(cos + channel)"),
+    ("store_kv", "copy<kItems>(from, to, rotary + channel)", "copy<kItems>(from, to, channel)"),
+    ("store_kv", "x == x ? ", "true ? "),
+    ("store_kv", " + (bits >> 16 & 1u)", ""),
+    ("store_kv", "0xfffu + (size >> 13 & 1u)", "0xfffu"),
+    ("store_kv", "size > 0x7f800000u ? 0x7e00u : 0x7c00u", "0x7c00u"),
+    ("store_kv", "size < (113u << 23)", "size < (112u << 23)"),
+    ("store_kv", "size >= (143u << 23)", "size >= (144u << 23)"),
 ]
 BARRIERS = [(op, number) for op in RIGHT for number in range(cuda_programs.source(op).count(cuda_programs.BARRIER))]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("libraries")
 
 
 @pytest.fixture(scope="module")
@@ -170,74 +194,7 @@ def test_a_right_kernel_passes(misuse: Path, kernel: str) -> None:
     assert cuda_programs.run(misuse, kernel).returncode == 0
 
 
-def host_cases(op: str) -> list[Any]:
-    """Those that a fiber per thread can afford."""
-    return [pytest.param(op, case, id=f"{op}-{case.name}") for case in CASES[op] if not (case.large or case.gpu)]
-
-
-@pytest.mark.parametrize(("op", "case"), [one for op in sorted(RIGHT) for one in host_cases(op)])
-def test_host_and_kernel_together(folder: Path, op: str, case: Case) -> None:
-    """The provider as a GPU would run it, launches aside: which kernel, how wide, and the arguments as bytes."""
-    arguments = case.build()
-    expected = op_harness._flat(REGISTRY[op].reference(**arguments))
-    own = op_harness.copied(arguments)
-    with cuda_programs.cuda_provider(op, folder) as kernels:
-        found = op_harness._flat(REGISTRY[op](**own))
-    rows = next(iter(arguments.values())).shape[0]
-    assert bool(kernels.launched) == (rows > 0)
-    for one, other in zip(found, expected, strict=True):
-        assert_same(one, other.contiguous(), f"{op} {case.name}")
-
-
-@pytest.mark.parametrize("name", ["greedy_long", "odd", "certain"])
-def test_drafts_at_any_strides(folder: Path, name: str) -> None:
-    arguments = next(case for case in CASES["accept_drafts"] if case.name == name).build()
-
-    def spread(value: Any) -> Any:
-        if value is None or value.dim() == 1:
-            return value
-        wide = value.new_zeros([3 * value.shape[1], 2 * value.shape[0], *[size + 5 for size in value.shape[2:]]])
-        view = wide[::3, ::2].transpose(0, 1)
-        return (view[..., 3:-2] if value.dim() == 3 else view).copy_(value)
-
-    expected = REGISTRY["accept_drafts"].reference(**arguments)
-    strided = {key: spread(value) for key, value in arguments.items()}
-    with cuda_programs.cuda_provider("accept_drafts", folder):
-        found = REGISTRY["accept_drafts"](**strided)
-    for one, other in zip(found, expected, strict=True):
-        assert_same(one, other, name)
-
-
-def test_drafts_python_knows_the_kernel_s_width() -> None:
-    assert re.findall(r"constexpr int kWarps = (\d+);", cuda_programs.source("accept_drafts")) == [str(accept_drafts._WARPS)]
-
-
-def test_python_fills_the_structures_that_the_kernel_reads(plain: dict[str, Path]) -> None:
-    payload, payloads = compact_rows._PAYLOAD, compact_rows._PAYLOADS
-    offsets = [payload.fields[name][1] for name in ("source", "target", "stride", "row_bytes", "unit")]
-    mine = [payload.itemsize, *offsets, payloads.itemsize, payloads.fields["count"][1]]
-    assert cuda_programs.run(plain["compact_rows"], "layout").stdout.split() == [str(value) for value in mine]
-    limits = dict(re.findall(r"constexpr int (kBlockRows|kMaxPayloads) = (\d+);", cuda_programs.source("compact_rows")))
-    assert limits == {"kBlockRows": str(compact_rows._BLOCK), "kMaxPayloads": str(compact_rows._MAX_PAYLOADS)}
-
-
-def test_the_widest_word_that_everything_allows_is_chosen() -> None:
-    base = torch.zeros(4096, dtype=torch.uint8)
-    first = -base.data_ptr() % 16  # a place on a 16 byte boundary
-
-    def unit(row_bytes: int, stride: int, offset: int) -> int:
-        source = torch.as_strided(base, (3, row_bytes), (stride, 1), first + offset)
-        table = compact_rows.describe([source], [torch.zeros(64 * 3, dtype=torch.uint8)[: 3 * row_bytes].view(3, row_bytes)])
-        assert int(table["count"]) == 1
-        entry = table["item"][0]
-        assert (int(entry["source"]), int(entry["stride"]), int(entry["row_bytes"])) == (source.data_ptr(), stride, row_bytes)
-        return int(entry["unit"])
-
-    assert unit(32, 48, 0) == 16
-    assert unit(32, 40, 0) == 4
-    assert unit(32, 48, 4) == 4
-    assert unit(32, 48, 1) == 1
-    assert unit(7, 16, 0) == 1
-    assert unit(12, 12, 0) == 4
-    empty = compact_rows.describe([torch.zeros(3, 0)], [torch.zeros(3, 0)])
-    assert int(empty["count"]) == 0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_number_survives_its_conversions(plain: dict[str, Path], dtype: str) -> None:
+    done = cuda_programs.run(plain["store_kv"], "every", dtype)
+    assert done.returncode == 0, done.stdout

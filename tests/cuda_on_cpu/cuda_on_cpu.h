@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -163,7 +164,8 @@ inline void run_thread() {
 inline void run_block(Block& current, char* stacks, std::mt19937& random) {
   block = &current;
   const unsigned count = current.size.x * current.size.y * current.size.z;
-  std::memset(__start_cuda_shared, 0xab, static_cast<std::size_t>(__stop_cuda_shared - __start_cuda_shared));
+  if (const auto shared = __stop_cuda_shared - __start_cuda_shared; shared > 0)  // a kernel may have none
+    std::memset(__start_cuda_shared, 0xab, static_cast<std::size_t>(shared));
   current.threads = std::vector<Thread>(count);
   current.warps = std::vector<Warp>((count + kWarpSize - 1) / kWarpSize);
   current.alive = count;
@@ -278,6 +280,8 @@ Value __shfl_up_sync(unsigned mask, Value value, unsigned distance) {
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::meet(mask, 0, "__syncwarp"); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline int min(int a, int b) { return std::min(a, b); }
 inline int max(int a, int b) { return std::max(a, b); }
 // Fibers never interleave between two waits, so plain memory is atomic here.
