@@ -114,6 +114,15 @@ def test_sampling_by_hand(provider: str, draft: int, u: float, last: float, expe
 
 
 @pytest.mark.parametrize("provider", EVERY)
+def test_a_draft_is_judged_without_rounding(provider: str) -> None:
+    """0.75 q is a quarter of a last place below p: in float32 they would be equal, and an equal one is refused."""
+    q, p = 12582913 * 2.0**-24, 9437185 * 2.0**-24
+    assert torch.tensor(0.75) * torch.tensor(q) == torch.tensor(p)
+    assert one(provider, [0], [[p, 1 - p]] * 2, [[q, 1 - q]], [0.75, 0.0]) == (1, 0)
+    assert one(provider, [0], [[p - 2.0**-24, 1 - p]] * 2, [[q, 1 - q]], [0.75, 0.0]) == (0, 1)
+
+
+@pytest.mark.parametrize("provider", EVERY)
 @pytest.mark.parametrize(
     ("u", "last", "expected"),
     [
@@ -243,6 +252,27 @@ def test_no_word_without_mass(provider: str) -> None:
 
 
 @pytest.mark.parametrize("provider", EVERY)
+@pytest.mark.parametrize("width", [40, 1100, 2500])
+def test_a_refused_certain_draft_wherever_it_lies(provider: str, width: int) -> None:
+    """Kernels divide the vocabulary; its word is taken out of one part, once."""
+    places = [place for edge in range(0, width, 32) for place in (edge - 1, edge, edge + 1) if 0 <= place < width]
+    shares = [0.0, 0.31, 0.62, ALMOST_ONE]
+    drafts = torch.tensor(places).repeat_interleave(len(shares))[:, None]
+    last = torch.tensor(shares).repeat(len(places))
+    p = torch.full((width,), 2.0**-12)
+    with backend(provider):
+        accepted, token = accept_drafts(
+            drafts,
+            torch.ones(len(drafts), dtype=torch.int32),
+            p.expand(len(drafts), 2, width),
+            uniforms=torch.stack([torch.full_like(last, 0.5), last], 1),
+        )
+    assert not accepted.any()
+    rank = (last.double() * (width - 1)).long()  # among the other words, all of one mass
+    assert token.tolist() == (rank + (rank >= drafts[:, 0])).tolist()
+
+
+@pytest.mark.parametrize("provider", EVERY)
 def test_a_residual_that_rounding_left_empty(provider: str) -> None:
     """p and q agree but for one word, where p is the smaller by a rounding: the difference has no mass, so p is drawn from."""
     q = [0.25, 0.5, 0.25]
@@ -271,12 +301,19 @@ def test_what_is_no_distribution(provider: str) -> None:
     assert one(provider, [], [[inf, 0.5, 0.5]], None, [0.49]) == (0, 0)
     assert one(provider, [], [[inf, 0.5, 0.5]], None, [0.5]) == (0, 1)
     assert one(provider, [], [[3.0, 1.0, 0.0]], None, [0.5]) == (0, 1)
+    # So it does where kernels take many words at once, and words of 2^-40 each are no less certain than others.
+    long = [0.0] * 80
+    long[3], long[70] = inf, 1.0
+    assert one(provider, [], [long], None, [0.49]) == (0, 3)
+    assert one(provider, [], [long], None, [0.5]) == (0, 70)
+    assert one(provider, [], [[2.0**-40] * 80], None, [0.5]) == (0, 40)
+    assert one(provider, [], [[1.5 * 2.0**-31] * 60 + [0.0] * 20], None, [ALMOST_ONE]) == (0, 59)
     # Whatever comes in, what comes out can be used as an index (or is -1).
     with backend(provider):
         _, token = accept_drafts(
             torch.zeros(1, 0, dtype=torch.int64), int32(0), torch.full((1, 1, 50), inf), uniforms=torch.tensor([[0.9]])
         )
-    assert 0 <= int(token) < 50
+    assert -1 <= int(token) < 50
 
 
 @pytest.mark.parametrize("provider", EVERY)

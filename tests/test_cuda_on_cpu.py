@@ -2,100 +2,171 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
 from pathlib import Path
+from typing import Any
 
+import cuda_programs
 import pytest
-import torch
-
-from dyndepth.cuda import compact_rows
-
-HERE = Path(__file__).parent / "cuda_on_cpu"
-SOURCE = HERE.parent.parent / "csrc" / "cuda" / "compact_rows.cu"
-BARRIER = "__syncthreads();"
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
+Arguments = tuple[Any, ...]
 
-def build(folder: Path, program: str, *flags: str) -> Path:
-    target = folder / program
-    command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", *flags, "-o", str(target), str(HERE / f"{program}.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
-def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True, timeout=300)
+#: Arguments of each program that must pass, without the seed that comes last.
+RIGHT: dict[str, list[Arguments]] = {
+    "compact_rows": [
+        (rows, pattern)
+        for rows in (1, 2, 31, 32, 33, 1023, 1024, 1025, 4096)
+        for pattern in ("none", "all", "away", "odd", "random")
+    ],
+    "accept_drafts": [
+        *(("greedy", rows, most) for rows, most in [(1, 0), (9, 1), (40, 7), (20, 31), (20, 32), (20, 33), (9, 200)]),
+        *(("drawn", 17, 3, words) for words in (1, 2, 31, 32, 33, 1023, 1024, 1025, 4096, 40_001)),
+        *(("certain", 17, 3, words) for words in (1, 2, 33, 1025, 40_001)),
+        ("drawn", 9, 0, 50),
+        ("certain", 9, 0, 50),
+        ("drawn", 12, 70, 5),
+    ],
+    "store_kv": [
+        (dtype, *shape)
+        for dtype in ("float32", "bfloat16", "float16")
+        # rows, queries, heads, kv_heads, head_dim, rotary, elements before every first one
+        for shape in (
+            (1, 1, 4, 2, 16, 8, 0),
+            (9, 4, 6, 2, 20, 5, 0),
+            *((9, 9, 6, 2, 24, 8, shift) for shift in (0, 1, 4, 8)),
+            (7, 0, 4, 2, 16, 0, 0),
+            (7, 7, 4, 2, 15, 0, 0),
+            (40, 40, 9, 3, 64, 32, 0),
+            (5, 5, 1, 1, 1, 0, 1),
+            (6, 3, 40, 8, 128, 64, 0),
+        )
+    ],
+}
+#: Too long to repeat with other seeds.
+LONG: list[tuple[str, Arguments]] = [
+    ("compact_rows", (70_000, "random")),
+    ("accept_drafts", ("greedy", 70_000, 2)),
+    ("accept_drafts", ("drawn", 3, 2, 128_256)),
+    ("store_kv", ("bfloat16", 70_000, 70_000, 1, 1, 16, 8, 0)),
+]
+SANITIZED: dict[str, list[Arguments]] = {
+    "compact_rows": [(rows, "random") for rows in (1, 33, 1024, 3000)],
+    "accept_drafts": [
+        ("greedy", 20, 33),
+        *((kind, 10, 3, words) for kind in ("drawn", "certain") for words in (33, 1100)),
+        ("drawn", 10, 0, 5),
+    ],
+    "store_kv": [
+        (dtype, *shape)
+        for dtype in ("float32", "bfloat16", "float16")
+        for shape in ((9, 9, 6, 2, 24, 8, 0), (9, 4, 6, 2, 24, 8, 1), (9, 9, 6, 2, 20, 5, 0), (7, 7, 4, 2, 16, 0, 0))
+    ],
+}
+#: Runs of which at least one notices a kernel that is wrong.
+TELLING: dict[str, list[Arguments]] = {
+    "compact_rows": [(rows, "random") for rows in (70, 1024, 3000)],
+    "accept_drafts": [("greedy", 30, 70), ("drawn", 12, 3, 40), ("certain", 12, 3, 40), ("drawn", 12, 3, 2100)],
+    "store_kv": [(dtype, 30, 20, 5, 2, 24, 8, 0) for dtype in ("float32", "bfloat16", "float16")],
+}
+MUTANTS = [
+    ("compact_rows", "same & ((1u << lane) - 1)", "same & (1u << lane)"),
+    ("compact_rows", "if (lane >= step) sum += other;", "sum += other;"),
+    ("compact_rows", "first[3] = {sums[0], sums[2] + sums[1],", "first[3] = {sums[0], sums[2] + sums[0],"),
+    ("compact_rows", "if (b < block) own[kind] += count;", "if (b <= block) own[kind] += count;"),
+    ("compact_rows", "for (int i = thread; i < words; i += width)", "for (int i = thread; i <= words; i += width)"),
+    ("compact_rows", "from + old_row * payload.from_stride", "from + old_row * payload.row_bytes"),
+    ("accept_drafts", "first + __ffs(refused) - 1", "__ffs(refused) - 1"),
+    ("accept_drafts", "length < 0 ? 0 : ", ""),
+    ("accept_drafts", "(length < most ? length : most)", "length"),
+    ("accept_drafts", "if (lane >= step) own += other;", "own += other;"),
+    ("accept_drafts", "running > threshold", "running >= threshold"),
+    ("accept_drafts", "(chosen > 0 ? skipped : 0)", "skipped"),
+    ("accept_drafts", "(chosen > 0 ? skipped : 0)", "0"),
+    ("accept_drafts", "sums[round % 2]", "sums[0]"),
+    ("accept_drafts", "uniforms[most], sums + 2)", "uniforms[most], sums)"),
+    ("accept_drafts", "threshold < total ? threshold : total - 1", "threshold"),
+    ("accept_drafts", "token == without", "token == without + 1"),
+    ("accept_drafts", "draft < 0 || ", ""),
+    ("accept_drafts", "draft >= vocabulary", "draft > vocabulary"),
+    ("accept_drafts", "if (kept < length)", "if (kept <= length)"),
+    ("accept_drafts", "positive < 1.f ? positive : 1.f", "positive"),
+    ("accept_drafts", "probability > 0.f ? probability : 0.f", "probability"),
+    ("accept_drafts", "const double certain = q == nullptr", "const float certain = q == nullptr"),
+    ("accept_drafts", "q + kept * q_place", "q"),
+    ("accept_drafts", "p += row * p_row", "p += row * p_place * (most + 1)"),
+    ("store_kv", "row < a.q_rows && ", ""),
+    ("store_kv", "a.live == nullptr || row < *a.live", "true"),
+    ("store_kv", "(a.head_dim - a.rotary) /", "(a.head_dim - 2 * a.rotary) /"),
+    ("store_kv", "!has_query : slot < 0", "!has_query : false"),
+    ("store_kv", "} else if (slot >= 0) {", "} else {"),
+    ("store_kv", "pages + a.plane + key", "pages + key"),
+    ("store_kv", "a.k, row, kv_head", "a.k, row, head"),
+    ("store_kv", "a * c.item[i] - b * s.item[i]", "a * c.item[i] + b * s.item[i]"),
+    ("store_kv", "(sin + channel)", "(cos + channel)"),
+    ("store_kv", "copy<kItems>(from, to, rotary + channel)", "copy<kItems>(from, to, channel)"),
+    ("store_kv", "x == x ? ", "true ? "),
+    ("store_kv", " + (bits >> 16 & 1u)", ""),
+    ("store_kv", "0xfffu + (size >> 13 & 1u)", "0xfffu"),
+    ("store_kv", "size > 0x7f800000u ? 0x7e00u : 0x7c00u", "0x7c00u"),
+    ("store_kv", "size < (113u << 23)", "size < (112u << 23)"),
+    ("store_kv", "size >= (143u << 23)", "size >= (144u << 23)"),
+]
+BARRIERS = [(op, number) for op in RIGHT for number in range(cuda_programs.source(op).count(cuda_programs.BARRIER))]
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("plain"), "compact_rows", "-O2")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {op: cuda_programs.build(tmp_path_factory.mktemp("plain"), op, "-O2") for op in RIGHT}
 
 
-@pytest.mark.parametrize("pattern", ["none", "all", "away", "odd", "random"])
-@pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, 1023, 1024, 1025, 4096])
-def test_compact_rows(plain: Path, rows: int, pattern: str) -> None:
-    """Order, counts and every byte of aligned, strided and misaligned payloads; nothing written beside them."""
+def _name(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize(("op", "arguments"), [(op, one) for op in RIGHT for one in RIGHT[op]], ids=_name)
+def test_right_answers_in_any_order_of_threads(plain: dict[str, Path], op: str, arguments: Arguments) -> None:
+    """Every value, and nothing written beside them; rows, strides and addresses that are multiples of little."""
     for seed in (1, 2):
-        done = run(plain, rows, pattern, seed)
+        done = cuda_programs.run(plain[op], *arguments, seed)
         assert done.returncode == 0, done.stdout
 
 
-def test_compact_rows_of_many_blocks(plain: Path) -> None:
-    done = run(plain, 70_000, "random", 3)
+@pytest.mark.parametrize(("op", "arguments"), LONG, ids=_name)
+def test_right_answers_at_length(plain: dict[str, Path], op: str, arguments: Arguments) -> None:
+    done = cuda_programs.run(plain[op], *arguments, 3)
     assert done.returncode == 0, done.stdout
 
 
-def test_compact_rows_under_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", sorted(SANITIZED))
+def test_under_sanitizers(tmp_path: Path, op: str) -> None:
     """No byte read or written out of bounds, no misaligned word, no overflow."""
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    program = build(tmp_path, "compact_rows", *flags)
-    for rows in (1, 33, 1024, 3000):
-        done = run(program, rows, "random", 1)
+    program = cuda_programs.build(tmp_path, op, *cuda_programs.SANITIZERS)
+    for arguments in SANITIZED[op]:
+        done = cuda_programs.run(program, *arguments, 1)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def mutated(folder: Path, text: str) -> Path:
-    source = folder / "mutant.cu"
-    source.write_text(text)
-    return build(folder, "compact_rows", "-O1", "-Wno-error", f'-DSOURCE="{source}"')
+def fails(op: str, program: Path) -> bool:
+    return any(cuda_programs.run(program, *one, seed).returncode != 0 for seed in range(6) for one in TELLING[op])
 
 
-def fails(program: Path) -> bool:
-    return any(run(program, rows, "random", seed).returncode != 0 for rows in (70, 1024, 3000) for seed in range(6))
+@pytest.mark.parametrize(("op", "number"), BARRIERS)
+def test_every_barrier_is_needed_and_its_loss_is_seen(tmp_path: Path, op: str, number: int) -> None:
+    assert fails(op, cuda_programs.mutated(tmp_path, op, cuda_programs.without_barrier(op, number)))
 
 
-@pytest.mark.parametrize("number", range(SOURCE.read_text().count(BARRIER)))
-def test_every_barrier_is_needed_and_its_loss_is_seen(tmp_path: Path, number: int) -> None:
-    at = [match.start() for match in re.finditer(re.escape(BARRIER), SOURCE.read_text())][number]
-    text = SOURCE.read_text()
-    assert fails(mutated(tmp_path, text[:at] + text[at + len(BARRIER) :]))
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("same & ((1u << lane) - 1)", "same & (1u << lane)"),
-        ("if (lane >= step) sum += other;", "sum += other;"),
-        ("first[3] = {sums[0], sums[2] + sums[1],", "first[3] = {sums[0], sums[2] + sums[0],"),
-        ("if (b < block) own[kind] += count;", "if (b <= block) own[kind] += count;"),
-        ("for (int i = thread; i < words; i += width)", "for (int i = thread; i <= words; i += width)"),
-        ("from + old_row * payload.from_stride", "from + old_row * payload.row_bytes"),
-    ],
-)
-def test_wrong_kernels_are_seen(tmp_path: Path, old: str, new: str) -> None:
-    text = SOURCE.read_text()
+@pytest.mark.parametrize(("op", "old", "new"), MUTANTS)
+def test_wrong_kernels_are_seen(tmp_path: Path, op: str, old: str, new: str) -> None:
+    text = cuda_programs.source(op)
     assert text.count(old) == 1
-    assert fails(mutated(tmp_path, text.replace(old, new)))
+    assert fails(op, cuda_programs.mutated(tmp_path, op, text.replace(old, new)))
 
 
 @pytest.fixture(scope="module")
 def misuse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("misuse"), "misuse", "-O1")
+    return cuda_programs.build(tmp_path_factory.mktemp("misuse"), "misuse", "-O1")
 
 
 @pytest.mark.parametrize(
@@ -109,44 +180,21 @@ def misuse(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("mask_names_an_exited_lane", "the mask names a lane that has exited"),
         ("different_collectives", "lanes of one warp meet in different collectives"),
         ("shuffle_from_outside", "reads a lane outside its mask"),
+        ("broadcast_from_outside", "__shfl_sync: reads a lane outside its mask"),
     ],
 )
 def test_misuse_is_caught(misuse: Path, kernel: str, message: str) -> None:
-    done = run(misuse, kernel)
+    done = cuda_programs.run(misuse, kernel)
     assert done.returncode == 1
     assert message in done.stdout
 
 
-def test_a_right_kernel_passes(misuse: Path) -> None:
-    assert run(misuse, "right").returncode == 0
+@pytest.mark.parametrize("kernel", ["right", "right_collectives"])
+def test_a_right_kernel_passes(misuse: Path, kernel: str) -> None:
+    assert cuda_programs.run(misuse, kernel).returncode == 0
 
 
-def test_python_fills_the_structures_that_the_kernel_reads(plain: Path) -> None:
-    payload, payloads = compact_rows._PAYLOAD, compact_rows._PAYLOADS
-    offsets = [payload.fields[name][1] for name in ("source", "target", "stride", "row_bytes", "unit")]
-    mine = [payload.itemsize, *offsets, payloads.itemsize, payloads.fields["count"][1]]
-    assert run(plain, "layout").stdout.split() == [str(value) for value in mine]
-    limits = dict(re.findall(r"constexpr int (kBlockRows|kMaxPayloads) = (\d+);", SOURCE.read_text()))
-    assert limits == {"kBlockRows": str(compact_rows._BLOCK), "kMaxPayloads": str(compact_rows._MAX_PAYLOADS)}
-
-
-def test_the_widest_word_that_everything_allows_is_chosen() -> None:
-    base = torch.zeros(4096, dtype=torch.uint8)
-    first = -base.data_ptr() % 16  # a place on a 16 byte boundary
-
-    def unit(row_bytes: int, stride: int, offset: int) -> int:
-        source = torch.as_strided(base, (3, row_bytes), (stride, 1), first + offset)
-        table = compact_rows.describe([source], [torch.zeros(64 * 3, dtype=torch.uint8)[: 3 * row_bytes].view(3, row_bytes)])
-        assert int(table["count"]) == 1
-        entry = table["item"][0]
-        assert (int(entry["source"]), int(entry["stride"]), int(entry["row_bytes"])) == (source.data_ptr(), stride, row_bytes)
-        return int(entry["unit"])
-
-    assert unit(32, 48, 0) == 16
-    assert unit(32, 40, 0) == 4
-    assert unit(32, 48, 4) == 4
-    assert unit(32, 48, 1) == 1
-    assert unit(7, 16, 0) == 1
-    assert unit(12, 12, 0) == 4
-    empty = compact_rows.describe([torch.zeros(3, 0)], [torch.zeros(3, 0)])
-    assert int(empty["count"]) == 0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_number_survives_its_conversions(plain: dict[str, Path], dtype: str) -> None:
+    done = cuda_programs.run(plain["store_kv"], "every", dtype)
+    assert done.returncode == 0, done.stdout

@@ -49,17 +49,12 @@ int64_t draw(const Residual& from, int64_t vocabulary, float uniform, std::vecto
     total += sum;
   }
   if (total == 0) return -1;
-  const auto share = static_cast<uint64_t>(static_cast<double>(uniform) * static_cast<double>(total));
-  const uint64_t threshold = std::min(share, total - 1);
+  // Below the total, for uniform is below 1: so both walks end inside, even if a sum has overflowed.
+  const auto threshold = static_cast<uint64_t>(static_cast<double>(uniform) * static_cast<double>(total));
   uint64_t running = 0;
   int64_t token = 0;
-  // Both walks end before the last token at the latest: without the bounds an overflow could lead outside.
-  for (; token + kStretch < vocabulary && running + sums[token / kStretch] <= threshold; token += kStretch)
-    running += sums[token / kStretch];
-  for (; token + 1 < vocabulary; ++token) {
-    running += from.mass(token);
-    if (running > threshold) break;
-  }
+  for (; running + sums[token / kStretch] <= threshold; token += kStretch) running += sums[token / kStretch];
+  while ((running += from.mass(token)) <= threshold) ++token;
   return token;
 }
 

@@ -25,11 +25,6 @@ def missing() -> str | None:
     return None
 
 
-def on_gpu_only(first: Tensor, *_args: object, **_kwargs: object) -> str | None:
-    """CUDA C++ providers take GPU tensors; all arguments share the first one's device."""
-    return None if first.device.type == "cuda" else f"tensors are on {first.device}, cuda runs on a GPU"
-
-
 def declines(first: Tensor, *_args: object, **_kwargs: object) -> str | None:
     """Triton providers take GPU tensors, or CPU tensors under the interpreter; all arguments share the first one's device."""
     if first.device.type == "cuda" or (env.triton_interpret() and first.device.type == "cpu"):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op
-from dyndepth.ops import _cpp
+from dyndepth.ops import _cpp, _cuda
 
 #: A probability of 1 in units of mass. Whole numbers add up to the same sum in any order and never run backwards, so every
 #: provider, whatever it computes in parallel, draws the same token; a float32 of 2^-37 or more converts without loss.
@@ -50,7 +50,7 @@ def accept_drafts(
     down; NaN counts 0 and more than 1 counts 1); the token is the first whose running sum exceeds `uniforms[k] * total`
     (computed in float64, rounded down). So all providers give the same bits, and no token without mass is ever drawn. Where
     rounding left no residual at all, p is drawn from; where p has no mass either (NaN, zeros), `token` is -1. Rows of p and
-    q should sum to 1; past a sum of 8 the token is unspecified (but in the vocabulary).
+    q should sum to 1; past a sum of 8 the token is unspecified (of the vocabulary, or -1).
 
     b = 0, k = 0 and any V >= 1 are fine. Not differentiable. On the CPU lengths, uniforms and (where probabilities are
     asked about them) drafts out of range raise; elsewhere lengths and uniforms are clamped, such drafts are refused.
@@ -164,7 +164,7 @@ def _draw(residual: Tensor, p: Tensor, uniform: Tensor) -> Tensor:
     total = running[:, -1]
     uniform = torch.where(uniform > 0, uniform, 0).clamp(max=1).double()
     threshold = torch.minimum((uniform * total.double()).long(), total - 1)
-    token = (running <= threshold[:, None]).sum(1).clamp(max=p.shape[1] - 1)
+    token = (running <= threshold[:, None]).sum(1)
     return torch.where(total == 0, -1, token)
 
 
@@ -191,6 +191,8 @@ op = Op(
     fake=_fake,
     check=_check,
 )
+
+op.provider_in("cuda", "dyndepth.cuda.accept_drafts", missing=_cuda.missing, declines=_cuda.declines)
 
 
 @op.provider("cpp", missing=_cpp.missing, declines=_cpp.declines)

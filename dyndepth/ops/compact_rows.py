@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op
-from dyndepth.ops import _cpp, _triton
+from dyndepth.ops import _cpp, _cuda, _triton
 
 RUN, LEAVING, AWAY = 0, 1, 2
 
@@ -58,12 +58,6 @@ def _fake(state: Tensor, payloads: Sequence[Tensor]) -> tuple[list[Tensor], Tens
     return moved, state.new_empty(state.shape, dtype=torch.int32), state.new_empty(2, dtype=torch.int32)
 
 
-def _cuda_missing() -> str | None:
-    from dyndepth.cuda import compiler
-
-    return compiler.missing()
-
-
 op = Op(
     "compact_rows",
     "(Tensor state, Tensor[] payloads) -> (Tensor[], Tensor, Tensor)",
@@ -72,7 +66,7 @@ op = Op(
     check=_check,
 )
 
-op.provider_in("cuda", "dyndepth.cuda.compact_rows", missing=_cuda_missing, declines=_triton.on_gpu_only)
+op.provider_in("cuda", "dyndepth.cuda.compact_rows", missing=_cuda.missing, declines=_cuda.declines)
 op.provider_in("triton", "dyndepth.kernels.compact_rows", missing=_triton.missing, declines=_triton.declines)
 
 

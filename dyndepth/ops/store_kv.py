@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op
-from dyndepth.ops import _cpp, _paged, _triton
+from dyndepth.ops import _cpp, _cuda, _paged, _triton
 
 
 def store_kv(
@@ -99,6 +99,7 @@ op = Op(
     check=_check,
 )
 
+op.provider_in("cuda", "dyndepth.cuda.store_kv", missing=_cuda.missing, declines=_cuda.declines)
 op.provider_in("triton", "dyndepth.kernels.store_kv", missing=_triton.missing, declines=_triton.declines)
 
 

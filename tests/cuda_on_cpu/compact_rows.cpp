@@ -1,6 +1,7 @@
 // csrc/cuda/compact_rows.cu on the CPU against a partition written down in ten lines. Usage:
 //   compact_rows layout              sizes and offsets of the structures that Python fills
 //   compact_rows ROWS PATTERN SEED   one case; PATTERN none|all|away|odd|random; exit status 1 and a message if wrong
+// As a shared library it launches for tests/cuda_programs.py.
 #include "cuda_on_cpu.h"
 #ifndef SOURCE
 #define SOURCE "../../csrc/cuda/compact_rows.cu"
@@ -100,6 +101,10 @@ int check(int rows, const std::string& pattern, unsigned seed) {
 }
 
 }  // namespace
+
+CUDA_ON_CPU_LIBRARY(NamedKernel("compact_rows_once", compact_rows_once),
+                    NamedKernel("compact_rows_count", compact_rows_count),
+                    NamedKernel("compact_rows_move", compact_rows_move))
 
 int main(int count, char** arguments) {
   if (count == 2 && std::string(arguments[1]) == "layout") {

@@ -3,7 +3,9 @@
 //
 // A block's threads are fibers of one OS thread. A fiber runs until it waits for others, at a barrier or a warp
 // collective; who runs next is shuffled by a seed, so a kernel that lacks a barrier meets an order in which it reads
-// too early. Shared memory is poisoned before every block. Misuse throws, with what happened where:
+// too early. In every other block some warps run as far ahead of others as barriers let them, so that one may write
+// what another has still to read. Shared memory is poisoned before every block. Misuse throws, with what happened
+// where:
 //   - a barrier that some threads of the block reach at another place, or never reach while the others wait;
 //   - a warp collective by a lane that its mask does not name, naming a lane that has exited, or met by another
 //   collective.
@@ -15,6 +17,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -23,6 +26,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -157,10 +161,11 @@ inline void run_thread() {
   swapcontext(&thread->context, &block->scheduler);
 }
 
-inline void run_block(Block& current, std::vector<char>& stacks, std::mt19937& random) {
+inline void run_block(Block& current, char* stacks, std::mt19937& random) {
   block = &current;
   const unsigned count = current.size.x * current.size.y * current.size.z;
-  std::memset(__start_cuda_shared, 0xab, static_cast<std::size_t>(__stop_cuda_shared - __start_cuda_shared));
+  if (const auto shared = __stop_cuda_shared - __start_cuda_shared; shared > 0)  // a kernel may have none
+    std::memset(__start_cuda_shared, 0xab, static_cast<std::size_t>(shared));
   current.threads = std::vector<Thread>(count);
   current.warps = std::vector<Warp>((count + kWarpSize - 1) / kWarpSize);
   current.alive = count;
@@ -170,14 +175,23 @@ inline void run_block(Block& current, std::vector<char>& stacks, std::mt19937& r
     one.index = order[i] = i;
     current.warps[i / kWarpSize].alive |= 1u << i % kWarpSize;
     getcontext(&one.context);
-    one.context.uc_stack.ss_sp = stacks.data() + i * kStackBytes;
+    one.context.uc_stack.ss_sp = stacks + i * kStackBytes;
     one.context.uc_stack.ss_size = kStackBytes;
     makecontext(&one.context, run_thread, 0);
   }
+  std::vector<unsigned> rank(current.warps.size());  // of a warp: who is ahead
+  for (unsigned i = 0; i < rank.size(); ++i) rank[i] = i;
+  std::shuffle(rank.begin(), rank.end(), random);
+  const bool some_run_ahead = random() % 2;
   while (current.alive > 0) {
     std::shuffle(order.begin(), order.end(), random);
+    const auto is_ahead = [&](unsigned a, unsigned b) { return rank[a / kWarpSize] < rank[b / kWarpSize]; };
+    if (some_run_ahead) std::stable_sort(order.begin(), order.end(), is_ahead);
     bool somebody_ran = false;
+    unsigned last = order[0];
     for (const unsigned i : order) {
+      if (some_run_ahead && somebody_ran && is_ahead(last, i)) break;
+      last = i;
       Thread& next = current.threads[i];
       if (next.finished || (next.waits_for && *next.counter == next.seen)) continue;
       somebody_ran = true;
@@ -196,7 +210,7 @@ inline void run_block(Block& current, std::vector<char>& stacks, std::mt19937& r
 // Runs every block of a grid, in an order shuffled by the seed.
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, unsigned grid, unsigned threads, unsigned seed, Arguments... arguments) {
-  std::vector<char> stacks(threads * kStackBytes);
+  const auto stacks = std::make_unique_for_overwrite<char[]>(threads * kStackBytes);  // few pages are ever touched
   const std::function<void()> body = [&] { kernel(arguments...); };
   std::mt19937 random(seed);
   std::vector<unsigned> order(grid);
@@ -208,10 +222,19 @@ void launch(Kernel kernel, unsigned grid, unsigned threads, unsigned seed, Argum
     current.size = {threads, 1, 1};
     current.grid = {grid, 1, 1};
     current.kernel = &body;
-    run_block(current, stacks, random);
+    run_block(current, stacks.get(), random);
   }
   block = nullptr;
   thread = nullptr;
+}
+
+// The same from the addresses of the arguments, which is how CUDA's driver takes them: for callers that do not know
+// their types.
+template <class... Arguments>
+void launch_at(void (*kernel)(Arguments...), unsigned grid, unsigned threads, unsigned seed, void** addresses) {
+  [&]<std::size_t... number>(std::index_sequence<number...>) {
+    launch(kernel, grid, threads, seed, *static_cast<Arguments*>(addresses[number])...);
+  }(std::index_sequence_for<Arguments...>{});
 }
 
 }  // namespace cuda_on_cpu
@@ -230,17 +253,35 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return result;
 }
 
-// A lane reads the lane `distance` below it, or itself where there is none; reading one outside the mask is undefined.
-inline int __shfl_up_sync(unsigned mask, int value, unsigned distance) {
-  const auto& found = cuda_on_cpu::meet(mask, static_cast<std::uint32_t>(value), "__shfl_up_sync");
+// What a lane gets from lane `source` of those that meet; reading one outside the mask is undefined.
+template <class Value>
+Value shuffled(unsigned mask, Value value, unsigned source, const char* operation) {
+  static_assert(sizeof(Value) <= sizeof(std::uint64_t));
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  const auto& found = cuda_on_cpu::meet(mask, bits, operation);
+  if (!(mask >> source & 1)) throw std::runtime_error(std::string(operation) + ": reads a lane outside its mask");
+  std::memcpy(&value, &found.taken[source], sizeof value);
+  return value;
+}
+
+template <class Value>
+Value __shfl_sync(unsigned mask, Value value, int source) {
+  return shuffled(mask, value, static_cast<unsigned>(source) % 32, "__shfl_sync");
+}
+
+// A lane reads the lane `distance` below it, or itself where there is none.
+template <class Value>
+Value __shfl_up_sync(unsigned mask, Value value, unsigned distance) {
   const unsigned self = cuda_on_cpu::lane();
-  if (self < distance) return value;
-  if (!(mask >> (self - distance) & 1)) throw std::runtime_error("__shfl_up_sync: reads a lane outside its mask");
-  return static_cast<int>(found.taken[self - distance]);
+  return shuffled(mask, value, self < distance ? self : self - distance, "__shfl_up_sync");
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::meet(mask, 0, "__syncwarp"); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline int min(int a, int b) { return std::min(a, b); }
 inline int max(int a, int b) { return std::max(a, b); }
 // Fibers never interleave between two waits, so plain memory is atomic here.
@@ -249,3 +290,28 @@ inline int atomicAdd(int* address, int value) {
   *address += value;
   return old;
 }
+
+// A program that is also a shared library: launch_by_name finds kernels by their names and takes the addresses of their
+// arguments. It returns what went wrong, or null.
+struct NamedKernel {
+  template <class... Arguments>
+  NamedKernel(const char* name, void (*kernel)(Arguments...))
+      : name(name), launch([kernel](unsigned grid, unsigned threads, unsigned seed, void** addresses) {
+          cuda_on_cpu::launch_at(kernel, grid, threads, seed, addresses);
+        }) {}
+  std::string name;
+  std::function<void(unsigned, unsigned, unsigned, void**)> launch;
+};
+#define CUDA_ON_CPU_LIBRARY(...)                                                                          \
+  extern "C" const char* launch_by_name(const char* name, unsigned grid, unsigned threads, unsigned seed, \
+                                        void** addresses) {                                               \
+    static std::string message;                                                                           \
+    try {                                                                                                 \
+      for (const NamedKernel& kernel : {__VA_ARGS__})                                                     \
+        if (kernel.name == name) return kernel.launch(grid, threads, seed, addresses), nullptr;           \
+      message = std::string("no kernel ") + name;                                                         \
+    } catch (const std::exception& error) {                                                               \
+      message = error.what();                                                                             \
+    }                                                                                                     \
+    return message.c_str();                                                                               \
+  }

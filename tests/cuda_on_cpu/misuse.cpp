@@ -16,6 +16,16 @@ void right(int* out) {
   out[threadIdx.x] = sum;
 }
 
+// Lanes' own squares from below and from lane 7 of the warp, wider than 32 bits; the first odd lane.
+void right_collectives(int* out) {
+  const unsigned lane = threadIdx.x % 32;
+  const unsigned long long square = (1ull << 40) + lane * lane;
+  const unsigned long long below = __shfl_up_sync(kEveryLane, square, 3), seventh = __shfl_sync(kEveryLane, square, 7);
+  const unsigned source = lane < 3 ? lane : lane - 3;
+  const bool fine = below == (1ull << 40) + source * source && seventh == (1ull << 40) + 49;
+  out[threadIdx.x] = fine ? __ffs(__ballot_sync(kEveryLane, lane % 2)) : -1;
+}
+
 void missing_barrier(int* out) {
   __shared__ int value[64];
   value[threadIdx.x] = static_cast<int>(threadIdx.x);
@@ -55,6 +65,10 @@ void shuffle_from_outside(int* out) {
   if (threadIdx.x % 32 >= 16) out[threadIdx.x] = __shfl_up_sync(0xffff0000u, 1, 8);
 }
 
+void broadcast_from_outside(int* out) {
+  if (threadIdx.x % 32 >= 16) out[threadIdx.x] = __shfl_sync(0xffff0000u, 1, 3);
+}
+
 void unwritten_shared_memory(int* out) {
   __shared__ int value[64];
   if (blockIdx.x == 0) value[threadIdx.x] = 5;
@@ -74,6 +88,9 @@ int main(int count, char** arguments) {
       if (name == "right") {
         run(right, 3);
         for (const int value : out) fine &= value == 32 * 32;
+      } else if (name == "right_collectives") {
+        run(right_collectives, 1);
+        for (const int value : out) fine &= value == 2;
       } else if (name == "missing_barrier") {
         run(missing_barrier, 1);
         for (int i = 0; i < 64; ++i) fine &= out[i] == 63 - i;
@@ -92,6 +109,8 @@ int main(int count, char** arguments) {
         run(different_collectives, 1);
       } else if (name == "shuffle_from_outside") {
         run(shuffle_from_outside, 1);
+      } else if (name == "broadcast_from_outside") {
+        run(broadcast_from_outside, 1);
       } else {
         return 2;
       }
