@@ -1,4 +1,5 @@
-"""Writes the measured tables of README.md and docs/*.md from the files in docs/results, so that no number is typed by hand.
+"""Writes the tables of README.md and docs/*.md from the files in docs/results, so that no number is typed by hand. Those of
+docs/roofline.md are the planner's arithmetic.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a function of TABLES.
 `make results` measures and then runs this; `tests/test_docs.py` fails when a page and its files differ.
@@ -144,7 +145,7 @@ def kv_maps(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     **runpy.run_path(str(Path(__file__).with_name("tables_speed.py")))["TABLES"],
-    **runpy.run_path(str(Path(__file__).with_name("tables_speed.py")))["TABLES"],
+    **runpy.run_path(str(Path(__file__).with_name("tables_roofline.py")))["TABLES"],
     "demo": demo,
     "bench": bench,
     "calibration": calibration,

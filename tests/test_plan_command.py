@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_exits
 import tiny_models
 from typer.testing import CliRunner
 
 import dyndepth.cli.plan
 from dyndepth.cli.common import ERRORS, app
 from dyndepth.demo.weights import EXITS
-from dyndepth.plan import Exit, Machine, Shape, exits_of, full_depth, measure, predict
+from dyndepth.plan import (
+    Exit,
+    Leaving,
+    Machine,
+    Shape,
+    Sizes,
+    exits_of,
+    full_depth,
+    measure,
+    peak,
+    predict,
+    roofline,
+)
 
 
 def run(*arguments: str) -> str:
@@ -136,3 +150,48 @@ def test_exits_of_another_model(tmp_path: Path) -> None:
     tiny_models.shared("gpt2").config.save_pretrained(tmp_path)
     with pytest.raises(ERRORS, match="--exits: made for a model of 30 layers, this one has 6"):
         run("--machine", "l4", "--config", str(tmp_path), "--exits", "demo")
+
+
+LLAMA = ("--roofline", "--machine", "h100-sxm", "--batch", "1,8", "--context", "100", "--rates", "10:0.5,20:0.8")
+
+
+def test_roofline() -> None:
+    """Sheets' figures whole, rows that leave rounded: 4 of 8, then 3 of 4."""
+    out = run(*LLAMA)
+    for wanted in (
+        "3.35 TB/s, 989 TFLOP/s",
+        "Arithmetic, not measured",
+        "backfill_kv: 15 layers",
+        "exits, propagate",
+        "of no exit",
+    ):
+        assert wanted in out
+    found = facts(*LLAMA)
+    assert found["about"] == "arithmetic, not measured"
+    assert found["machine"] == peak("h100-sxm").to_json() | {"table": []}
+    sizes, taken = Sizes.demo(), [Leaving(10, 4, 1024), Leaving(20, 3, 1024)]
+    line = next(line for line in found["passes"] if (line["name"], line["rows"]) == ("exits, predict", 8))
+    wanted = roofline.passes(sizes, 8, 100, taken)[1]
+    assert line["calls"] == [dataclasses.asdict(call) for call in wanted.calls]
+    assert (line["launches"], line["bound_s"]) == (wanted.launches, wanted.seconds(peak("h100-sxm")))
+    op = next(op for op in found["ops"] if (op["what"], op["rows"]) == ("LM head", 8))
+    assert op["bound_s"] == op["traffic"]["bytes"] / 3.35e12
+    assert op["bound_by"] == "memory"
+
+
+def test_roofline_of_other_models(tmp_path: Path) -> None:
+    tiny_models.shared("qwen3").config.save_pretrained(tmp_path)
+    found = facts("--roofline", "--machine", "l4", "--config", str(tmp_path), "--dtype", "float32")
+    assert (found["model"]["layers"], found["model"]["qk_norm"]) == (6, True)
+    assert found["machine"]["flops"] == 30.3e12
+    tiny_models.shared("gpt2").config.save_pretrained(tmp_path)
+    with pytest.raises(ERRORS, match=r"the roofline knows layers of llama, .*, got model type 'gpt2'"):
+        run("--roofline", "--machine", "l4", "--config", str(tmp_path))
+
+
+def test_roofline_of_bands_that_resume(tmp_path: Path) -> None:
+    model = tiny_models.shared("llama")
+    model.config.save_pretrained(tmp_path)
+    tiny_exits.exits_of(model, tiny_exits.band(model, 1, 3)).save_pretrained(tmp_path / "exits")
+    with pytest.raises(ERRORS, match=r"--roofline: rows leave for good; band \[1, 3\) resumes"):
+        run("--roofline", "--machine", "l4", "--config", str(tmp_path), "--exits", str(tmp_path / "exits"), "--rates", "1:0.5")

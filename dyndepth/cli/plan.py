@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,8 +17,9 @@ from dyndepth.cli.common import app, dtype_of
 from dyndepth.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from dyndepth.plan import Advice, Exit, Machine, Option, Shape
+    from dyndepth.plan import Advice, Exit, Machine, Option, Shape, Sizes
 
+_Kind = TypeVar("_Kind", "Shape", "Sizes")
 #: Rows of a batch: predictions keep a probability for each.
 _MOST_ROWS = 4096
 
@@ -38,15 +39,28 @@ def plan(
     heads: Annotated[str, typer.Option(help="Who may judge: A full head, B router, C shortlist only.")] = "A,B",
     margin: Annotated[float, typer.Option(help="Gain below which the advice is `don't`.")] = 0.02,
     again: Annotated[bool, typer.Option(help="Measure this machine anew.")] = False,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Bytes, FLOPs and lower bounds of ops and passes instead.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """Predict time per step with exits, and say which to use, or `don't` (docs/plan.md)."""
-    from dyndepth.plan import Machine, advise
+    """Predict time per step with exits, and say which to use, or `don't` (docs/plan.md, docs/roofline.md)."""
+    from dyndepth.plan import Machine, Shape, Sizes, advise, peak
 
     batches = _batches(batch)
     dtype_of(dtype)
-    shape = _shape(model, config)
+    shape = _of_model(model, config, Shape)
     bands, source = _exits(shape, exits, rates, model in (None, "demo") and config is None)
+    if roofline:
+        from dyndepth.cli.roofline import say, write_json
+
+        limits = Machine.measure(dtype, again=again) if machine == "here" else peak(machine, dtype)
+        sizes = _of_model(model, config, Sizes)
+        if as_json:
+            write_json(limits, sizes, bands, batches, context)
+        else:
+            say(limits, sizes, bands, source, batches, context)
+        return
     figures = Machine.measure(dtype, again=again) if machine == "here" else Machine.named(machine, dtype)
     judges = tuple(part.strip() for part in heads.split(","))
     found = [advise(figures, shape, bands, rows, context, heads=judges, margin=margin) for rows in batches]
@@ -69,24 +83,23 @@ def _batches(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _shape(model: str | None, config: Path | None) -> Shape:
-    from dyndepth.plan import Shape
-
+def _of_model(model: str | None, config: Path | None, kind: type[_Kind]) -> _Kind:
+    """Shape or Sizes of what the user named."""
     if config is not None:
         if model is not None:
             raise ArgumentError("plan: --model and --config exclude each other")
-        return Shape.read(config)
+        return kind.read(config)
     if model in (None, "demo"):
-        return Shape.demo()
+        return kind.demo()
     assert model is not None
     if Path(model).expanduser().is_dir():
-        return Shape.read(model)
+        return kind.read(model)
     if model.startswith((".", "/", "~")):
         raise ArgumentError(f"model: there is no folder {model}")
     from transformers import AutoConfig
 
     try:
-        return Shape.of(AutoConfig.from_pretrained(model), model)
+        return kind.of(AutoConfig.from_pretrained(model), model)
     except (OSError, ValueError, KeyError) as error:
         raise ArgumentError(f"model: {model} cannot be read: {' '.join(str(error).split())}") from error
 

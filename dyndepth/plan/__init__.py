@@ -3,13 +3,16 @@
 from dyndepth.plan.advice import Advice, Option, advise
 from dyndepth.plan.costs import CostTable
 from dyndepth.plan.machine import Machine, Timing
+from dyndepth.plan.passes import Call, Leaving, Sizes, calls
 from dyndepth.plan.predict import POLICIES, Step, full_depth, predict
 from dyndepth.plan.rates import Exit, curve, exits_of, parse_rates
 from dyndepth.plan.rebatch import art, best_flush, flushed, rebatch
 from dyndepth.plan.shape import Shape
+from dyndepth.plan.sheets import peak
 from dyndepth.plan.times import HEADS
 
 __all__ = [
-    "HEADS", "POLICIES", "Advice", "CostTable", "Exit", "Machine", "Option", "Shape", "Step", "Timing", "advise", "art",
-    "best_flush", "curve", "exits_of", "flushed", "full_depth", "parse_rates", "predict", "rebatch",
+    "HEADS", "POLICIES", "Advice", "Call", "CostTable", "Exit", "Leaving", "Machine", "Option", "Shape", "Sizes", "Step",
+    "Timing", "advise", "art", "best_flush", "calls", "curve", "exits_of", "flushed", "full_depth", "parse_rates", "peak",
+    "predict", "rebatch",
 ]  # fmt: skip

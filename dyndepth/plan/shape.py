@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dyndepth.errors import ArgumentError, UnsupportedModelError
+
+_T = TypeVar("_T")
 
 #: Products of attention and of the MLP by `config.model_type`; three for an MLP means a gated one. Families of
 #: dyndepth/runtime/families.py (a test holds that none is missing).
@@ -71,7 +74,7 @@ class Shape:
     @classmethod
     def demo(cls) -> Shape:
         """The demo's model; needs transformers, not the weights."""
-        return cls._from_settings(_DEMO, "SmolLM2-135M")
+        return _from_settings(_DEMO, "SmolLM2-135M", cls.of)
 
     @classmethod
     def of(cls, model: Any, name: str = "") -> Shape:
@@ -101,44 +104,48 @@ class Shape:
             head=config.vocab_size * ready + (0 if ready == width else width * ready),
             ready=ready,
             vocab=config.vocab_size,
-            windows=_windows(config, kind),
+            windows=windows_of(config, kind),
         )
 
     @classmethod
     def read(cls, path: str | Path) -> Shape:
         """Of a config.json, or of the one in a folder; weights are not looked at."""
-        path = Path(path).expanduser()
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ArgumentError(f"config: there is no file {path}") from None
-        except ValueError as error:
-            raise ArgumentError(f"config: {path} is no JSON: {error}") from None
-        if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
-            raise ArgumentError(f"config: {path} must be a JSON object with a key `model_type`")
-        return cls._from_settings(settings, path.parent.name)
-
-    @classmethod
-    def _from_settings(cls, settings: dict[str, Any], name: str) -> Shape:
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
-
-        kind = settings["model_type"]
-        if kind not in _PRODUCTS:
-            raise UnsupportedModelError(
-                f"plan: model type {kind!r} is not supported; supported: {', '.join(sorted(_PRODUCTS))}"
-            )
-        rest = {key: value for key, value in settings.items() if key not in ("model_type", "transformers_version")}
-        try:
-            return cls.of(AutoConfig.for_model(kind, **rest), name)
-        except (TypeError, ValueError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
-            if isinstance(error, ArgumentError | UnsupportedModelError):
-                raise
-            raise ArgumentError(f"config: {name}: {' '.join(str(error).split())}") from error
+        return read(path, cls.of)
 
 
-def _windows(config: Any, kind: str) -> tuple[int, ...]:
+def read(path: str | Path, of: Callable[[Any, str], _T]) -> _T:
+    """`of(config, name)` with the transformers config of a config.json, or of the one in a folder."""
+    path = Path(path).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArgumentError(f"config: there is no file {path}") from None
+    except ValueError as error:
+        raise ArgumentError(f"config: {path} is no JSON: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise ArgumentError(f"config: {path} must be a JSON object with a key `model_type`")
+    return _from_settings(settings, path.parent.name, of)
+
+
+def _from_settings(settings: dict[str, Any], name: str, of: Callable[[Any, str], _T]) -> _T:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    kind = settings["model_type"]
+    if kind not in _PRODUCTS:
+        raise UnsupportedModelError(f"plan: model type {kind!r} is not supported; supported: {', '.join(sorted(_PRODUCTS))}")
+    rest = {key: value for key, value in settings.items() if key not in ("model_type", "transformers_version")}
+    try:
+        return of(AutoConfig.for_model(kind, **rest), name)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+        if isinstance(error, ArgumentError | UnsupportedModelError):
+            raise
+        raise ArgumentError(f"config: {name}: {' '.join(str(error).split())}") from error
+
+
+def windows_of(config: Any, kind: str) -> tuple[int, ...]:
+    """Per layer how many tokens it attends to, 0 for all; empty where none has a window."""
     window = getattr(config, "sliding_window", None) or 0
     if not window:
         return ()

@@ -1,0 +1,113 @@
+"""A pass that counts: every call with the bytes that its tensors say it moves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dyndepth.op import backend
+
+
+def size(value: Any) -> int:
+    """Bytes of a tensor, of tensors in a list, of nothing."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(size, value)) if isinstance(value, list | tuple) else 0
+
+
+def named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by the names of the schema."""
+    names = [argument.name for argument in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def declared(given: dict[str, Any], out: Any, op: str) -> int:
+    """Bytes of a call by its tensors: all of each, but of pages, tables and unused weights what is used of them."""
+    given = dict(given)
+    rest = 0
+    pages, pos = given.pop("pages", None), given.get("pos")
+    cos = given.pop("cos", None)
+    given.pop("sin", None)
+    if cos is not None:  # a row per token, of as many tables as there are
+        tables = 1 if cos.dim() == 2 or given.get("variant") is None else len(given["variant"].unique())
+        rest += 2 * tables * len(pos) * cos.shape[-1] * cos.element_size()
+    if op == "ragged_attention":
+        table, window, per_page = given.pop("block_table"), given.get("window", 0), pages.shape[2]
+        for p in pos.tolist():
+            seen = [at for at in range(p + 1) if not window or at > p - window]
+            rest += 2 * len(seen) * pages[0, 0, 0].numel() * pages.element_size()
+            rest += len({at // per_page for at in seen}) * table.element_size()
+    elif op == "backfill_kv":
+        rest += len(pos) * given["weight"][..., 0].numel() * pages.element_size()
+    elif pages is not None:
+        rest += 2 * len(pos) * pages[0, 0, 0].numel() * pages.element_size()
+    if given.get("vocab_ids") is not None:
+        given["head_weight"] = given["head_weight"][given["vocab_ids"]]
+        given["head_bias"] = None if given.get("head_bias") is None else given["head_bias"][given["vocab_ids"]]
+    if op == "project_qkv" and given.get("live") is not None:
+        wanted = int(given["live"])
+        out = out[:wanted]
+        if wanted == 0:
+            given |= {"q_weight": None, "q_bias": None, "q_gain": None}
+    return rest + size(list(given.values())) + size(out)
+
+
+#: Modules' work by the aten op that does it where everything runs through PyTorch.
+MODULES = {
+    "aten::embedding": "embedding", "aten::mm": "product", "aten::addmm": "product", "aten::silu": "activation",
+    "aten::mul": "gate", "aten::add": "add",
+}  # fmt: skip
+
+
+class Counting(TorchDispatchMode):
+    """Calls that reach the dispatcher, by (op, bytes of their tensors). What happens inside an op is the op's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, int]] = Counter()
+        #: Inside a norm: its parts are one call.
+        self.quiet = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = named(func, args, kwargs)
+        inputs = {name: value for name, value in given.items() if name != "out"}
+        out = func(*args, **kwargs)
+        name = func._schema.name
+        if self.quiet:
+            return out
+        if name.startswith("dyndepth::"):
+            op = name.removeprefix("dyndepth::")
+            self.seen[op, declared(inputs, out, op)] += 1
+        elif name == "aten::embedding":  # of the table, the rows asked for
+            self.seen["embedding", 2 * size(out) + size(given["indices"])] += 1
+        elif name in MODULES and out.is_floating_point() and out.dim() == 2:
+            self.seen[MODULES[name], size(list(inputs.values())) + size(out)] += 1
+        return out
+
+
+@contextlib.contextmanager
+def counting(model: Any) -> Iterator[Counting]:
+    """Everything in the block, with PyTorch's providers: layers run through their modules."""
+    with pytest.MonkeyPatch.context() as patched, backend("torch"), Counting() as mode:
+        for norm in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
+            patched.setattr(norm, "forward", _as_one(norm.forward, mode))
+        yield mode
+
+
+def _as_one(forward: Callable[..., Tensor], mode: Counting) -> Callable[..., Tensor]:
+    def norm(self: Any, x: Tensor) -> Tensor:
+        mode.quiet, before = True, mode.quiet
+        out = forward(self, x)
+        mode.quiet = before
+        if not before:
+            mode.seen["norm", size([x, self.weight, out])] += 1
+        return out
+
+    return norm
