@@ -32,7 +32,8 @@ class FullModel:
     def said(self, leave: int) -> Tensor:
         """int64 [t]: the likeliest token but for the end, which tests of a fixed length forbid."""
         logits = self.exit_logits(leave).clone()
-        logits[:, self.model.config.eos_token_id] = -torch.inf
+        if self.model.config.eos_token_id is not None:
+            logits[:, self.model.config.eos_token_id] = -torch.inf
         return logits.argmax(-1)
 
     def check_pages(self, session: Session, sequence: int, layers_run: list[int]) -> None:
