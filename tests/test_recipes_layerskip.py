@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from full_model import FullModel
 from torch import Tensor
 
 import dyndepth
@@ -258,6 +259,61 @@ def test_exits_are_the_model_cut_there() -> None:
     assert [band.leave for band in layerskip.exits(model, [2, 5])] == [2, 5]
     with pytest.raises(ArgumentError, match=r"leave must be in \[1, 6\), got \[6\]"):
         layerskip.exits(model, 6)
+    with pytest.raises(ArgumentError, match=r"exit_layer must be in \[1, 6\), got \[0\]"):
+        layerskip.speculate(model, inputs, 0)
+
+
+@pytest.mark.parametrize(("leave", "drafts"), [(2, 1), (4, 3), (5, 6)])
+def test_every_draft_comes_from_the_exit_layer(leave: int, drafts: int) -> None:
+    """Cycles by transformers' own states: so many drafts of the residual at E each, but for the tail; one token of the top."""
+    model = tiny_models.tiny("llama", eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    inputs, new = tiny_models.prompts(4), 17
+    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "return_dict_in_generate": True}
+    wanted = model.generate(**inputs, **options).sequences
+    counts = [0] * 6
+    for number, layer in enumerate(model.model.layers):
+
+        def count(module: Any, args: Any, output: Any, number: int = number) -> None:
+            counts[number] += output.shape[0]
+
+        layer.mlp.down_proj.register_forward_hook(count)
+    out = layerskip.speculate(model, inputs, leave, drafts, **options)
+    ran = [count - int(inputs["attention_mask"].sum()) + 4 for count in counts]
+    assert torch.equal(out.sequences, wanted)
+    rows = 0
+    for row in range(4):
+        text = wanted[row][torch.cat([inputs["attention_mask"][row].bool(), torch.ones(new, dtype=torch.bool)])].tolist()
+        at, drafted, layers = len(text) - new, [], []
+        while at < len(text):
+            size = min(drafts, len(text) - at - 1)
+            made = text[:at]
+            for _ in range(size):
+                made.append(int(FullModel(model, torch.tensor(made)).exit_logits(leave)[-1].argmax()))
+            good = next((j for j in range(size) if made[at + j] != text[at + j]), size)
+            drafted.append(size)
+            layers += [leave] * good + [6]
+            at += good + 1
+        assert int(out.drafted[row]) == sum(drafted)
+        assert out.exit_layers[row].tolist() == layers
+        rows += sum(drafted) + len(drafted)
+    assert ran == out.work.layers == [rows] * 6, "a drafted row runs each layer once: below the exit, then above it"
+    assert int(out.accepted.sum()) > 0
+
+
+def test_a_trained_base_accepts_its_own_drafts() -> None:
+    """What the two halves of the paper are for: early layers that learned to say what the top says draft what it accepts."""
+    accepted = []
+    for scale in (0.0, 1.0):
+        model = tiny_models.tiny("llama", eos_token_id=None)
+        model.generation_config.eos_token_id = None
+        settings = Settings(steps=60, batch=16, every=3, dropout=0.1, lr=3e-3, scale=scale)
+        layerskip.train(model, texts(200), settings=settings, progress=False)
+        prompts = torch.stack(texts(12, 6, seed=9))
+        out = layerskip.speculate(model, prompts, 3, 4, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+        accepted.append(float(out.accepted.sum() / out.drafted.sum()))
+        assert torch.equal(out.sequences, model.generate(prompts, max_new_tokens=12, do_sample=False))
+    assert accepted[1] > accepted[0] + 0.2
 
 
 def test_exits_made_before_training_do_not_fit_afterwards() -> None:

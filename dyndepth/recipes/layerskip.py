@@ -1,13 +1,14 @@
 """LayerSkip (arXiv 2404.16710): training of the base itself, so that its own norm and head can read every layer.
 
 Layers are dropped at random, later ones more often, and an early-exit loss is added at some layers per step. There is nothing
-to store beside the model: all exits share its final norm and LM head.
+to store beside the model: all exits share its final norm and LM head. Early layers then draft tokens that the others verify
+(`speculate`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from dyndepth.closed_form.progress import Progress
 from dyndepth.data import check_ids, encode
 from dyndepth.errors import ArgumentError, NotEnoughDataError, TrainingError
-from dyndepth.exits import Band, Exits, FixedDepth
+from dyndepth.exits import Always, Band, Criterion, Exits, FixedDepth
 from dyndepth.files import require
+from dyndepth.runtime import entry
 from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.fingerprint import facts_of
 from dyndepth.training.losses import cross_entropy
@@ -128,11 +130,36 @@ def exits(model: Any, leave: int | Sequence[int]) -> Exits:
     Make them after training. `model.generate(..., custom_generate=dyndepth.generate, exits=exits, depth=leave, kv="none",
     prompt="dynamic")` is the model cut there.
     """
+    return _exits(model, [leave] if isinstance(leave, int) else list(leave), FixedDepth(), "exits: leave")
+
+
+def speculate(
+    model: Any, inputs: Mapping[str, Any] | Tensor, exit_layer: int, num_speculations: int = 6, **options: Any
+) -> Any:
+    """`model.generate` by self-speculative decoding: layers below `exit_layer` draft, the others verify.
+
+    Args:
+        model: a supported transformers causal LM; how many drafts hold depends on its training (`train`).
+        inputs: what a tokenizer returns (padded on the left), or input ids [batch, t].
+        exit_layer: the boundary that every draft comes from (the paper's E).
+        num_speculations: drafts of a sequence before they are verified; fewer only where it is about to end.
+        options: of transformers' generate and of dyndepth.generate.
+
+    Returns what transformers' generate returns: greedy tokens are the full model's, sampled ones have its distribution; with
+    `return_dict_in_generate=True` also `drafted` and `accepted` [batch].
+    """
+    exits = _exits(model, [exit_layer], Always(), "speculate: exit_layer")
+    content = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    return model.generate(
+        **content, custom_generate=entry.generate, exits=exits, mode="lossless", drafts=num_speculations, **options
+    )
+
+
+def _exits(model: Any, leave: Sequence[int], criterion: Criterion, name: str) -> Exits:
     bound = bind(model)
-    points = [leave] if isinstance(leave, int) else list(leave)
-    if not all(1 <= at < bound.depth for at in points):
-        raise ArgumentError(f"layerskip.exits: leave must be in [1, {bound.depth}), got {points}")
-    bands = [Band(at, bound.depth, FixedDepth()) for at in points]
+    if not all(1 <= at < bound.depth for at in leave):
+        raise ArgumentError(f"layerskip.{name} must be in [1, {bound.depth}), got {list(leave)}")
+    bands = [Band(at, bound.depth, criterion) for at in leave]
     return Exits(bands, facts_of(bound), {"method": "LayerSkip (arXiv 2404.16710)"})
 
 
