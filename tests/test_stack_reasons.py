@@ -208,7 +208,7 @@ def test_weights_that_do_not_lie_row_by_row() -> None:
     causal_lm = tiny_models.tiny("llama")
     linear = causal_lm.model.layers[2].mlp.gate_proj
     linear.weight.data = linear.weight.data.T.contiguous().T
-    assert_modules_run(causal_lm, "weights are not in main memory, row by row")
+    assert_modules_run(causal_lm, "weights do not lie row by row")
 
 
 def _no_bias(causal_lm: Any) -> None:

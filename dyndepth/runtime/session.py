@@ -19,6 +19,7 @@ from dyndepth.runtime.bind import Model
 from dyndepth.runtime.block import Block, bind_block, restored
 from dyndepth.runtime.fingerprint import check_exits
 from dyndepth.runtime.forward import Result, forward
+from dyndepth.runtime.graph import GraphResult, forward_graph
 from dyndepth.runtime.layer import Context
 from dyndepth.runtime.pages import Indices, Pages
 from dyndepth.runtime.parked import Parked
@@ -172,6 +173,20 @@ class Session:
         rows, context = self.rows(seq, pos, tokens=tokens, embeds=embeds, step=step, may_leave=may_leave, parked=parked)
         closed = isinstance(may_leave, bool) and not may_leave
         return forward(self._closed if closed else self.plan, rows, context, hold)
+
+    def run_graph(
+        self,
+        seq: Sequence[int] | Tensor,
+        pos: Sequence[int] | Tensor,
+        *,
+        tokens: Tensor,
+        step: Sequence[int] | Tensor | None = None,
+        may_leave: Tensor | bool = True,
+        count: Tensor | None = None,
+    ) -> GraphResult:
+        """`run` in graph style (dyndepth/runtime/graph.py): fixed shapes, results on the device. Arguments as for `run`."""
+        rows, context = self.rows(seq, pos, tokens=tokens, step=step, may_leave=may_leave)
+        return forward_graph(self.plan, rows, context, count)
 
     def left(
         self,

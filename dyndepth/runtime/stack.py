@@ -9,7 +9,7 @@ gated MLP run through their modules (dyndepth/runtime/layer.py), which is also t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dyndepth.check import FLOATS
 from dyndepth.op import cpp_allowed
 from dyndepth.ops import _cpp
+from dyndepth.ops.ragged_linear import ACTIVATIONS
 from dyndepth.runtime.family import Family
 from dyndepth.runtime.layer import Context, Layer
 from dyndepth.runtime.norms import has_hooks, is_plain_linear, rms_style
@@ -76,6 +77,8 @@ def stack_of(layers: Sequence[Layer], family: Family) -> Stack | str:
         return absent
     try:
         found = [_parts(layer, family) for layer in layers]
+        if any(part.device.type != "cpu" for parts in found for part in parts.values()):
+            return "weights are not in main memory"
         style, eps = _norms(layers)
         act = _activation(layers, family)
     except _NotPlainError as reason:
@@ -101,6 +104,32 @@ def stack_of(layers: Sequence[Layer], family: Family) -> Stack | str:
         variants=[layer.variant for layer in layers],
         weights=[[parts[name] for name in PARTS if name in parts] for parts in found],
     )
+
+
+@dataclass(frozen=True)
+class GatedParts:
+    """What follows attention in a layer with a plain output projection and a plain gated MLP, as ops.ragged_linear takes it."""
+
+    out: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    out_bias: Tensor | None
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+
+
+def gated_parts(layers: Sequence[Layer], family: Family) -> list[GatedParts] | None:
+    """Per layer, or None where one of them must run through its modules. On any device."""
+    try:
+        found = [_parts(layer, family) for layer in layers]
+        activation = ACTIVATIONS[_activation(layers, family)]
+    except _NotPlainError:
+        return None
+    names = [field.name for field in fields(GatedParts) if field.name != "activation"]
+    return [GatedParts(**{name: parts.get(name) for name in names}, activation=activation) for parts in found]  # type: ignore[arg-type]
 
 
 def _parts(layer: Layer, family: Family) -> dict[str, Tensor]:
@@ -138,8 +167,8 @@ def _parts(layer: Layer, family: Family) -> dict[str, Tensor]:
     dtype = plain.weights[0].dtype
     if dtype not in FLOATS or any(part.dtype != dtype for part in parts.values()):
         raise _NotPlainError("weights are of several dtypes")
-    if any(part.device.type != "cpu" or not part.is_contiguous() for part in parts.values()):
-        raise _NotPlainError("weights are not in main memory, row by row")
+    if any(not part.is_contiguous() for part in parts.values()):
+        raise _NotPlainError("weights do not lie row by row")
     if plain.q_gain is not None and plain.k_gain is not None:
         parts |= {"q_gain": plain.q_gain, "k_gain": plain.k_gain}
     return parts

@@ -1,0 +1,178 @@
+"""Invariant 9: a pass in graph style looks at no value on the host, and says what the pass of slices says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_exits
+import tiny_models
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dyndepth.errors import ExitsError
+from dyndepth.exits import Always, Band, Criterion, Exits, Never, Patience, Saturation, TopProbability
+from dyndepth.op import backend
+from dyndepth.runtime.bind import bind
+from dyndepth.runtime.forward import forward
+from dyndepth.runtime.graph import forward_graph, why_not
+from dyndepth.runtime.layer import Context
+from dyndepth.runtime.rows import Rows
+from dyndepth.runtime.session import Session
+
+FAMILIES = ["llama", "llama_bias", "qwen3", "gemma3", "olmo2", "phi3", "gpt2", "gpt_neox"]
+
+
+def _start(family: str, exits: Exits | None, kv: str, rows: int = 9) -> tuple[Session, dict[str, Any]]:
+    """A session with prompts in its pages, and the arguments of a decode step of `rows` sequences."""
+    model = bind(tiny_models.shared(family))
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.randint(1, 14, (rows,), generator=generator).tolist()
+    session = Session(model, [length + 4 for length in lengths], exits, kv=kv)
+    prompts = [torch.randint(3, tiny_models.VOCABULARY, (length,), generator=generator) for length in lengths]
+    session.prefill(prompts, session.work())
+    tokens = torch.randint(3, tiny_models.VOCABULARY, (rows,), generator=generator)
+    return session, {"seq": list(range(rows)), "pos": lengths, "tokens": tokens, "step": [3] * rows}
+
+
+def _exits(family: str, kind: str) -> Exits:
+    model = tiny_models.shared(family)
+    if kind == "mixed":
+        return tiny_exits.mixed(model)
+    if kind == "jumps":  # two bands that resume at one place, with jumps of their own
+        return tiny_exits.exits_of(
+            model, tiny_exits.band(model, 1, 4), tiny_exits.band(model, 2, 4), tiny_exits.band(model, 4, 6)
+        )
+    criterion = Saturation() if kind == "saturation" else TopProbability()
+    threshold = 0.7 if kind == "saturation" else 0.1
+    options: dict[str, Any] = {"criterion": criterion, "threshold": threshold}
+    return tiny_exits.exits_of(model, *(tiny_exits.band(model, point, 6, **options) for point in (2, 3, 5)))
+
+
+@pytest.mark.parametrize("kv", ["predict", "propagate"])
+@pytest.mark.parametrize("kind", ["mixed", "jumps", "saturation", "probability"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_says_what_the_pass_of_slices_says(family: str, kind: str, kv: str) -> None:
+    """Same decisions, residuals, K,V and counts, with the reference providers. Products of other row counts round otherwise."""
+    exits = _exits(family, kind)
+    (eager, arguments), (graph, _) = _start(family, exits, kv), _start(family, exits, kv)
+    with backend("torch"):
+        wanted = eager.run(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+        found = graph.run_graph(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+    assert found.exit_layer.tolist() == wanted.exit_layer.tolist()
+    assert found.layers_run.tolist() == wanted.layers_run.tolist()
+    assert found.work.tolist() == wanted.work
+    torch.testing.assert_close(found.ready, wanted.ready, rtol=1e-4, atol=1e-5)
+    slots = eager.pages.slots(arguments["seq"], arguments["pos"]).long()
+    mine, theirs = (session.pages.kv[:6].flatten(2, 3)[:, :, slots] for session in (graph, eager))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    if kind == "mixed":
+        assert len(set(wanted.layers_run.tolist())) > 1, "rows must take several ways for this to test anything"
+
+
+@pytest.mark.parametrize("kv", ["predict", "propagate"])
+@pytest.mark.parametrize("criterion", [Always(), Never()], ids=lambda criterion: criterion.kind)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_the_same_bits_where_both_ways_run_as_many_rows(family: str, criterion: Criterion, kv: str) -> None:
+    """PyTorch's products, and the tails of its vectors, round by the number of rows; as many rows leave no excuse."""
+    model = tiny_models.shared(family)
+    exits = tiny_exits.exits_of(model, tiny_exits.band(model, 1, 3, criterion), tiny_exits.band(model, 4, 6, criterion))
+    (eager, arguments), (graph, _) = _start(family, exits, kv), _start(family, exits, kv)
+    with backend("torch"):
+        wanted = eager.run(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+        found = graph.run_graph(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+    assert torch.equal(found.ready, wanted.ready)
+    assert torch.equal(found.exit_layer, wanted.exit_layer)
+    assert set(wanted.exit_layer.tolist()) == {4 if criterion.kind == "always" else 6}
+    slots = eager.pages.slots(arguments["seq"], arguments["pos"]).long()
+    mine, theirs = (session.pages.kv[:6].flatten(2, 3)[:, :, slots] for session in (graph, eager))
+    if kv == "predict" or criterion.kind == "never":  # of rows that all left, the pass of slices folds norm and projection
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("real", [0, 1, 5, 9])
+def test_one_shape_serves_smaller_batches(family: str, real: int) -> None:
+    """Rows past the count are padding: they write no K,V and change nobody."""
+    exits = _exits(family, "mixed")
+    (eager, arguments), (graph, _) = _start(family, exits, "predict"), _start(family, exits, "predict")
+    part = {name: value[:real] for name, value in arguments.items()}
+    with backend("torch"):
+        rows, context = graph.rows(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+        rows.slots[real:] = -1
+        before = graph.pages.kv.clone()
+        found = forward_graph(graph.plan, rows, context, torch.tensor([real], dtype=torch.int32))
+        assert found.work[0] == real
+        if real:
+            wanted = eager.run(part["seq"], part["pos"], tokens=part["tokens"], step=part["step"])
+            assert found.exit_layer[:real].tolist() == wanted.exit_layer.tolist()
+            assert found.work.tolist() == wanted.work
+            torch.testing.assert_close(found.ready[:real], wanted.ready, rtol=1e-4, atol=1e-5)
+    written = (graph.pages.kv != before).flatten(4).any(-1).any(0).any(0).flatten().nonzero()[:, 0].tolist()
+    mine = graph.pages.slots(part["seq"], part["pos"]).tolist()
+    assert set(written) <= set(mine)
+
+
+def _traced(session: Session, arguments: dict[str, Any], run: Any) -> Any:
+    rows, context = session.rows(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+    names = ["hidden", "seq", "pos", "slots", "step", "may_leave"]
+
+    def step(pages: torch.Tensor, block_table: torch.Tensor, *buffers: torch.Tensor) -> Any:
+        return run(session.plan, Rows(*buffers), Context(pages, block_table, context.cos, context.sin))
+
+    inputs = [getattr(rows, name) for name in names]
+    return make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(context.pages, context.block_table, *inputs)
+
+
+@pytest.mark.parametrize("kv", ["predict", "propagate"])
+@pytest.mark.parametrize("kind", ["mixed", "probability", "saturation"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_traces_under_fake_tensors(family: str, kind: str, kv: str) -> None:
+    """Nothing reads a value: a fake tensor has none, and raises when asked. The trace runs, and is the pass."""
+
+    def run(*parts: Any) -> Any:
+        result = forward_graph(*parts)
+        return result.ready, result.exit_layer, result.layers_run, result.work
+
+    exits = _exits(family, kind)
+    session, arguments = _start(family, exits, kv)
+    with backend("torch"):
+        traced = _traced(session, arguments, run)
+        rows, context = session.rows(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+        buffers = (rows.hidden, rows.seq, rows.pos, rows.slots, rows.step, rows.may_leave)
+        replayed = traced(context.pages, context.block_table, *buffers)
+        again, _ = _start(family, exits, kv)
+        wanted = again.run_graph(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+    ours = {node.target for node in traced.graph.nodes if "dyndepth" in str(node.target)}
+    assert any("compact_rows" in str(target) for target in ours)
+    assert any("ragged_attention" in str(target) for target in ours)
+    for mine, other in zip(replayed[1:], (wanted.exit_layer, wanted.layers_run, wanted.work), strict=True):
+        assert torch.equal(mine, other)
+    # A trace takes linear layers apart into products and sums, which round otherwise.
+    torch.testing.assert_close(replayed[0], wanted.ready, rtol=1e-4, atol=1e-5)
+    slots = session.pages.slots(arguments["seq"], arguments["pos"]).long()
+    pages = [each.pages.kv[:6].flatten(2, 3)[:, :, slots] for each in (session, again)]
+    torch.testing.assert_close(*pages, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pass_of_slices_does_not_trace() -> None:
+    """It reads the counters on the host at every boundary: the test above can fail."""
+    session, arguments = _start("llama", _exits("llama", "mixed"), "predict")
+    with backend("torch"), pytest.raises((DataDependentOutputException, RuntimeError)):
+        _traced(session, arguments, lambda *parts: forward(*parts).ready)
+
+
+def test_refusals() -> None:
+    model = tiny_models.shared("llama")
+    for kv in ("recompute", "release", "copy"):
+        session, arguments = _start("llama", tiny_exits.exits_of(model, tiny_exits.band(model, 2, 6)), kv)
+        with pytest.raises(ExitsError, match=f"graph style: kv='{kv}' takes rows up that waited"):
+            session.run_graph(arguments["seq"], arguments["pos"], tokens=arguments["tokens"])
+    counting = tiny_exits.exits_of(model, tiny_exits.band(model, 2, 6, Patience(), threshold=1.0))
+    assert why_not(_start("llama", counting, "predict")[0].plan) == "a criterion counts over boundaries"
+    from dyndepth.runtime.block import block_head
+
+    band: Band = tiny_exits.band(model, 2, 6)
+    band.head = block_head(bind(model), 2)
+    assert "block head" in (why_not(_start("llama", tiny_exits.exits_of(model, band), "propagate")[0].plan) or "")
