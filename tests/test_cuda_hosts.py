@@ -147,13 +147,13 @@ def test_rows_the_widest_word_that_everything_allows_is_chosen() -> None:
     assert int(empty["count"]) == 0
 
 
-def _aligned(*shape: int, dtype: torch.dtype, offset: int = 0, gap: int = 0) -> torch.Tensor:
-    """Rows `gap` elements further apart than they are long, the first one `offset` elements past a 16 byte boundary."""
-    rows, length = shape[0], int(torch.tensor(shape[1:]).prod())
-    memory = torch.zeros(rows * (length + gap) + offset + 16, dtype=dtype)
-    start = -memory.data_ptr() % 16 // memory.element_size() + offset
-    strides = [length + gap, *torch.empty(shape[1:], device="meta").stride()]
-    return memory.as_strided(shape, strides, start)
+def _aligned(*shape: int, dtype: torch.dtype, offset: int = 0, gap: int = 0, apart: int = 0) -> torch.Tensor:
+    """The first element lies `offset` elements past a 16 byte boundary; rows are `gap`, heads `apart` elements apart."""
+    strides = list(torch.empty(shape, device="meta").stride())
+    if len(shape) == 3:
+        strides[:2] = shape[1] * (shape[2] + apart) + gap, shape[2] + apart
+    memory = torch.zeros(shape[0] * strides[0] + offset + 16, dtype=dtype)
+    return memory.as_strided(shape, strides, -memory.data_ptr() % 16 // memory.element_size() + offset)
 
 
 def _kv(*, dim: int = 16, rotary: int = 8, **changes: dict[str, int]) -> tuple[bool, bool, int]:
@@ -167,7 +167,7 @@ def _kv(*, dim: int = 16, rotary: int = 8, **changes: dict[str, int]) -> tuple[b
     rows = torch.zeros(3, dtype=torch.int32)
     q, k, v = heads("q", 3, 4, dim), heads("k", 3, 2, dim), heads("v", 3, 2, dim)
     found = store_kv.describe(q, k, v, *tables, rows, rows, heads("pages", 2, 1, 4, 2, dim), None, heads("rotated", 3, 4, dim))
-    assert int(found["k"]["row"]) == k.stride(0)
+    assert (int(found["k"]["row"]), int(found["k"]["head"])) == k.stride()[:2]
     return bool(found["wide_turn"]), bool(found["wide_copy"]), store_kv.threads(found, 2)
 
 
@@ -180,10 +180,12 @@ def test_kv_moves_16_bytes_where_everything_allows_it() -> None:
     for name in ("q", "k"):
         assert _kv(**{name: {"offset": 1}})[:2] == (False, True), name
         assert _kv(**{name: {"gap": 4}})[:2] == (False, True), name
-        assert _kv(**{name: {"gap": 8}})[:2] == (True, True), name
+        assert _kv(**{name: {"apart": 2}})[:2] == (False, True), name  # rows still lie on boundaries
+        assert _kv(**{name: {"gap": 8, "apart": 8}})[:2] == (True, True), name
     assert _kv(rotated={"offset": 4})[:2] == (False, True)
     assert _kv(v={"offset": 1})[:2] == (True, False)
     assert _kv(v={"gap": 4})[:2] == (True, False)
+    assert _kv(v={"apart": 4})[:2] == (True, False)
     assert _kv(pages={"offset": 4})[:2] == (False, False)
     for name in ("cos", "sin"):
         assert _kv(**{name: {"offset": 1}})[:2] == (False, True), name

@@ -32,7 +32,8 @@ def test_one_name_in_every_folder(name: str) -> None:
     providers = REGISTRY[name].providers
     wanted += [f"csrc/cpu/{name}.cpp"] if "cpp" in providers else []
     wanted += [f"kernels/{name}.py"] if "triton" in providers else []
-    wanted += [f"csrc/cuda/{name}.cu"] if "cuda" in providers else []
+    cuda = (f"csrc/cuda/{name}.cu", f"dyndepth/cuda/{name}.py", f"tests/cuda_on_cpu/{name}.cpp")
+    wanted += cuda if "cuda" in providers else []
     assert [path for path in wanted if not (ROOT / path).exists()] == []
     assert list(providers)[-1] == "torch"
     assert [RANK.index(provider) for provider in providers] == sorted(RANK.index(provider) for provider in providers)
