@@ -39,6 +39,8 @@ class View:
     layers: int
     #: State carried with the rows between boundaries, [live] per name; replace entries to change them.
     carried: dict[str, Tensor] = field(default_factory=dict)
+    #: float32 [live], what `leaves` compared with the threshold; None under criteria without a score.
+    score: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Criterion:
 
     def leaves(self, view: View, threshold: Tensor) -> Tensor:
         """bool [live]; `threshold` is float32 [live] (it may depend on the step). NaN never leaves."""
-        return self.score(view) >= threshold
+        view.score = self.score(view)
+        return view.score >= threshold
 
 
 @dataclass(frozen=True)

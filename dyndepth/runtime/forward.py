@@ -16,6 +16,7 @@ from dyndepth.ops import ExitStats, backfill_kv
 from dyndepth.ops.compact_rows import AWAY, LEAVING, RUN
 from dyndepth.runtime.block import Block
 from dyndepth.runtime.layer import Context
+from dyndepth.runtime.observe import names
 from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.policies import EXACT, copy_last
 from dyndepth.runtime.rows import Rows
@@ -41,7 +42,7 @@ class Result:
     held: Tensor | None = None
     #: Residuals [n, d] that rows ended with, where a later pass may take them up (`recompute`, or rows are held).
     hidden: Tensor | None = None
-    #: What criteria carry from boundary to boundary, by name, where rows are held.
+    #: What rows carry from boundary to boundary, by name, where rows are held or observed.
     carried: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -311,6 +312,16 @@ class _Pass:
             rows.carry(name, value)
         if plan.previous_wanted:
             rows.carry("previous", hidden)
+        if plan.observed and band.resume == plan.model.depth:
+            score, token = names(band.leave)
+            whole = heads and band.shortlist is None
+            said = (
+                stats().argmax if whole else plan.model.argmax(heads[0] if heads else self._head(band, block, slice(0, live)))
+            )
+            rows.carry(
+                score, torch.full_like(hidden[:, 0], math.nan, dtype=torch.float32) if view.score is None else view.score
+            )
+            rows.carry(token, said)
         return leaves, heads[0] if heads else None
 
     def _result(self) -> Result:
@@ -350,11 +361,10 @@ class _Pass:
         result = Result(ready, exit_layer.int(), layers_run.int(), bands_taken, self.work, self.block_work, held)
         if self.hold or self.plan.kv_policy in EXACT:
             result.hidden = torch.empty_like(rows.hidden).index_copy_(0, rows.index.long(), rows.hidden)
-            if self.hold:
-                result.carried = {
-                    name: torch.empty_like(value).index_copy_(0, rows.index.long(), value)
-                    for name, value in rows.carried.items()
-                }
+        if self.hold or self.plan.observed:
+            result.carried = {
+                name: torch.empty_like(value).index_copy_(0, rows.index.long(), value) for name, value in rows.carried.items()
+            }
         return result
 
     def _ready(self) -> Tensor:

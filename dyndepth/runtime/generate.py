@@ -12,13 +12,16 @@ from torch import Tensor
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 from dyndepth.runtime.bind import Model, bind
+from dyndepth.runtime.forward import Result
 from dyndepth.runtime.inputs import real_tokens
+from dyndepth.runtime.observe import Observer, check_observer, observed
+from dyndepth.runtime.pages import Indices
 from dyndepth.runtime.parked import Parked
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING, Session, Work
 from dyndepth.runtime.speculate import DEFAULT_DRAFTS, Speculation
 
 PROMPTS = ("full", "dynamic")
-MODES = ("dynamic", "lossless")
+MODES = ("dynamic", "lossless", "rollback")
 #: New tokens that K,V pages are taken for at once; more come when they are needed, so a high max_new_tokens costs nothing.
 _ROOM = 256
 
@@ -40,13 +43,15 @@ def decode(
     pending: int = DEFAULT_PENDING,
     mode: str = "dynamic",
     drafts: int = DEFAULT_DRAFTS,
+    rollback: float | None = None,
+    observe: Observer | None = None,
     generator: torch.Generator | None = None,
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """Greedy search or sampling with dynamic depth; arguments are prepared by transformers (see `dyndepth.generate`)."""
     _refuse(generation_config, model_kwargs, prompt)
-    lossless = _lossless(mode, drafts, exits, kv)
+    verified = _verified(mode, drafts, rollback, exits, kv, bool(generation_config.do_sample))
     model = bind(causal_lm)
     batch, width = input_ids.shape
     prompts, embedded = _prompts(input_ids, model_kwargs)
@@ -57,33 +62,42 @@ def decode(
         model,
         lengths,
         exits,
-        kv="recompute" if lossless else kv,
+        kv="recompute" if verified else kv,
         depth=_per_sequence(depth, batch, generation_config.num_return_sequences or 1),
         page_size=page_size,
         pages=pages,
         chunk=prefill_chunk,
         pending=pending,
+        observed=observe is not None,
         first=[min(length, prompt_rows.shape[0] + _ROOM) for length, prompt_rows in zip(lengths, prompts, strict=True)],
     )
+    check_observer(observe, session.kv_policy)
     prompt_work, work = session.work(), session.work()
     if prompt == "dynamic" and session.kv_policy == "recompute":
         raise ArgumentError("generate: prompt must be 'full' with kv='recompute' (prompt rows run together), got 'dynamic'")
     # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
     session.prefill([rows[:-1] for rows in prompts], prompt_work, embeds=embedded, may_leave=prompt == "dynamic")
-    parts = (model, session, generation_config, logits_processor, stopping_criteria, generator, streamer, work)
-    loop = Speculation(*parts, drafts) if lossless else _Loop(*parts)
+    parts = (model, session, generation_config, logits_processor, stopping_criteria, generator, streamer, work, observe)
+    loop = Speculation(*parts, drafts, rollback or 0.0) if verified else _Loop(*parts)
     return loop.run(input_ids, prompts, embedded, prompt_work)
 
 
-def _lossless(mode: str, drafts: int, exits: Exits | None, kv: str | None) -> bool:
+def _verified(mode: str, drafts: int, rollback: float | None, exits: Exits | None, kv: str | None, sampled: bool) -> bool:
+    """Early exits draft. Raises for what does not go together."""
     if mode not in MODES:
         raise ArgumentError(f"generate: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if (mode == "rollback") != (rollback is not None) or not (rollback is None or rollback >= 0):
+        raise ArgumentError(
+            f"generate: mode='rollback' wants rollback in nats from 0 up, and only it, got {mode!r}, {rollback}"
+        )
     if mode == "dynamic":
         return False
     if exits is None:
-        raise ArgumentError("generate: mode='lossless' drafts with early exits, got exits=None")
+        raise ArgumentError(f"generate: mode={mode!r} drafts with early exits, got exits=None")
     if kv not in (None, "recompute"):
-        raise ArgumentError(f"generate: mode='lossless' works with kv='recompute' only, got kv={kv!r}")
+        raise ArgumentError(f"generate: mode={mode!r} works with kv='recompute' only, got kv={kv!r}")
+    if mode == "rollback" and sampled:
+        raise ArgumentError("generate: mode='rollback' is greedy, got do_sample=True; mode='lossless' samples")
     if drafts < 1:
         raise ArgumentError(f"generate: drafts must be at least 1, got {drafts}")
     return True
@@ -102,8 +116,9 @@ class _Loop:
         generator: torch.Generator | None,
         streamer: Any,
         work: Work,
+        observer: Observer | None,
     ) -> None:
-        self.model, self.session, self.config = model, session, config
+        self.model, self.session, self.config, self.observer = model, session, config, observer
         self.processor, self.criteria, self.generator, self.streamer = processor, criteria, generator, streamer
         self.work = work
         self.keep = bool(config.return_dict_in_generate)
@@ -194,6 +209,12 @@ class _Loop:
                     self.went[at][1, sequence] += ran
             self.parked = self.session.left(result, running, positions, steps, parked)
         logits = self.model.logits(result.ready[:count])
+        if self.observer is not None:
+            self._observe(
+                result,
+                logits,
+                (running, steps) if parked is None else (_joined(running, parked.seq), _joined(steps, parked.step)),
+            )
         if count == batch:
             self.went.append(went[:, :count].clone())
             return logits
@@ -202,6 +223,26 @@ class _Loop:
         everyone = logits.new_zeros(batch, logits.shape[1])
         everyone[running.to(logits.device)] = logits
         return everyone
+
+    def _observe(self, result: Result, logits: Tensor, whose: tuple[Tensor, Tensor]) -> None:
+        """Tell the observer of the rows whose truth this pass found: all under `release`, else those that reached the top."""
+        model, observer = self.model, self.observer
+        assert observer is not None
+        assert result.hidden is not None
+        if self.session.kv_policy == "release":
+            rows, full = torch.arange(logits.shape[0]), model.argmax(model.finish(result.hidden))
+        else:
+            rows = (result.exit_layer.cpu() == model.depth).nonzero()[:, 0]
+            fresh, others = rows[rows < logits.shape[0]], rows[rows >= logits.shape[0]]
+            full = logits[fresh.to(logits.device)].argmax(-1)
+            if len(others):
+                full = torch.cat([full, model.argmax(result.ready[others.to(full.device)])])
+        if len(rows):
+            observer(observed(list(self.session.plan.bands), result.carried, rows, full, *(each[rows] for each in whose)))
+
+
+def _joined(fresh: Tensor, parked: Indices) -> Tensor:
+    return torch.cat([fresh, torch.from_numpy(parked)])
 
 
 def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:

@@ -32,6 +32,8 @@ class Plan:
     depth: Tensor | None = None
     #: Criteria may decide; False keeps every row to the top (block heads still store their K,V).
     open: bool = True
+    #: Somebody wants to know what exits make of every row (dyndepth.runtime.observe).
+    observed: bool = False
     #: Rows of the LM head that a band's shortlist names, by boundary; filled on first use.
     shortlists: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     #: Judges by boundary, None where judging goes op by op; filled on first use.
@@ -62,7 +64,8 @@ class Plan:
     def _closed(self, band: Band) -> bool:
         shut = band.criterion.kind == "never" or (band.criterion.scored and band.threshold == math.inf)
         waited_for = any(other.criterion.needs_previous or other.criterion.carries for other in self.exits or ())
-        return shut and self.depth is None and not waited_for
+        watched = self.observed and band.criterion.scored
+        return shut and self.depth is None and not waited_for and not watched
 
     def head(self, band: Band) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias of the LM head over the band's shortlist; None if it is no plain linear."""
@@ -97,8 +100,8 @@ class Plan:
         return some.new_full((ready.shape[0], model.vocab_size), -math.inf).index_copy_(1, ids, some)
 
     def judge(self, band: Band) -> Judge | None:
-        """The one call that judges at a boundary; None where criteria see more than residuals and logits."""
-        if not usable():
+        """The one call that judges at a boundary; None where criteria see more than that, or rows are observed."""
+        if self.observed or not usable():
             return None
         if band.leave not in self.judges:
             self.judges[band.leave] = judge_of(self.model, band, self.head(band))

@@ -88,6 +88,7 @@ class Session:
         chunk: rows per pass of a prefill.
         first: positions per sequence that memory is taken for now (default: the capacity); more is taken when needed.
         pending: under `recompute`, tokens of a sequence that may be parked before its next one runs to the top.
+        observed: let rows carry what exits make of them (dyndepth.runtime.observe).
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Session:
         chunk: int = DEFAULT_CHUNK,
         first: Sequence[int] | None = None,
         pending: int = DEFAULT_PENDING,
+        observed: bool = False,
     ) -> None:
         for name, value in (("chunk", chunk), ("pending", pending)):
             if value < 1:
@@ -141,6 +143,7 @@ class Session:
             blocks=blocks,
             propagation=Propagation(model),
             depth=None if asked is None else asked.to(model.device),
+            observed=observed,
         )
         self._closed = dataclasses.replace(self.plan, open=False)
 

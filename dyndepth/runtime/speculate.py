@@ -19,6 +19,7 @@ from torch import Tensor
 from dyndepth.ops import accept_drafts
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.forward import Result
+from dyndepth.runtime.observe import Observer, observed
 from dyndepth.runtime.parked import Parked
 from dyndepth.runtime.session import Session, Work
 from dyndepth.runtime.stops import Processed, Stops
@@ -78,10 +79,12 @@ class Speculation:
         generator: torch.Generator | None,
         streamer: Any,
         work: Work,
+        observer: Observer | None,
         drafts: int,
+        rollback: float,
     ) -> None:
         self.model, self.session, self.config, self.generator, self.streamer = model, session, config, generator, streamer
-        self.work, self.most = work, drafts
+        self.work, self.observer, self.most, self.rollback = work, observer, drafts, rollback
         self.processor, self.stops = processor, Stops(criteria)
         self.keep = bool(config.return_dict_in_generate)
         self.parked = Parked.nothing(torch.empty(0, model.hidden_size, dtype=model.dtype, device=model.device))
@@ -178,6 +181,8 @@ class Speculation:
         logits = self.model.logits(result.ready[chosen])
         scores = self.processed([each.prefix(j) for each, j in places], logits)
         accepted, tokens = self._accepted(there, scores)
+        if self.observer is not None:
+            self._observe(result, chosen, logits, places, dict(zip([each.number for each in there], accepted, strict=True)))
         begin = 0
         for each, count, token in zip(there, accepted, tokens, strict=True):
             self._extend(each, [*each.drafts[:count], token], [*each.at[:count], depth], scores[begin:], logits[begin:])
@@ -206,6 +211,11 @@ class Speculation:
         if not self.config.do_sample:
             best = torch.zeros(len(there), most + 1, dtype=torch.int64, device=device)
             best[where[0], where[1]] = scores.argmax(-1)
+            if self.rollback > 0:  # what the full model can live with counts as its own word
+                chances = scores.new_full((len(there), most + 1, scores.shape[1]), -torch.inf)
+                chances[where[0], where[1]] = torch.log_softmax(scores.float(), dim=-1)
+                likely = chances[:, :most].gather(2, drafts.clamp_min(0)[..., None])[..., 0] >= -self.rollback
+                best[:, :most] = torch.where(likely & (drafts >= 0), drafts, best[:, :most])
             accepted, tokens = accept_drafts(drafts, lengths, best)
             return accepted.tolist(), tokens.tolist()
         wanted = scores.new_zeros(len(there), most + 1, scores.shape[1], dtype=torch.float32)
@@ -218,6 +228,16 @@ class Speculation:
         luck = torch.rand(len(there), most + 1, generator=self.generator, device=device)
         accepted, tokens = accept_drafts(drafts, lengths, wanted, draft_probs=had, uniforms=luck)
         return accepted.tolist(), tokens.tolist()
+
+    def _observe(
+        self, result: Result, chosen: Tensor, logits: Tensor, places: list[tuple[_Sequence, int]], accepted: dict[int, int]
+    ) -> None:
+        """Tell the observer of the rows that made tokens which stay, or would have made the first that does not."""
+        assert self.observer is not None
+        kept = torch.tensor([at for at, (each, j) in enumerate(places) if j <= accepted[each.number]])
+        seq, step = ([value(*places[at]) for at in kept.tolist()] for value in (lambda e, j: e.number, lambda e, j: e.made + j))
+        full = logits[kept.to(logits.device)].argmax(-1)
+        self.observer(observed(list(self.session.plan.bands), result.carried, chosen.cpu()[kept], full, seq, step))
 
     def _extend(self, each: _Sequence, tokens: list[int], at: list[int], scores: Tensor, logits: Tensor) -> None:
         """Make tokens final, up to the one that ends the sequence."""
