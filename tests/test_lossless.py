@@ -278,7 +278,7 @@ def test_sampling_has_the_full_models_distribution(way: str, warp: dict[str, Any
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "exact"}, "mode must be one of dynamic, lossless, got 'exact'"),
+        ({"mode": "exact"}, "mode must be one of dynamic, lossless, rollback, got 'exact'"),
         ({"exits": None}, "mode='lossless' drafts with early exits, got exits=None"),
         ({"kv": "predict"}, "mode='lossless' works with kv='recompute' only, got kv='predict'"),
         ({"drafts": 0}, "drafts must be at least 1, got 0"),
