@@ -68,7 +68,7 @@ compare: $(VENV)/.built
 depth-efficiency: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build
 
-# K,V policies, lossless generation and re-batching beside full depth: speed, exactness, quality; half an hour.
+# K,V policies, lossless generation and re-batching beside full depth: speed, exactness, quality; a quarter of an hour.
 policies: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/policies.py build
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import dyndepth
-from dyndepth.engine import Engine, Filled, Immediate, Moment, Planned, Request, Waiting
+from dyndepth.engine import Engine, Filled, Immediate, Moment, Request, Waiting
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits, Patience, Saturation
 
@@ -249,22 +249,6 @@ def test_filled_by_hand() -> None:
     ]
     assert rule_(waiting, moment) == {2, 3, 5}
     assert Immediate()([*waiting, Waiting(6, 0, 0, 0.0)], moment) == {2, 3, 4, 5, 6}
-
-
-def test_planned_asks_the_planner() -> None:
-    """Where the planner's best cycle is k passes, rows wait for k; where waiting does not pay, nobody does."""
-    from dyndepth.plan.machine import Machine as Hardware
-    from dyndepth.plan.shape import Shape
-
-    rule_ = Planned.__new__(Planned)
-    assert Hardware
-    assert Shape
-    rule_._best = {}
-    rule_._exits = {}
-    rule_.passes = lambda boundary, rate, moment: {2: 1, 4: 3}[boundary]  # type: ignore[method-assign]
-    moment = Moment(3, 8, 50, {2: 0.1, 4: 0.9})
-    assert rule_([Waiting(2, 0, 0, 0.0), Waiting(4, 5, 1, 0.0)], moment) == {2}
-    assert rule_([Waiting(2, 0, 0, 0.0), Waiting(4, 5, 2, 0.0)], moment) == {2, 4}
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------------
