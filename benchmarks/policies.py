@@ -209,11 +209,12 @@ def plot(path: Path, found: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), constrained_layout=True)
     for policy in POLICIES[:4]:
         own = [row for row in found["quality"] if row["policy"] == policy]
         left.plot([row["share"] for row in own], [row["kl"] for row in own], marker="o", label=policy)
     left.set(xlabel="share of tokens that left at the exit", ylabel="KL(full ‖ dynamic) of the tokens that stayed, nats")
+    left.set_yscale("symlog", linthresh=0.01)
     left.legend()
     names = list(dict.fromkeys(row["system"] for row in found["speed"]))
     batches = sorted({row["batch"] for row in found["speed"]})
@@ -225,7 +226,7 @@ def plot(path: Path, found: dict[str, Any]) -> None:
     right.set(xlabel="rows in the batch", ylabel="times as fast as full depth", xscale="log")
     right.set_xticks(batches, [str(batch) for batch in batches])
     right.minorticks_off()
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
