@@ -1,16 +1,16 @@
 """Recipes: known early-exit systems, each a thin composition of heads, criteria, K,V policy, training and calibration.
 
-A module per system, imported on first use: `dyndepth.recipes.balcony`, `calm`, `ee_tuning`, `layerskip`. docs/recipes has a
-page for each: what the paper does, what is done here, and what differs.
+A module per system, imported on first use: `dyndepth.recipes.balcony`, `calm`, `ee_tuning`, `layerskip`, `specexit`.
+docs/recipes has a page for each: what the paper does, what is done here, and what differs.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_SYSTEMS = ("balcony", "calm", "ee_tuning", "layerskip")
+_SYSTEMS = ("balcony", "calm", "ee_tuning", "layerskip", "specexit")
 
-__all__ = ["balcony", "calm", "ee_tuning", "layerskip"]
+__all__ = ["balcony", "calm", "ee_tuning", "layerskip", "specexit"]
 
 
 def __getattr__(name: str) -> Any:
