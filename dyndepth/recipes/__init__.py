@@ -1,17 +1,41 @@
 """Recipes: known early-exit systems, each a thin composition of heads, criteria, K,V policy, training and calibration.
 
 A module per system, imported on first use: `dyndepth.recipes.apparate`, `balcony`, `calm`, `drex`, `ee_llm`, `ee_tuning`,
-`free`, `kangaroo`, `layerskip`, `skipdecode`. docs/recipes has a page for each: what the paper does, what is done here, and
-what differs.
+`free`, `kangaroo`, `layerskip`, `skipdecode`, `specexit`. docs/recipes has a page for each: what the paper does, what is
+done here, and what differs.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_SYSTEMS = ("apparate", "balcony", "calm", "drex", "ee_llm", "ee_tuning", "free", "kangaroo", "layerskip", "skipdecode")
+_SYSTEMS = (
+    "apparate",
+    "balcony",
+    "calm",
+    "drex",
+    "ee_llm",
+    "ee_tuning",
+    "free",
+    "kangaroo",
+    "layerskip",
+    "skipdecode",
+    "specexit",
+)
 
-__all__ = ["apparate", "balcony", "calm", "drex", "ee_llm", "ee_tuning", "free", "kangaroo", "layerskip", "skipdecode"]
+__all__ = [
+    "apparate",
+    "balcony",
+    "calm",
+    "drex",
+    "ee_llm",
+    "ee_tuning",
+    "free",
+    "kangaroo",
+    "layerskip",
+    "skipdecode",
+    "specexit",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyndepth.errors import ArgumentError
+
 #: Processors whose answer for a row depends on nothing but its logits: one call serves rows of any prefixes.
 _PREFIX_FREE = {
     "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper", "MinPLogitsWarper",
     "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization",
 }  # fmt: skip
+
+
+def _refuse(plugs: Any) -> None:
+    """Raise for what follows the rows of a batch from call to call (`follows_rows`): here it would meet drafts, row by row."""
+    for each in plugs:
+        if getattr(each, "follows_rows", False):
+            raise ArgumentError(
+                f"generate: {type(each).__name__} follows the rows of a batch token by token and cannot be asked about drafts; "
+                "it works with mode='dynamic'"
+            )
 
 
 class Processed:
@@ -23,6 +35,7 @@ class Processed:
     """
 
     def __init__(self, processors: Any, requests: int) -> None:
+        _refuse(processors)
         self.processors, self.requests = processors, requests
         self.empty = len(processors) == 0
         self._free = all(
@@ -64,6 +77,7 @@ class Stops:
     """A transformers StoppingCriteriaList, asked for one sequence at one length at a time."""
 
     def __init__(self, criteria: Any) -> None:
+        _refuse(criteria)
         #: There is an end-of-sequence token: what follows it is padding.
         self.has_eos = any(hasattr(each, "eos_token_id") for each in criteria)
         self._ends: set[int] = set()
