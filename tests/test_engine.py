@@ -279,3 +279,103 @@ def test_refusals() -> None:
     assert request.state == "finished"
     engine.cancel(request)
     assert request.state == "finished"
+
+
+# -- what goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_a_processor_that_raises_fails_its_own_request() -> None:
+    def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] > len(_prompt(1)) + 2:
+            raise ZeroDivisionError("mine")
+        return scores
+
+    engine = _engine(kv="recompute", rule=Filled(2))
+    others = [engine.add_request(_request(seed, 9)) for seed in (2, 3)]
+    request = engine.add_request(Request(torch.tensor(_prompt(1)), max_new_tokens=9, processors=broken))
+    after = engine.add_request(_request(4, 9))
+    events = list(engine.stream())
+    assert request.state == "failed"
+    assert isinstance(request.error, ZeroDivisionError)
+    assert [event.token for event in events if event.request is request] == [*request.tokens, None]
+    for each, seed in zip([*others, after], (2, 3, 4), strict=True):
+        _check(each, seed, 9, "recompute")
+        assert [event.token for event in events if event.request is each] == each.tokens
+    assert engine.session.pages.free == engine.session.pages.total
+
+
+@pytest.mark.parametrize("kv", ["predict", "recompute"])
+def test_an_interrupted_step_loses_nothing(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out in a prompt, in a pass, behind one: the next step goes on, and the tokens are the same."""
+    engine = _engine(kv=kv, rule=Filled(2), chunk=3)
+    requests = [engine.add_request(_request(seed, 12)) for seed in range(5)]
+    calls, run, logits = [0], engine.session.run, type(engine.model).logits
+
+    def failing(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] % 7 == 2:
+                raise MemoryError
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(engine.session, "run", failing(run))
+    monkeypatch.setattr(type(engine.model), "logits", failing(logits))
+    interrupted = 0
+    while engine.busy and interrupted < 60:
+        try:
+            engine.step()
+        except MemoryError:
+            interrupted += 1
+            if interrupted > 8:
+                monkeypatch.undo()
+    assert interrupted > 5
+    for seed, request in enumerate(requests):
+        _check(request, seed, 12, kv)
+    assert engine.session.pages.free == engine.session.pages.total
+
+
+def test_cancelled_from_a_processor_and_between_events() -> None:
+    engine = _engine()
+    victim = engine.add_request(_request(2, 30))
+
+    def cancels(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == len(_prompt(1)) + 2:
+            engine.cancel(victim)
+            engine.cancel(request)
+        return scores
+
+    request = engine.add_request(Request(torch.tensor(_prompt(1)), max_new_tokens=9, processors=cancels))
+    last = engine.add_request(_request(3, 9))
+    seen = []
+    for event in engine.stream():
+        seen.append(event.request)
+        if event.request is last and len(last.tokens) == 3:
+            engine.cancel(last)
+    assert [each.state for each in (victim, request, last)] == ["cancelled"] * 3
+    assert len(request.tokens) == 2
+    assert seen.count(last) == 3
+
+
+def test_requests_take_what_callers_have() -> None:
+    buffer = torch.tensor(_prompt(5))
+    engine = _engine()
+    request = engine.add_request(Request(buffer, max_new_tokens=8, ends=torch.tensor(ENDS)))
+    buffer.fill_(7)
+    list(engine.stream())
+    _check(request, 5, 8, "predict")
+    assert Request(torch.tensor([5]), ends=2).end_ids == {2}
+    with pytest.raises(ArgumentError, match="ends must be an id or several, got 'x'"):
+        Request(torch.tensor([5]), ends="x")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"wanted a dyndepth\.Request, got Tensor"):
+        engine.add_request(torch.tensor([5]))  # type: ignore[arg-type]
+
+
+def test_learned_positions_bound_a_request() -> None:
+    engine = Engine(tiny_models.shared("gpt2"), longest=256, slots=2)
+    with pytest.raises(ArgumentError, match="can take 149 positions, there is room for 128"):
+        engine.add_request(Request(torch.arange(3, 123), max_new_tokens=30))
+    request = engine.add_request(Request(torch.arange(3, 123), max_new_tokens=9))
+    list(engine.stream())
+    assert request.state == "finished"

@@ -163,6 +163,18 @@ def test_the_pass_of_slices_does_not_trace() -> None:
         _traced(session, arguments, lambda *parts: forward(*parts).ready)
 
 
+def test_closed_bands_that_resume_at_one_place() -> None:
+    model = tiny_models.shared("llama")
+    closed = {"threshold": float("inf")}
+    exits = tiny_exits.exits_of(
+        model, tiny_exits.band(model, 1, 4, **closed), tiny_exits.band(model, 2, 4, **closed), tiny_exits.band(model, 4, 6)
+    )
+    (eager, arguments), (graph, _) = _start("llama", exits, "predict"), _start("llama", exits, "predict")
+    wanted = eager.run(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+    found = graph.run_graph(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+    assert found.exit_layer.tolist() == wanted.exit_layer.tolist()
+
+
 def test_refusals() -> None:
     model = tiny_models.shared("llama")
     for kv in ("recompute", "release", "copy"):

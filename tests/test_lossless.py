@@ -289,3 +289,67 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
     settings = {"exits": _exits(model), "mode": "lossless", "max_new_tokens": 3} | options
     with pytest.raises(ArgumentError, match=message):
         model.generate(**inputs, custom_generate=dyndepth.generate, **settings)
+
+
+# -- processors and criteria of all sorts ------------------------------------------------------------------------------------
+
+
+def test_functions_of_the_request_are_asked_about_their_own_text() -> None:
+    model, inputs = tiny_models.shared("llama"), tiny_models.prompts(4)
+    prompts = inputs["input_ids"].tolist()
+
+    def allowed(request: int, ids: torch.Tensor) -> list[int]:
+        assert ids[:13].tolist() == prompts[request]
+        return [10 + request, 20 + request, 30 + (len(ids) * (request + 1)) % 50]
+
+    settings: dict[str, Any] = {"max_new_tokens": 12, "prefix_allowed_tokens_fn": allowed, "repetition_penalty": 1.3}
+    wanted = _plain(model, inputs, **settings).sequences
+    assert torch.equal(_lossless(model, inputs, _exits(model, "always"), **settings).sequences, wanted)
+
+
+class _ByRow(StoppingCriteria):
+    """Row r stops after 2 + 3 r tokens."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
+        return torch.tensor([input_ids.shape[1] - 13 >= 2 + 3 * row for row in range(input_ids.shape[0])])
+
+
+def test_criteria_that_count_rows() -> None:
+    model, inputs = tiny_models.shared("llama"), tiny_models.prompts(4)
+    settings: dict[str, Any] = {"max_new_tokens": 15, "eos_token_id": 2, "stopping_criteria": StoppingCriteriaList([_ByRow()])}
+    wanted = _plain(model, inputs, **settings).sequences
+    found = _lossless(model, inputs, _exits(model, "always"), **settings)
+    assert torch.equal(found.sequences, wanted)
+    assert (found.exit_layers >= 0).sum(1).tolist() == [2, 5, 8, 11]
+
+
+def test_processors_with_state_are_refused() -> None:
+    model, inputs = tiny_models.shared("llama"), tiny_models.prompts(2)
+    with pytest.raises(ArgumentError, match="UnbatchedClassifierFreeGuidanceLogitsProcessor follows the rows of a batch"):
+        _lossless(model, inputs, _exits(model), max_new_tokens=5, guidance_scale=2.0)
+
+
+def test_a_shortlist_that_processors_forbid() -> None:
+    model, inputs = tiny_models.shared("llama"), tiny_models.prompts(3)
+    ids = torch.arange(3, 40)
+    exits = tiny_exits.exits_of(model, tiny_exits.band(model, 4, 6, Always(), head="norm", shortlist=ids))
+    out = _lossless(model, inputs, exits, max_new_tokens=6, do_sample=True, suppress_tokens=ids.tolist())
+    made = out.sequences[:, 13:]
+    assert not bool(torch.isin(made, ids).any())
+    assert int(out.accepted.sum()) == 0
+
+
+def test_drafts_past_the_end_are_not_counted() -> None:
+    model, inputs = tiny_models.shared("llama"), tiny_models.prompts(6)
+    said = _plain(model, inputs, max_new_tokens=20).sequences[:, 13:]
+    for end in sorted({int(token) for token in said[:, 4]}):
+        found = _lossless(model, inputs, _exits(model, "always"), max_new_tokens=20, eos_token_id=end, drafts=8)
+        drafted = (found.exit_layers >= 0) & (found.exit_layers < 6)
+        assert found.accepted.tolist() == drafted.sum(1).tolist()
+
+
+def test_a_converted_model_generates_losslessly() -> None:
+    model, inputs = tiny_models.tiny("llama"), tiny_models.prompts(3)
+    wanted = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    dyndepth.convert(model, _exits(model), kv="propagate")
+    assert torch.equal(model.generate(**inputs, max_new_tokens=10, do_sample=False, mode="lossless"), wanted)

@@ -28,10 +28,13 @@ from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_P
 
 @dataclass(frozen=True)
 class Event:
-    """A token of a request, where its row left (the number of layers: the top), and whether the request ended with it."""
+    """A token of a request, where its row left (the number of layers: the top), and whether the request ended with it.
+
+    `token` is None where the request's processor raised: it failed (`request.error`).
+    """
 
     request: Request
-    token: int
+    token: int | None
     exit_layer: int
     last: bool
 
@@ -44,9 +47,9 @@ class Counts:
     #: Passes that sent waiting rows on, by boundary, and how many rows.
     flushes: dict[int, int] = field(default_factory=dict)
     flushed: dict[int, int] = field(default_factory=dict)
-    #: The longest that a row has waited, in passes.
+    #: The longest that a row has waited at one exit point, in passes.
     longest_wait: int = 0
-    #: Rows that their criterion could not let go because too many tokens were parked (`recompute` only).
+    #: Rows that were not asked whether they leave, because too many tokens were parked (`recompute` only).
     kept: int = 0
     preempted: int = 0
     #: Rows judged at each boundary that makes tokens leave, and those that left.
@@ -70,9 +73,9 @@ class Engine:
         longest: positions a request may take, prompt included.
         page_size, pages: geometry of the K,V pages; None: as many as all slots can need. With fewer, requests wait for pages
             and, when pages run out, the latest request gives its own back and is run again later.
-        longest_wait: passes after which a waiting row goes on, whatever the rule says.
+        longest_wait: passes after which a row that waits at an exit point goes on, whatever the rule says.
         pending: with kv="recompute", tokens of a request that may be parked before its next one runs every layer.
-        chunk: prompt rows per step, and per pass.
+        chunk: prompt rows per pass; requests stop joining in a step after so many (one prompt is run whole in one step).
     """
 
     def __init__(
@@ -91,9 +94,10 @@ class Engine:
         chunk: int = DEFAULT_CHUNK,
     ) -> None:
         for name, value in (("slots", slots), ("longest", longest), ("longest_wait", longest_wait)):
-            if value < 1:
-                raise ArgumentError(f"Engine: {name} must be at least 1, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"Engine: {name} must be at least 1, got {value!r}")
         self.model = bind(causal_lm)
+        longest = min(longest, self.model.positions_limit or longest)
         self.session = Session(
             self.model, [longest] * slots, exits, kv=kv, page_size=page_size, pages=pages, chunk=chunk, pending=pending,
             first=[0] * slots,
@@ -114,6 +118,8 @@ class Engine:
 
     def add_request(self, request: Request) -> Request:
         """Queue a request; it joins when a slot and pages are free, in the order of arrival. Returns it."""
+        if not isinstance(request, Request):
+            raise ArgumentError(f"Engine: wanted a dyndepth.Request, got {type(request).__name__}")
         if request.number >= 0:
             raise ArgumentError("Engine: the request was added before; make a new one")
         most = request.prompt.shape[0] + request.max_new_tokens - 1
@@ -133,26 +139,43 @@ class Engine:
             return
         if request in self._queue:
             self._queue.remove(request)
-        elif self._running.get(request.slot) is request:
+        elif self._runs(request):
             self._drop(request)
         else:
             raise ArgumentError("Engine: cannot cancel a request that is not this engine's")
         request.state = "cancelled"
+
+    def _runs(self, request: Request) -> bool:
+        return self._running.get(request.slot) is request
 
     @property
     def busy(self) -> bool:
         return bool(self._queue or self._running)
 
     def stream(self) -> Iterator[Event]:
-        """Steps until nothing is left, and yields every token as it comes."""
+        """Steps until nothing is left, and yields every token as it comes, but those of requests cancelled meanwhile."""
         while self.busy:
-            yield from self.step()
+            for event in self.step():
+                if event.request.state != "cancelled":
+                    yield event
 
     # -- one pass -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Let requests join, run one pass, and return the tokens it made (none when rows only came to wait)."""
+        """Let requests join, run one pass, and return the tokens it made (none when rows only came to wait).
+
+        Should it raise (out of memory, an interrupt), every request that was running is queued again, and its rows will be run
+        again: nothing is left half done.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            for request in list(self._running.values()):
+                self._requeue(request)
+            raise
+
+    def _step(self) -> list[Event]:
         self._admit()
         self._make_room()
         fresh = [request for request in self._running.values() if not request.waits_at]
@@ -195,7 +218,7 @@ class Engine:
             found.append(Waiting(boundary, len(waits), passes, seconds))
         rates = {point: self.counts.left.get(point, 0) / judged for point, judged in self.counts.judged.items()}
         context = sum(request.position + 1 for request in self._running.values()) // len(self._running)
-        going = self.rule(found, Moment(len(fresh), len(self._running), context, rates)) & frozenset(self._points)
+        going = frozenset(self.rule(found, Moment(len(fresh), len(self._running), context, rates))) & frozenset(self._points)
         going |= {each.boundary for each in found if each.passes >= self.longest_wait}
         if not fresh and not any(each.rows for each in found if each.boundary in going):
             going |= {max(found, key=lambda each: each.passes if each.rows else -1).boundary}
@@ -215,6 +238,7 @@ class Engine:
         depths = result.exit_layer.tolist()
         held = [False] * len(depths) if result.held is None else result.held.tolist()
         self._judged(makers, [depths[row] for row in rows], [held[row] for row in rows])
+        width = self.model.depth
         now = time.monotonic()
         due = []
         for request, row in zip(makers, rows, strict=True):
@@ -231,17 +255,26 @@ class Engine:
         best = logits.argmax(-1).tolist()
         events = []
         for at, (request, row) in enumerate(due):
-            plain = request.processors is None and not request.sample
-            token = best[at] if plain else request.choose(logits[at])
-            early = depths[row] < self.model.depth
-            request.tokens.append(token)
-            request.exit_layers.append(depths[row])
-            request.early = request.early + 1 if early else 0
-            self.work.rows += 1
-            over = token in request.ends or len(request.tokens) == request.max_new_tokens
+            if not self._runs(request):  # another one's processor cancelled it
+                continue
+            token: int | None = best[at]
+            if request.processors is not None or request.sample:
+                try:
+                    token = request.choose(logits[at])
+                except Exception as error:  # a user's function: its request fails, the others go on
+                    request.error, token = error, None
+                if not self._runs(request):
+                    continue
+            over = token is None
+            if token is not None:
+                request.tokens.append(token)
+                request.exit_layers.append(depths[row])
+                request.early = request.early + 1 if depths[row] < width else 0
+                self.work.rows += 1
+                over = token in request.end_ids or len(request.tokens) == request.max_new_tokens
             if over:
                 self._drop(request)
-                request.state = "finished"
+                request.state = "failed" if token is None else "finished"
             events.append(Event(request, token, depths[row], over))
         return events
 
@@ -297,10 +330,13 @@ class Engine:
                     self._preempt(max(self._running.values(), key=lambda each: each.number))
 
     def _preempt(self, request: Request) -> None:
-        self._drop(request)
-        request.state, request.waits_at = "queued", 0
+        self._requeue(request)
         request.preempted += 1
         self.counts.preempted += 1
+
+    def _requeue(self, request: Request) -> None:
+        self._drop(request)
+        request.state, request.waits_at = "queued", 0
         self._queue.insert(sum(each.number < request.number for each in self._queue), request)
 
     def _drop(self, request: Request) -> None:

@@ -79,7 +79,8 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("custom_generate") in (None, generate_entry):
         kwargs["custom_generate"] = generate_entry
         kwargs.setdefault("exits", state.exits)
-        kwargs.setdefault("kv", state.kv)
+        if kwargs.get("mode", "dynamic") == "dynamic":  # the other modes have a policy of their own
+            kwargs.setdefault("kv", state.kv)
     generate = state.before.get("generate") or functools.partial(type(model).generate, model)
     with _own_forward(model, state):
         return generate(*args, **kwargs)

@@ -98,7 +98,7 @@ def _verified(mode: str, drafts: int, rollback: float | None, exits: Exits | Non
         raise ArgumentError(f"generate: mode={mode!r} works with kv='recompute' only, got kv={kv!r}")
     if mode == "rollback" and sampled:
         raise ArgumentError("generate: mode='rollback' is greedy, got do_sample=True; mode='lossless' samples")
-    if drafts < 1:
+    if not isinstance(drafts, int) or drafts < 1:
         raise ArgumentError(f"generate: drafts must be at least 1, got {drafts}")
     return True
 

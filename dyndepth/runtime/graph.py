@@ -76,11 +76,13 @@ class _GraphPass:
         n, device = len(rows), rows.hidden.device
         self.row = torch.arange(n, dtype=torch.int32, device=device)
         self.live = torch.full((1,), n, dtype=torch.int32, device=device) if count is None else count.clone()
-        #: What moves with the rows; `resume` is the boundary where an away row goes on, -1 for never (padding too).
+        #: What moves with the rows; `resume` is the boundary where an away row goes on, -1 for never (padding too), `left_at`
+        #: the one where it left.
         self.buffers: dict[str, Tensor] = {
             "hidden": rows.hidden.clone(), "seq": rows.seq, "pos": rows.pos, "slots": rows.slots, "step": rows.step,
             "may_leave": rows.may_leave, "index": self.row.clone(),
             "resume": torch.full((n,), -1, dtype=torch.int32, device=device),
+            "left_at": torch.full((n,), -1, dtype=torch.int32, device=device),
         }  # fmt: skip
         depth = plan.model.depth
         #: In the caller's order.
@@ -89,7 +91,10 @@ class _GraphPass:
         self.layers_run = torch.full((n,), depth, dtype=torch.int32, device=device)
 
     def __getattr__(self, name: str) -> Tensor:
-        return self.buffers[name]
+        try:
+            return self.__dict__["buffers"][name]
+        except KeyError:
+            raise AttributeError(name) from None
 
     def alive(self) -> Tensor:
         """bool [n]."""
@@ -138,7 +143,7 @@ class _GraphPass:
         self._place("layers_run", layers, leaves)
         self.buffers["resume"] = torch.where(leaves, -1 if for_good else band.resume, self.resume)
         if not for_good:
-            self.buffers["left_at"] = torch.where(leaves, band.leave, self.buffers.get("left_at", self.resume))
+            self.buffers["left_at"] = torch.where(leaves, band.leave, self.left_at)
         before = self.live
         self._partition(state)
         if plan.kv_policy == "predict" and band.kv is not None:

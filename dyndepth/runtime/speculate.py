@@ -85,15 +85,16 @@ class Speculation:
     ) -> None:
         self.model, self.session, self.config, self.generator, self.streamer = model, session, config, generator, streamer
         self.work, self.observer, self.most, self.rollback = work, observer, drafts, rollback
-        self.processor, self.stops = processor, Stops(criteria)
+        self.processor, self.criteria = processor, criteria
         self.keep = bool(config.return_dict_in_generate)
         self.parked = Parked.nothing(torch.empty(0, model.hidden_size, dtype=model.dtype, device=model.device))
         self.streamed = 0
 
     def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
         self.limit = max(self.config.max_length - input_ids.shape[1], 1)
-        self.processed = Processed(self.processor, len(prompts))
-        self.sequences = []
+        self.processed = Processed(self.processor, len(prompts), self._text)
+        self.stops = Stops(self.criteria, len(prompts), self._text)
+        self.sequences: list[_Sequence] = []
         for number, (ids, rows) in enumerate(zip(input_ids.cpu(), prompts, strict=True)):
             room = torch.cat([ids, ids.new_zeros(self.limit)])
             self.sequences.append(_Sequence(number, room, ids.shape[0], rows.shape[0]))
@@ -103,6 +104,10 @@ class Speculation:
         if self.streamer is not None:
             self.streamer.end()
         return self._output(input_ids, prompt_work)
+
+    def _text(self, request: int) -> Tensor:
+        each = self.sequences[request]
+        return each.ids[: each.width + each.made]
 
     # -- passes -------------------------------------------------------------------------------------------------------
 
@@ -156,6 +161,10 @@ class Speculation:
                 tokens = scores.argmax(-1)
                 if self.config.do_sample:
                     chances = torch.softmax(scores.float(), dim=-1)
+                    # Where processors forbid all that the shortlist has, the draft is any token, for certain; it will not hold.
+                    nothing = ~(chances.sum(-1) > 0)
+                    certain = torch.nn.functional.one_hot(tokens, chances.shape[1]).to(chances.dtype)
+                    chances = torch.where(nothing[:, None], certain, chances)
                     tokens = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
                     drawn = list(chances)
             for each, token, chance in zip(mine, tokens.tolist(), drawn, strict=True):
@@ -181,16 +190,17 @@ class Speculation:
         logits = self.model.logits(result.ready[chosen])
         scores = self.processed([each.prefix(j) for each, j in places], logits)
         accepted, tokens = self._accepted(there, scores)
-        if self.observer is not None:
-            self._observe(result, chosen, logits, places, dict(zip([each.number for each in there], accepted, strict=True)))
+        before = {each.number: each.made for each in there}
         begin = 0
         for each, count, token in zip(there, accepted, tokens, strict=True):
             self._extend(each, [*each.drafts[:count], token], [*each.at[:count], depth], scores[begin:], logits[begin:])
-            each.accepted += count
+            each.accepted += min(count, each.made - before[each.number])
             each.drafted += len(each.drafts)
             begin += len(each.drafts) + 1
             each.drafts, each.at, each.drawn, each.held = [], [], [], False
             self.session.pages.truncate(each.number, each.position)
+        if self.observer is not None:
+            self._observe(result, chosen, logits, places, before)
         for each in self.sequences:
             if not each.ended and self._over(each):
                 each.ended = True
@@ -230,12 +240,13 @@ class Speculation:
         return accepted.tolist(), tokens.tolist()
 
     def _observe(
-        self, result: Result, chosen: Tensor, logits: Tensor, places: list[tuple[_Sequence, int]], accepted: dict[int, int]
+        self, result: Result, chosen: Tensor, logits: Tensor, places: list[tuple[_Sequence, int]], before: dict[int, int]
     ) -> None:
-        """Tell the observer of the rows that made tokens which stay, or would have made the first that does not."""
+        """Tell the observer of the rows behind the tokens that became final; sequences had made `before` tokens."""
         assert self.observer is not None
-        kept = torch.tensor([at for at, (each, j) in enumerate(places) if j <= accepted[each.number]])
-        seq, step = ([value(*places[at]) for at in kept.tolist()] for value in (lambda e, j: e.number, lambda e, j: e.made + j))
+        kept = torch.tensor([at for at, (each, j) in enumerate(places) if j < each.made - before[each.number]])
+        seq = [places[at][0].number for at in kept.tolist()]
+        step = [before[places[at][0].number] + places[at][1] for at in kept.tolist()]
         full = logits[kept.to(logits.device)].argmax(-1)
         self.observer(observed(list(self.session.plan.bands), result.carried, chosen.cpu()[kept], full, seq, step))
 
@@ -250,7 +261,7 @@ class Speculation:
             if self.keep and self.config.output_logits:
                 each.logits.append(logits[j].clone())
             self.work.rows += 1
-            if each.length is None and self.stops(each.ids[: each.width + each.made], scores[j] if self.keep else None):
+            if each.length is None and self.stops(each.number, self._text(each.number), scores[j] if self.keep else None):
                 each.length = each.made
             if each.made == self.limit or (self.stops.has_eos and each.length is not None):
                 return

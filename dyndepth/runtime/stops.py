@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,27 +18,51 @@ _PREFIX_FREE = {
 }  # fmt: skip
 
 
+#: transformers' own that carry state from call to call: asked about drafts that are then refused, they would go astray.
+_STATEFUL = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor",
+    "ClassifierFreeGuidanceLogitsProcessor", "DiaClassifierFreeGuidanceLogitsProcessor",
+}  # fmt: skip
+
+#: What a request's text is so far: its number -> int64 [t].
+Texts = Callable[[int], Tensor]
+
+
 def _refuse(plugs: Any) -> None:
-    """Raise for what follows the rows of a batch from call to call (`follows_rows`): here it would meet drafts, row by row."""
+    """Raise for what follows the rows of a batch from call to call (`follows_rows`): here it would meet drafts."""
     for each in plugs:
-        if getattr(each, "follows_rows", False):
+        if getattr(each, "follows_rows", False) or type(each).__name__ in _STATEFUL:
             raise ArgumentError(
                 f"generate: {type(each).__name__} follows the rows of a batch token by token and cannot be asked about drafts; "
                 "it works with mode='dynamic'"
             )
 
 
+def _together(asked: dict[int, Tensor], requests: int, texts: Texts) -> Tensor:
+    """int64 [requests, t]: prefixes [t] by request; others show their own text, cut, or begun with its first token again."""
+    length = next(iter(asked.values())).shape[0]
+    rows = []
+    for request in range(requests):
+        ids = asked[request] if request in asked else texts(request)
+        missing = length - ids.shape[0]
+        if missing > 0:
+            ids = torch.cat([(ids[:1] if ids.shape[0] else ids.new_zeros(1)).expand(missing), ids])
+        rows.append(ids[:length])
+    return torch.stack(rows)
+
+
 class Processed:
     """A transformers LogitsProcessorList, called with every row's own prefix.
 
-    Some processors keep something per request and want as many rows as there are requests: every call has a row for each
-    request, in order, and those that ask for nothing carry what another one asked.
+    Processors must be functions of (request, its ids, its logits): they are asked about drafts, some of which are refused, and
+    more than once per token. Some keep something per request and want as many rows as there are requests: every call has a row
+    for each, in order; the answers for rows that ask nothing are dropped.
     """
 
-    def __init__(self, processors: Any, requests: int) -> None:
+    def __init__(self, processors: Any, requests: int, texts: Texts) -> None:
         _refuse(processors)
-        self.processors, self.requests = processors, requests
-        self.empty = len(processors) == 0
+        self.processors, self.requests, self.texts = list(processors), requests, texts
+        self.empty = len(self.processors) == 0
         self._free = all(
             type(each).__name__ in _PREFIX_FREE and type(each).__module__.startswith("transformers.") for each in processors
         )
@@ -50,15 +75,30 @@ class Processed:
         if self.empty or not prefixes:
             return logits
         if self._free:
-            return self.processors(torch.zeros(len(prefixes), 1, dtype=torch.int64, device=logits.device), logits)
+            scores, ids = logits, torch.zeros(len(prefixes), 1, dtype=torch.int64, device=logits.device)
+            for each in self.processors:
+                scores = each(ids, scores)
+            return scores
         scores = torch.empty_like(logits)
         for together in self._calls(prefixes):
             anyone = next(iter(together.values()))
-            rows = [together.get(request, anyone) for request in range(self.requests)]
-            ids = torch.stack([prefixes[row][1] for row in rows]).to(logits.device)
-            found = self.processors(ids, logits[rows])
+            asked = {request: prefixes[row][1] for request, row in together.items()}
+            ids = _together(asked, self.requests, self.texts).to(logits.device)
+            found = logits[[together.get(request, anyone) for request in range(self.requests)]]
+            for each in self.processors:
+                found = self._constrained(each, ids, found, asked) if _asks(each) else each(ids, found)
             for request, row in together.items():
                 scores[row] = found[request]
+        return scores
+
+    @staticmethod
+    def _constrained(processor: Any, ids: Tensor, scores: Tensor, asked: dict[int, Tensor]) -> Tensor:
+        """A user's function of (request, ids) is called for rows that ask, and for no others."""
+        scores = scores.clone()
+        allowed = processor._prefix_allowed_tokens_fn
+        for request in asked:
+            own = type(processor)(functools.partial(_other_request, allowed, request), 1)
+            scores[request] = own(ids[request : request + 1], scores[request : request + 1])[0]
         return scores
 
     @staticmethod
@@ -73,11 +113,23 @@ class Processed:
         return list(calls.values())
 
 
-class Stops:
-    """A transformers StoppingCriteriaList, asked for one sequence at one length at a time."""
+def _asks(processor: Any) -> bool:
+    return type(processor).__name__ == "PrefixConstrainedLogitsProcessor"
 
-    def __init__(self, criteria: Any) -> None:
+
+def _other_request(allowed: Callable[[int, Tensor], Any], request: int, row: int, ids: Tensor) -> Any:
+    return allowed(request, ids)
+
+
+class Stops:
+    """A transformers StoppingCriteriaList, asked for one sequence at one length at a time.
+
+    Criteria other than transformers' end token and length see a row for every request, as Processed has it.
+    """
+
+    def __init__(self, criteria: Any, requests: int, texts: Texts) -> None:
         _refuse(criteria)
+        self.requests, self.texts = requests, texts
         #: There is an end-of-sequence token: what follows it is padding.
         self.has_eos = any(hasattr(each, "eos_token_id") for each in criteria)
         self._ends: set[int] = set()
@@ -92,11 +144,18 @@ class Stops:
             else:
                 self._others.append(each)
 
-    def __call__(self, ids: Tensor, scores: Tensor | None = None) -> bool:
-        """Whether the sequence int64 [t] ends with its last token; `scores` fp32 [V] are those it was chosen from."""
+    def __call__(self, request: int, ids: Tensor, scores: Tensor | None = None) -> bool:
+        """Whether the request's text int64 [t] ends with its last token; `scores` fp32 [V] are those it was chosen from."""
         if self._longest is not None and ids.shape[0] >= self._longest:
             return True
         if self._ends and int(ids[-1]) in self._ends:
             return True
-        given = None if scores is None else (scores[None],)
-        return any(bool(torch.as_tensor(each(ids[None], given)).any()) for each in self._others)
+        if not self._others:
+            return False
+        rows = _together({request: ids}, self.requests, self.texts)
+        given = None if scores is None else (scores.expand(self.requests, -1),)
+        for each in self._others:
+            answer = torch.as_tensor(each(rows, given)).flatten()
+            if bool(answer[request if answer.shape[0] == self.requests else 0]):
+                return True
+        return False
