@@ -25,6 +25,7 @@ _LAZY = {
     "fit": "dyndepth.closed_form",
     "calibrate": "dyndepth.calibration",
     "train": "dyndepth.training",
+    "RaggedLinear": "dyndepth.modules",
 }
 _MODULES = ("ops", "exits", "errors", "demo", "recipes")
 
@@ -33,14 +34,15 @@ if TYPE_CHECKING:
     from dyndepth.calibration import calibrate
     from dyndepth.closed_form import fit
     from dyndepth.exits import Band, Exits
+    from dyndepth.modules import RaggedLinear
     from dyndepth.op import backend
     from dyndepth.runtime.convert import convert, revert
     from dyndepth.runtime.entry import generate
     from dyndepth.training import train
 
 __all__ = [
-    "Band", "Exits", "__version__", "backend", "calibrate", "convert", "demo", "errors", "exits", "fit", "generate", "ops",
-    "recipes", "revert", "train",
+    "Band", "Exits", "RaggedLinear", "__version__", "backend", "calibrate", "convert", "demo", "errors", "exits", "fit",
+    "generate", "ops", "recipes", "revert", "train",
 ]  # fmt: skip
 
 
