@@ -2,7 +2,8 @@
 
 The host functions run as they would on a GPU, on the benchmark cases (tensors without memory), but their launches only
 compile: what is reported is what they would launch there. Writes build/static_report.json; status 1 if a kernel does not
-compile, spills much or asks for more shared memory than the target has.
+compile, spills much, asks for more shared memory than the target has, or, where products are all it does, multiplies half
+precision without matrix instructions or loads operands in pieces of less than 16 bytes.
 """
 
 from __future__ import annotations
@@ -45,6 +46,18 @@ TARGETS = {
 }
 #: Bytes of stack per thread that are a fault; a few are index arithmetic that the assembler parked.
 _SPILL = 64
+#: Ops that are products and nothing else. In half precision they spill nothing, run on matrix instructions, and a lane loads at
+#: least this many bytes at a time in the loop over the inner dimension.
+_PRODUCTS, _LOAD = ("ragged_linear",), 16
+#: In PTX and AMD's assembly: matrix instructions, loads from memory with what tells their size, labels, jumps to them.
+_MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
+_LOADS = re.compile(
+    r"\bcp\.async\.c[ag]\.shared\.global.*?\], (?P<copied>0x\w+)"
+    r"|\bld\.global\S*?(?:\.v(?P<vector>[248]))?\.[bsuf](?P<bits>\d+)\s"
+    r"|\b(?:buffer|global|flat)_load_(?:lds_)?[su]?(?P<amd>dwordx[234]|dword|short|byte)"
+)
+_AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+_LABEL, _JUMP = re.compile(r"^\s*(\$?[.\w$]+):", re.MULTILINE), re.compile(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+(\$?[.\w$]+)")
 launch: Any = importlib.import_module("dyndepth.kernels.launch")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -84,7 +97,7 @@ def compiled(targets: list[str], ops: list[str], dtypes: list[torch.dtype]) -> l
         for number, name in enumerate(targets):
             target, processors, shared = TARGETS[name]
             driver.set_active(Offline(target, number))
-            here = launch.Device(processors, shared)
+            here = launch.Device(processors, shared, target.warp_size)
             launch.Device.of = staticmethod(lambda tensor, here=here: here)
             for op in ops:
                 host = getattr(importlib.import_module(f"dyndepth.kernels.{op}"), op)
@@ -114,8 +127,14 @@ def without_memory(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def facts(kernel: Any, target: str) -> dict[str, Any]:
-    """Warps, shared memory, registers per thread and registers spilled, from the binary."""
-    found = {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
+    """Warps, shared memory, registers per thread, registers spilled, matrix instructions and the loop's smallest load."""
+    code = kernel.asm["ptx" if target.startswith("sm_") else "amdgcn"]
+    found = {
+        "warps": kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
+        "matrix": len(_MATRIX.findall(code)),
+        "load": smallest_load(code),
+    }
     if target.startswith("sm_"):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
@@ -129,12 +148,34 @@ def facts(kernel: Any, target: str) -> dict[str, Any]:
     return found | {"registers": numbers["vgpr_count"], "spilled": numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]}
 
 
+def smallest_load(code: str) -> int | None:
+    """Bytes that a lane loads at a time in the innermost loop that loads and multiplies by matrix instructions, the least."""
+    labels = {match[1]: match.start() for match in _LABEL.finditer(code)}
+    loops = [
+        code[labels[jump[1]] : jump.end()] for jump in _JUMP.finditer(code) if labels.get(jump[1], len(code)) < jump.start()
+    ]
+    inner = min((loop for loop in loops if _MATRIX.search(loop) and _LOADS.search(loop)), key=len, default="")
+    return min((_bytes(load) for load in _LOADS.finditer(inner)), default=None)
+
+
+def _bytes(load: re.Match[str]) -> int:
+    """`0x10` of an asynchronous copy, `.v4.b32` of PTX, `dwordx4` of AMD: 16 each."""
+    if load["copied"]:
+        return int(load["copied"], 16)
+    return _AMD_BYTES[load["amd"]] if load["amd"] else int(load["vector"] or 1) * int(load["bits"]) // 8
+
+
 def wrong(row: dict[str, Any]) -> str | None:
     """What is wrong with a kernel, or None."""
     if row["shared"] > TARGETS[row["target"]][2]:
         return f"asks for {row['shared']} bytes of shared memory, {row['target']} has {TARGETS[row['target']][2]}"
-    if row["spilled"] > _SPILL:
+    strict = row.get("op") in _PRODUCTS and row["dtype"] != "float32"
+    if row["spilled"] > (0 if strict else _SPILL):
         return f"spills {row['spilled']} bytes per thread"
+    if strict and row["matrix"] == 0:
+        return "multiplies without matrix instructions"
+    if strict and (row["load"] or 0) < _LOAD:
+        return f"loads {row['load']} bytes per lane in its loop, wanted {_LOAD}"
     return None
 
 

@@ -27,6 +27,7 @@ _LAZY = {
     "fit": "dyndepth.closed_form",
     "calibrate": "dyndepth.calibration",
     "train": "dyndepth.training",
+    "RaggedLinear": "dyndepth.modules",
 }
 _MODULES = ("ops", "exits", "errors", "demo", "recipes")
 
@@ -36,13 +37,15 @@ if TYPE_CHECKING:
     from dyndepth.closed_form import fit
     from dyndepth.engine import Engine, Request
     from dyndepth.exits import Band, Exits
+    from dyndepth.modules import RaggedLinear
     from dyndepth.op import backend
     from dyndepth.runtime.convert import convert, revert
     from dyndepth.runtime.entry import generate
     from dyndepth.training import train
 
 __all__ = [
-    "Band", "Engine", "Exits", "Request", "__version__", "backend", "calibrate", "convert", "demo", "errors", "exits", "fit",
+    "Band", "Engine", "Exits", "RaggedLinear", "Request", "__version__", "backend", "calibrate", "convert", "demo", "errors",
+    "exits", "fit",
     "generate", "ops", "recipes", "revert", "train",
 ]  # fmt: skip
 

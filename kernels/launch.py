@@ -17,6 +17,8 @@ EXIT_STATS_HANDOVER = 128
 #: Words per library product (logits of 512 rows in bf16: 16 MiB) and per program of the pass over them; the first is a
 #: multiple of the second.
 EXIT_STATS_CHUNK, EXIT_STATS_BLOCK = 16384, 2048
+#: Rows of ragged_linear that meet a weight while it is in L2; a multiple of its tallest tile.
+RAGGED_LINEAR_GROUP = 1024
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Device:
     #: Shared memory (LDS) that one program can have: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, 89 and 120; 64 on
     #: gfx942 and 160 on gfx950. What asks for more fails at its first launch.
     shared_bytes: int = 232448
+    #: Threads that run in step, one warp (wavefront): 32 on NVIDIA, 64 on CDNA.
+    lanes: int = 32
 
     @staticmethod
     def of(tensor: Tensor) -> Device:
@@ -39,7 +43,7 @@ class Device:
 def _known(index: int) -> Device:
     facts = torch.cuda.get_device_properties(index)
     most = getattr(facts, "shared_memory_per_block_optin", 0) or getattr(facts, "shared_memory_per_block", 0)
-    return Device(facts.multi_processor_count, most or 49152)
+    return Device(facts.multi_processor_count, most or 49152, getattr(facts, "warp_size", 32))
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,48 @@ def projection(
         num_stages=stages,
         block_rows=block_rows,
         block_columns=pairs,
+        block_inner=inner,
+    )
+
+
+def ragged_linear(rows: int, outputs: int, width: int, gated: bool, device: Device, itemsize: int = 2) -> LaunchConfig:
+    """Programs that stay: as many as run at once, each walks over tiles [block_rows, block_columns] of the output.
+
+    `rows` is the buffer's length: how many of them are live is known to the device alone. Up to 64 rows are a matter of reading
+    weights: one tile holds all of them, and tiles get narrow until every processor has two to read. More rows are arithmetic:
+    large tiles, smaller ones only while more than a quarter of the processors would have none.
+    """
+    bucket, weights = min(RAGGED_LINEAR_GROUP, power_of_two(rows, 16)), 2 if gated else 1
+    exact = itemsize >= 4  # without tensor cores operands lie in registers: smaller tiles, more warps
+    shapes = [(128, 128), (128, 64), (64, 64), (64, 32)] if bucket > 64 else [(bucket, columns) for columns in (64, 32, 16)]
+    shapes = [(min(height, 64), min(columns, 64)) for height, columns in shapes] if exact else shapes
+    wanted = device.processors * 3 // 4 if bucket > 64 else 2 * device.processors
+    for block_rows, columns in shapes:
+        block_columns = max(16, block_rows // 2, columns // weights)
+        if bucket // block_rows * ceil_div(outputs, block_columns) >= wanted:
+            break
+    # A cache line of every row at a time, whatever the number of rows: so are sums in the same order.
+    line = min(128 // itemsize, power_of_two(width, 16))
+    # Few rows: one weight needs a deeper pipeline to have as many bytes under way as two. CDNA pays for depth in scalar
+    # registers: beyond this they spill.
+    depth = 4 if gated or block_rows > 32 else 6
+    if device.lanes > 32:
+        depth = 2 if exact else 3
+    # No more warps than a tile has pieces of a matrix instruction, 16 x 8: the others would repeat what one of them does.
+    warps = min(8 if bucket > 64 or exact else 4, block_rows * block_columns // 128)
+    aligned = width * itemsize % 16 == 0
+    inner, stages = fitting(device, itemsize, block_rows + weights * block_columns, line, depth if aligned else 1)
+    if aligned:  # with more warps the smaller operand would be loaded in pieces of less than 16 bytes a lane
+        warps = max(1, min(warps, min(block_rows, block_columns) * inner * itemsize // (16 * device.lanes)))
+    else:  # rows that begin anywhere are loaded by elements, which a pipeline or few warps would hold in registers
+        warps = 8
+    tiles = ceil_div(rows, block_rows) * ceil_div(outputs, block_columns)
+    return LaunchConfig(
+        grid=(min(tiles, (1 if block_rows > 64 else 4) * device.processors),),
+        num_warps=warps,
+        num_stages=stages,
+        block_rows=block_rows,
+        block_columns=block_columns,
         block_inner=inner,
     )
 

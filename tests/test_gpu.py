@@ -14,6 +14,7 @@ import dyndepth
 from dyndepth.op import REGISTRY, backend
 from dyndepth.testing import CASES, Case, assert_as_exact_as, assert_same
 from dyndepth.testing.cases import Arguments, widened
+from dyndepth.testing.linear_cases import linear
 
 pytestmark = pytest.mark.gpu
 
@@ -95,7 +96,7 @@ def test_no_host_read_and_capturable(op: str, provider: str) -> None:
         assert_same(one, other, f"{op} replayed")
 
 
-@pytest.mark.parametrize("op", ["exit_stats", "router_score", "ragged_attention", "project_qkv"])
+@pytest.mark.parametrize("op", ["exit_stats", "router_score", "ragged_attention", "ragged_linear", "project_qkv"])
 def test_live_is_read_on_the_device(op: str) -> None:
     """One captured graph, the counter changed between replays: the rows below it are right every time."""
     case = next(case for case in CASES[op] if case.bench and case.build()[_rows_of(op)].shape[0] == 16)
@@ -117,7 +118,37 @@ def test_live_is_read_on_the_device(op: str) -> None:
 
 
 def _rows_of(op: str) -> str:
-    return {"exit_stats": "hidden", "router_score": "hidden", "ragged_attention": "q", "project_qkv": "x"}[op]
+    return {"exit_stats": "hidden", "router_score": "hidden", "ragged_attention": "q"}.get(op, "x")
+
+
+def _poisoned(arguments: Arguments) -> torch.Tensor:
+    """ragged_linear into memory full of NaN. (Around the call alone: cuBLAS refuses to be deterministic just like that.)"""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with backend("triton"):
+            return REGISTRY["ragged_linear"](**arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 33, 64, 65, 129, 300, 2100])
+def test_ragged_linear_at_any_size(rows: int, dtype: torch.dtype) -> None:
+    """Rows, live rows, widths and outputs around tiles: as exact as PyTorch, nothing past live, the same bits in any order."""
+    for width, outputs, gated in ((64, 48, "silu"), (70, 37, ""), (576, 300, "gelu"), (1001, 130, "gelu_tanh")):
+        make = linear(rows, width, outputs, gated=gated, bias=True, gate_bias=bool(gated), residual=True)
+        arguments = {
+            name: value.cuda() if isinstance(value, torch.Tensor) else value
+            for name, value in make(dtype, torch.Generator().manual_seed(rows)).items()
+        }
+        whole = _poisoned(arguments)
+        op_harness.check_exact("ragged_linear", arguments, whole, f"{rows} x {width} x {outputs}")
+        for live in sorted({0, 1, rows - 1, rows}):
+            found = _poisoned({**arguments, "live": torch.tensor([live], dtype=torch.int32, device="cuda")})
+            assert_same(found[:live], whole[:live], f"live {live}")
+            assert bool(found[live:].isnan().all())
+        turned = {name: arguments[name].flip(0) for name in ("x", "residual")}
+        assert_same(_poisoned({**arguments, **turned}).flip(0), whole, "rows in another order")
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -41,6 +41,8 @@ def test_every_op_compiles_and_fits(rows: list[dict[str, Any]]) -> None:
     assert all(row["registers"] > 0 and row["warps"] > 0 for row in rows)
     assert max(row["shared"] for row in rows if row["target"] == "gfx942") <= 65536
     assert max(row["shared"] for row in rows if row["target"] == "sm_86") <= 101376
+    products = [row for row in rows if row["op"] == "ragged_linear"]
+    assert all(row["matrix"] > 0 and row["load"] >= 16 and row["spilled"] == 0 for row in products)
 
 
 def test_a_kernel_that_does_not_fit_is_a_fault() -> None:
@@ -49,6 +51,59 @@ def test_a_kernel_that_does_not_fit_is_a_fault() -> None:
     assert "asks for 101377 bytes of shared memory, sm_86 has 101376" in report.wrong(row)
     assert "spills 65 bytes per thread" in report.wrong(row | {"shared": 0, "spilled": 65})
     assert report.wrong(row | {"shared": 101376}) is None
+    product = row | {"op": "ragged_linear", "dtype": "bfloat16", "shared": 0, "matrix": 4, "load": 16}
+    assert report.wrong(product) is None
+    assert "spills 1 bytes" in report.wrong(product | {"spilled": 1})
+    assert "without matrix instructions" in report.wrong(product | {"matrix": 0})
+    assert "loads 8 bytes per lane in its loop, wanted 16" in report.wrong(product | {"load": 8})
+    assert "loads None bytes" in report.wrong(product | {"load": None})
+    assert report.wrong(product | {"dtype": "float32", "matrix": 0, "load": None, "spilled": 64}) is None
+
+
+_PTX = """
+$L__BB0_1:
+    ld.global.b32 %r1, [%rd1];
+    cp.async.ca.shared.global [ %r9 + 0 ], [ %rd2 + 0 ], 0x8, %r3;
+$L__BB0_2:
+    {load}
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{ %r1 }};
+waitLoop:
+    @!complete bra.uni waitLoop;
+    @%p1 bra $L__BB0_2;
+    st.global.b32 [%rd3], %r1;
+    @%p2 bra $L__BB0_1;
+"""
+_AMD = """
+.LBB0_1:
+    buffer_load_ushort v1, v2, s[8:11], 0 offen
+.LBB0_2:                                ; in Loop
+    {load}
+    ds_read_b64 v[2:3], v4
+    v_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]
+    s_cbranch_scc1 .LBB0_2
+    s_cbranch_scc0 .LBB0_1
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "load", "size"),
+    [
+        (_PTX, "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r3;", 16),
+        (_PTX, "cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r3;", 4),
+        (_PTX, "ld.global.v4.b32 {{ %r1, %r2, %r3, %r4 }}, [ %rd1 + 0 ];", 16),
+        (_PTX, "@%p3 ld.global.L1::evict_last.v2.b64 {{ %rd1, %rd2 }}, [ %rd1 ];", 16),
+        (_PTX, "ld.global.b16 %rs1, [ %rd1 + 0 ];", 2),
+        (_PTX, "", 4),  # the loop around it
+        (_AMD, "buffer_load_dwordx4 v0, s[8:11], 0 offen lds", 16),
+        (_AMD, "global_load_dwordx2 v[0:1], v2, s[0:1]", 8),
+        (_AMD, "global_load_lds_dword v0, v1, off", 4),
+        (_AMD, "", 2),
+    ],
+)
+def test_the_smallest_load_of_a_loop_is_found(code: str, load: str, size: int) -> None:
+    report = importlib.import_module("static_report")
+    assert report.smallest_load(code.format(load=load)) == size
+    assert report.smallest_load("add.s32 %r1, %r2, %r3;") is None
 
 
 @pytest.mark.parametrize("shared", [65536, 101376, 163840, 232448])

@@ -17,8 +17,9 @@ Tensor ragged_linear(const Tensor& x, const Tensor& weight, const std::optional<
     operand.pack(x.const_data_ptr<T>(), rows, x.size(1));
     Product<T> product{.weight = weight.const_data_ptr<T>(), .outputs = weight.size(0), .rows = rows};
     product.bias = data_or_null<T>(bias);
+    static constexpr T nothing{};  // weights of no channels have no address, but a second one is what says gated
     if (gate_weight.has_value()) {
-      product.weight2 = product.weight;
+      product.weight2 = product.weight == nullptr ? &nothing : product.weight;
       product.bias2 = product.bias;
       product.weight = gate_weight->const_data_ptr<T>();
       product.bias = data_or_null<T>(gate_bias);

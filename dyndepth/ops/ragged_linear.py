@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndepth import check
 from dyndepth.op import Op, cpp_allowed
-from dyndepth.ops import _cpp
+from dyndepth.ops import _cpp, _triton
 
 #: Activations of a gated product: SiLU (SwiGLU), GELU by tanh and by erf (GeGLU). The order is csrc/cpu/products.h's.
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -38,7 +38,8 @@ def ragged_linear(
     Returns [n, m] in the dtype of x; rows at or past `live` are unspecified. Sums are fp32, rounded to the dtype after each
     step as separate modules would round. The cpp provider reads every weight once whatever n is, and adds the products of an
     output in the same order whatever the other rows are: a row gives the same bits alone and in any batch. (Subnormal bfloat16
-    counts as 0 on AMX tiles, as in PyTorch's own products there.) Not differentiable.
+    counts as 0 on AMX tiles, as in PyTorch's own products there.) The triton provider's tiles depend on the row count: a row
+    gives the same bits in any batch whose count rounds up to the same power of two from 16 to 1024. Not differentiable.
     """
     return op(x, weight, bias, gate_weight, gate_bias, activation, residual, live)
 
@@ -119,6 +120,8 @@ op = Op(
     fake=_fake,
     check=_check,
 )
+
+op.provider_in("triton", "dyndepth.kernels.ragged_linear", missing=_triton.missing, declines=_triton.declines)
 
 
 @op.provider("cpp", missing=_cpp.missing, declines=_cpp.declines)

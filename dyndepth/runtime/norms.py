@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.check import FLOATS
+from dyndepth.modules import RaggedLinear
 from dyndepth.ops import _cpp
 from dyndepth.ops.ragged_linear import pays
 
@@ -77,9 +78,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:
-    """A linear layer whose weight and bias say everything: nn.Linear itself, in a float dtype, without hooks."""
+    """A linear layer whose weight and bias say everything: nn.Linear itself or our own, in a float dtype, without hooks."""
     return (
-        type(module) is nn.Linear
+        isinstance(module, nn.Linear)
+        and type(module) in (nn.Linear, RaggedLinear)
         and not has_hooks(module)
         # Weights of a tensor subclass (torchao's quantised ones) know their own ways of being multiplied.
         and all(type(value) in (Tensor, nn.Parameter) for value in (module.weight, module.bias) if value is not None)

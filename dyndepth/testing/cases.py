@@ -11,7 +11,7 @@ from torch import Tensor
 from dyndepth.testing.accept_cases import ACCEPT_DRAFTS
 from dyndepth.testing.case import Arguments as Arguments
 from dyndepth.testing.case import Case as Case
-from dyndepth.testing.linear_cases import linear
+from dyndepth.testing.linear_cases import LARGE_LINEARS, linear
 
 
 def widened(arguments: Arguments) -> Arguments:
@@ -394,7 +394,7 @@ CASES: dict[str, list[Case]] = {
         Case("smol16_gated", linear(16, 576, 1536, gated="silu"), bench=True),
         Case("smol16_residual", linear(16, 1536, 576, residual=True), bench=True),
         Case("head", linear(16, 576, 49152), bench=True, large=True),
-        *(Case(f"llama{rows}", linear(rows, 4096, 14336), bench=True, gpu=True) for rows in (1, 32)),
+        *(Case(name, make, bench=True, gpu=True) for name, make in LARGE_LINEARS.items()),
     ],
     "backfill_kv": [
         Case("empty", _backfill(Paged(0, 4, 2, 16), 24, 3, 8)),

@@ -39,3 +39,16 @@ def linear(
         }
 
     return make
+
+
+#: Sized for a GPU: Llama-3-8B (4096, 14336), Qwen3-8B (4096, 12288), Gemma-2-2B (2304, 9216).
+LARGE_LINEARS = {
+    **{f"llama{rows}": linear(rows, 4096, 14336) for rows in (1, 32)},
+    **{f"llama{rows}_gated": linear(rows, 4096, 14336, gated="silu") for rows in (16, 512)},
+    **{f"llama{rows}_residual": linear(rows, 14336, 4096, residual=True) for rows in (16, 512)},
+    "llama64_half_live": linear(64, 4096, 4096, residual=True, live=32),
+    "llama64_none_live": linear(64, 4096, 4096, residual=True, live=0),
+    "qwen16_gated": linear(16, 4096, 12288, gated="silu"),
+    "qwen16_residual": linear(16, 12288, 4096, residual=True),
+    "gemma16_gated": linear(16, 2304, 9216, gated="gelu_tanh"),
+}
