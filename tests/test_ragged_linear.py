@@ -118,6 +118,9 @@ def test_equals_plain_python(activation: str, dtype: torch.dtype, provider: str)
     found, (told, added) = op_harness.outcome(OP, arguments, provider)["out"], _in_python(arguments, dtype)
     off = (found.float() - told.float()).abs() / (torch.finfo(dtype).eps * (1 + added))
     assert float(off.max()) <= 2
+    if provider != "triton":  # whose fp32 GELU is a bit farther off where the residual cancels the product
+        epsilon = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, told, rtol=4 * epsilon, atol=8 * epsilon)
     assert dtype == torch.float32 or float((found == told).float().mean()) > 0.98
 
 
