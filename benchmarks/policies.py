@@ -67,6 +67,12 @@ class Bench:
         own = {} if options.pop("theirs", False) else {"custom_generate": generate, "return_dict_in_generate": True}
         return self.model.generate(**inputs, **settings, **own, **options)
 
+    def made(self, prompts: int, batch: int, tokens: int, **options: Any) -> tuple[Tensor, list[Any]]:
+        """New tokens int64 [prompts, tokens] in batches of `batch`, and what the calls returned."""
+        outs = [self.call(self.inputs(at, min(batch, prompts - at)), tokens, **options) for at in range(0, prompts, batch)]
+        texts = [out if isinstance(out, Tensor) else out.sequences for out in outs]
+        return torch.cat([text[:, -tokens:] for text in texts]), outs
+
 
 def lossless(prompts: int, tokens: int) -> list[dict[str, Any]]:
     """Sequences that differ from the full model's, over `prompts` prompts of ragged lengths; that one runs sixteen at once."""
@@ -75,18 +81,9 @@ def lossless(prompts: int, tokens: int) -> list[dict[str, Any]]:
         bench = Bench(dtype)
         exits, theirs = bench.at(DRAFTING), dtype == torch.float32
 
-        def made(batch: int, call: Callable[[dict[str, Tensor]], Any]) -> tuple[Tensor, list[Any]]:
-            found, outs = [], []
-            for begin in range(0, prompts, batch):
-                inputs = bench.inputs(begin, min(batch, prompts - begin))  # noqa: B023
-                out = call(inputs)
-                outs.append(out)
-                found.append((out if isinstance(out, Tensor) else out.sequences)[:, inputs["input_ids"].shape[1] :])
-            return torch.cat(found), outs
-
-        full, _ = made(16, lambda inputs: bench.call(inputs, tokens, theirs=theirs))  # noqa: B023
+        full, _ = bench.made(prompts, 16, tokens, theirs=theirs)
         for batch in (1, 4, 16):
-            mine, outs = made(batch, lambda inputs: bench.call(inputs, tokens, exits=exits, mode="lossless"))  # noqa: B023
+            mine, outs = bench.made(prompts, batch, tokens, exits=exits, mode="lossless")
             against = "transformers" if theirs else "dyndepth, full depth"
             rows.append({"dtype": str(dtype).removeprefix("torch."), "against": against, "batch": batch, "sequences": prompts,
                          "tokens": tokens, "different": int((mine != full).any(1).sum()),

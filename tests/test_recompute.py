@@ -9,6 +9,7 @@ import pytest
 import tiny_exits
 import tiny_models
 import torch
+from full_model import FullModel
 
 import dyndepth
 from dyndepth.errors import ArgumentError, ExitsError
@@ -34,17 +35,6 @@ def _generate(model: Any, inputs: dict[str, torch.Tensor], exits: Exits, **optio
     return model.generate(**inputs, custom_generate=dyndepth.generate, exits=exits, **settings)
 
 
-class _FullModel:
-    """Residuals and cache of transformers' own model over one sequence."""
-
-    def __init__(self, model: Any, tokens: torch.Tensor) -> None:
-        with torch.no_grad():
-            out = model(input_ids=tokens[None], use_cache=True, output_hidden_states=True)
-        self.residuals = [state[0] for state in out.hidden_states]
-        self.keys = [layer.keys[0].movedim(1, 0) for layer in out.past_key_values.layers]
-        self.values = [layer.values[0].movedim(1, 0) for layer in out.past_key_values.layers]
-
-
 # -- the pages ------------------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +45,7 @@ def test_pages_hold_what_the_full_model_writes(family: str, kv: str) -> None:
     model = tiny_models.shared(family)
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randint(3, tiny_models.VOCABULARY, (length,), generator=generator) for length in (21, 13)]
-    full = [_FullModel(model, sequence) for sequence in tokens]
+    full = [FullModel(model, sequence) for sequence in tokens]
     session = Session(bind(model), [len(sequence) for sequence in tokens], _exits(model), kv=kv, pending=4)
     parked = Parked.nothing(torch.empty(0, session.model.hidden_size))
     early, seen_deep, most = 0, 0, 0
@@ -76,21 +66,12 @@ def test_pages_hold_what_the_full_model_writes(family: str, kv: str) -> None:
             seen_deep += depth == 6
             reached = ran[s, : position + 1]
             assert (reached >= depth).all(), "whoever a row can see ran as far as the row"
-            _check_pages(session, full[s], s, reached)
+            full[s].check_pages(session, s, reached.tolist())
         parked = session.left(result, seq, pos, pos, parked) if kv == "recompute" else parked
         most = max(most, int(parked.counts(2).max(initial=0)))
     assert min(early, seen_deep) >= 8, "the random routers must let rows go and keep rows for this to test anything"
     if kv == "recompute":
         assert 2 <= most <= session.pending
-
-
-def _check_pages(session: Session, full: _FullModel, sequence: int, reached: np.ndarray) -> None:
-    for at, layers in enumerate(reached.tolist()):
-        slot = session.pages.slots([sequence], [at]).long()
-        entry = session.pages.kv.flatten(2, 3)[:, :, slot[0]]
-        for layer in range(layers):
-            torch.testing.assert_close(entry[layer, 0], full.keys[layer][at], rtol=2e-4, atol=2e-5)
-            torch.testing.assert_close(entry[layer, 1], full.values[layer][at], rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -154,7 +135,7 @@ def test_decisions_are_made_on_the_full_models_residuals() -> None:
     early = 0
     for row in range(4):
         ids = out.sequences[row][torch.cat([inputs["attention_mask"][row].bool(), out.exit_layers[row] >= 0])]
-        full = _FullModel(model, ids)
+        full = FullModel(model, ids)
         first = int(inputs["attention_mask"][row].sum()) - 1
         for step, depth in enumerate(d for d in out.exit_layers[row].tolist() if d >= 0):
             at = first + step

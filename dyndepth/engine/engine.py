@@ -183,11 +183,10 @@ class Engine:
             return []
         going = self._going(fresh)
         hold = frozenset(self._points) - going
-        waiting = {request.slot for request in self._running.values() if request.waits_at in going and request.waits_at}
-        present = np.isin(self._parked.seq, [request.slot for request in fresh] + sorted(waiting))
-        taken = self._parked.where(present & (~self._parked.wants | np.isin(self._parked.seq, sorted(waiting))))
-        others = self._parked.where(~present)
-        self._note(going, [request for request in self._running.values() if request.slot in waiting])
+        flushed = [request for request in self._running.values() if request.waits_at and request.waits_at in going]
+        present = np.isin(self._parked.seq, [request.slot for request in [*fresh, *flushed]])
+        taken, others = self._parked.where(present), self._parked.where(~present)
+        self._note(flushed)
         seq = [request.slot for request in fresh]
         pos = [request.position for request in fresh]
         step = [len(request.tokens) for request in fresh]
@@ -200,7 +199,7 @@ class Engine:
         result = self.session.run(seq, pos, tokens=tokens, step=step, may_leave=may_leave, parked=taken, hold=hold)
         self.counts.passes += 1
         self.work.add(result, 0)
-        if hold or self.session.kv_policy == "recompute":
+        if result.hidden is not None:  # the pass may have left rows between layers
             others = self.session.left(result, seq, pos, step, taken) + others
         self._parked = others
         makers = [*fresh, *(self._running[slot] for slot in taken.seq[taken.wants].tolist())]
@@ -222,23 +221,22 @@ class Engine:
         going |= {each.boundary for each in found if each.passes >= self.longest_wait}
         if not fresh and not any(each.rows for each in found if each.boundary in going):
             going |= {max(found, key=lambda each: each.passes if each.rows else -1).boundary}
-        return frozenset(going)
+        return going
 
-    def _note(self, going: frozenset[int], waiting: list[Request]) -> None:
+    def _note(self, flushed: list[Request]) -> None:
+        """Count requests whose rows go on."""
         counts = self.counts
-        for boundary in going:
-            rows = [request for request in waiting if request.waits_at == boundary]
-            if rows:
-                counts.flushes[boundary] = counts.flushes.get(boundary, 0) + 1
-                counts.flushed[boundary] = counts.flushed.get(boundary, 0) + len(rows)
-                counts.longest_wait = max(counts.longest_wait, *(counts.passes - request.since[0] for request in rows))
+        for boundary in {request.waits_at for request in flushed}:
+            counts.flushes[boundary] = counts.flushes.get(boundary, 0) + 1
+        for request in flushed:
+            counts.flushed[request.waits_at] = counts.flushed.get(request.waits_at, 0) + 1
+            counts.longest_wait = max(counts.longest_wait, counts.passes - request.since[0])
 
     def _tokens(self, makers: list[Request], rows: list[int], result: Result) -> list[Event]:
         """Give every maker its token, or note that it waits."""
         depths = result.exit_layer.tolist()
         held = [False] * len(depths) if result.held is None else result.held.tolist()
         self._judged(makers, [depths[row] for row in rows], [held[row] for row in rows])
-        width = self.model.depth
         now = time.monotonic()
         due = []
         for request, row in zip(makers, rows, strict=True):
@@ -269,7 +267,7 @@ class Engine:
             if token is not None:
                 request.tokens.append(token)
                 request.exit_layers.append(depths[row])
-                request.early = request.early + 1 if depths[row] < width else 0
+                request.early = request.early + 1 if depths[row] < self.model.depth else 0
                 self.work.rows += 1
                 over = token in request.end_ids or len(request.tokens) == request.max_new_tokens
             if over:

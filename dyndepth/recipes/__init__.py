@@ -10,32 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 _SYSTEMS = (
-    "apparate",
-    "balcony",
-    "calm",
-    "drex",
-    "ee_llm",
-    "ee_tuning",
-    "free",
-    "kangaroo",
-    "layerskip",
-    "skipdecode",
-    "specexit",
-)
+    "apparate", "balcony", "calm", "drex", "ee_llm", "ee_tuning", "free", "kangaroo", "layerskip", "skipdecode", "specexit",
+)  # fmt: skip
 
-__all__ = [
-    "apparate",
-    "balcony",
-    "calm",
-    "drex",
-    "ee_llm",
-    "ee_tuning",
-    "free",
-    "kangaroo",
-    "layerskip",
-    "skipdecode",
-    "specexit",
-]
+__all__ = list(_SYSTEMS)
 
 
 def __getattr__(name: str) -> Any:

@@ -302,12 +302,7 @@ class _Pass:
             hidden=hidden, seq=rows.seq[:live], step=rows.step[:live], previous=previous, stats=stats, depth=plan.depth,
             leave=band.leave, layers=plan.model.depth, carried=carried,
         )  # fmt: skip
-        leaves = band.criterion.leaves(view, band.thresholds(view.step))
-        if plan.depth is not None:
-            # A request that names its depth is not judged by anything else.
-            asked = plan.depth[view.seq.long()]
-            leaves = torch.where(asked >= 0, (asked == band.leave) & (band.resume == plan.model.depth), leaves)
-        leaves = leaves & rows.may_leave[:live]
+        leaves = plan.named(band, view.seq, band.criterion.leaves(view, band.thresholds(view.step))) & rows.may_leave[:live]
         for name, value in view.carried.items():
             rows.carry(name, value)
         if plan.previous_wanted:
@@ -328,14 +323,13 @@ class _Pass:
         """What the rows made, brought to the caller's order: those that are away lie behind the live ones, by group."""
         rows, model, total = self.rows, self.plan.model, len(self.rows)
         ready = self._ready()
+        numbers = {leave: number for number, leave in enumerate(self.plan.bands)}
         facts = torch.tensor([[model.depth], [model.depth], [0]]).repeat(1, total)  # exit layer, layers run, bands taken
         held = torch.zeros(total, dtype=torch.bool) if self.hold else None
         if rows.moved or self.away:
-            numbers = {leave: number for number, leave in enumerate(self.plan.bands)}
-            index = rows.index.long()
             if rows.moved:
-                ready = torch.empty_like(ready).index_copy_(0, index, ready)
-            home = index.cpu()
+                ready = self._home(ready)
+            home = rows.index.cpu().long()
             for at, group in self._places():
                 gone = home[at : at + group.count]
                 facts[0, gone] = group.leave
@@ -356,16 +350,18 @@ class _Pass:
             gone = released.long()
             ready = ready.index_copy(0, gone, made)
             facts[0, gone.cpu()] = band.leave
-            facts[2, gone.cpu()] |= 1 << list(self.plan.bands).index(band.leave)
+            facts[2, gone.cpu()] |= 1 << numbers[band.leave]
         exit_layer, layers_run, bands_taken = facts.to(rows.hidden.device).unbind()
         result = Result(ready, exit_layer.int(), layers_run.int(), bands_taken, self.work, self.block_work, held)
         if self.hold or self.plan.kv_policy in EXACT:
-            result.hidden = torch.empty_like(rows.hidden).index_copy_(0, rows.index.long(), rows.hidden)
+            result.hidden = self._home(rows.hidden)
         if self.hold or self.plan.observed:
-            result.carried = {
-                name: torch.empty_like(value).index_copy_(0, rows.index.long(), value) for name, value in rows.carried.items()
-            }
+            result.carried = {name: self._home(value) for name, value in rows.carried.items()}
         return result
+
+    def _home(self, value: Tensor) -> Tensor:
+        """Rows [n, ...] from the order of the buffers to the caller's."""
+        return torch.empty_like(value).index_copy_(0, self.rows.index.long(), value)
 
     def _ready(self) -> Tensor:
         """Head-ready rows [n, ready] in buffer order; zero for rows that made no token."""

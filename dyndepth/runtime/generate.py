@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
-from dyndepth.runtime.bind import Model, bind
+from dyndepth.runtime.bind import bind
+from dyndepth.runtime.decoding import Decoding
 from dyndepth.runtime.forward import Result
 from dyndepth.runtime.inputs import real_tokens
 from dyndepth.runtime.observe import Observer, check_observer, observed
@@ -19,6 +21,7 @@ from dyndepth.runtime.pages import Indices
 from dyndepth.runtime.parked import Parked
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING, Session, Work
 from dyndepth.runtime.speculate import DEFAULT_DRAFTS, Speculation
+from dyndepth.runtime.stops import has_eos
 
 PROMPTS = ("full", "dynamic")
 MODES = ("dynamic", "lossless", "rollback")
@@ -103,35 +106,20 @@ def _verified(mode: str, drafts: int, rollback: float | None, exits: Exits | Non
     return True
 
 
-class _Loop:
+@dataclass
+class _Loop(Decoding):
     """State of one generation: which sequences still run, what was recorded."""
 
-    def __init__(
-        self,
-        model: Model,
-        session: Session,
-        config: Any,
-        processor: Any,
-        criteria: Any,
-        generator: torch.Generator | None,
-        streamer: Any,
-        work: Work,
-        observer: Observer | None,
-    ) -> None:
-        self.model, self.session, self.config, self.observer = model, session, config, observer
-        self.processor, self.criteria, self.generator, self.streamer = processor, criteria, generator, streamer
-        self.work = work
-        self.keep = bool(config.return_dict_in_generate)
-        #: Under `recompute`, the tokens that left and whose other layers nobody has needed yet.
-        self.parked: Parked | None = None
-        #: int64 [3, batch] per step: exit layers, layers run, bands taken.
-        self.went: list[Tensor] = []
+    #: Under `recompute`, the tokens that left and whose other layers nobody has needed yet.
+    parked: Parked | None = field(init=False, default=None)
+    #: int64 [3, batch] per step: exit layers, layers run, bands taken.
+    went: list[Tensor] = field(init=False, default_factory=list)
 
     def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
         config, session = self.config, self.session
         batch = input_ids.shape[0]
         pad = config._pad_token_tensor
-        has_eos = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+        ends = has_eos(self.criteria)
         unfinished = torch.ones(batch, dtype=torch.long, device=input_ids.device)
         lengths = [rows.shape[0] for rows in prompts]
         content = torch.stack([rows[-1] for rows in prompts]) if batch else input_ids.new_empty(0)
@@ -140,7 +128,7 @@ class _Loop:
         step = 0
         while True:
             # Without an EOS token transformers goes on writing sequences that a stop string or criterion ended: so do we.
-            running = (unfinished if has_eos else torch.ones_like(unfinished)).nonzero()[:, 0].cpu()
+            running = (unfinished if ends else torch.ones_like(unfinished)).nonzero()[:, 0].cpu()
             logits = self._pass(running, lengths, content, embedded and step == 0, step, batch)
             next_scores = self.processor(input_ids, logits.to(input_ids.device))
             if self.keep:
@@ -153,7 +141,7 @@ class _Loop:
                 tokens = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
             else:
                 tokens = next_scores.argmax(-1)
-            if has_eos:
+            if ends:
                 tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             if self.streamer is not None:
@@ -162,7 +150,7 @@ class _Loop:
             unfinished = unfinished & ~stopped
             for sequence in running.tolist():
                 lengths[sequence] += 1
-                if has_eos and not unfinished[sequence]:
+                if ends and not unfinished[sequence]:
                     session.pages.release(sequence)
                     if self.parked is not None:  # nobody will need their K,V
                         self.parked = self.parked.where(self.parked.seq != sequence)

@@ -169,11 +169,7 @@ class _GraphPass:
             hidden=self.hidden, seq=self.seq, step=self.step, previous=self.buffers.get("previous"), stats=stats,
             depth=plan.depth, leave=band.leave, layers=plan.model.depth,
         )  # fmt: skip
-        leaves = band.criterion.leaves(view, band.thresholds(self.step))
-        if plan.depth is not None:
-            asked = plan.depth[self.seq.long()]
-            here = (asked == band.leave) & (band.resume == plan.model.depth)
-            leaves = torch.where(asked >= 0, here, leaves)
+        leaves = plan.named(band, self.seq, band.criterion.leaves(view, band.thresholds(self.step)))
         if plan.previous_wanted:
             earlier = self.buffers.get("previous", torch.full_like(self.hidden, torch.nan))
             self.buffers["previous"] = torch.where(self.alive()[:, None], self.hidden, earlier)

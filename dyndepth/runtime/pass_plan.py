@@ -99,6 +99,13 @@ class Plan:
                 some = model.logit_softcap * torch.tanh(some / model.logit_softcap)
         return some.new_full((ready.shape[0], model.vocab_size), -math.inf).index_copy_(1, ids, some)
 
+    def named(self, band: Band, seq: Tensor, leaves: Tensor) -> Tensor:
+        """`leaves` bool [n], but rows whose request names its depth leave there and nowhere else, judged by nothing."""
+        if self.depth is None:
+            return leaves
+        asked = self.depth[seq.long()]
+        return torch.where(asked >= 0, (asked == band.leave) & (band.resume == self.model.depth), leaves)
+
     def judge(self, band: Band) -> Judge | None:
         """The one call that judges at a boundary; None where criteria see more than that, or rows are observed."""
         if self.observed or not usable():

@@ -127,17 +127,12 @@ def _recomputed(
     A token runs as many layers as the deepest of its sequence from it on; those that nobody follows are never recomputed.
     """
     forced = torch.zeros_like(exit_layer, dtype=torch.bool)
-    end = 0
-    for length in lengths:
-        begin, end = end, end + length
+    parts = (values.split(list(lengths)) for values in (exit_layer, layers_run, bands_taken, forced))
+    for exits, runs, bands, kept in zip(*parts, strict=True):
         waiting = 0
-        for row, left in enumerate(exit_layer[begin:end].tolist(), begin):
-            forced[row] = left < depth and waiting == pending
-            waiting = 0 if left == depth or forced[row] else waiting + 1
-    exit_layer[forced] = depth
-    bands_taken[forced] = 0
-    end = 0
-    for length in lengths:
-        begin, end = end, end + length
-        layers_run[begin:end] = exit_layer[begin:end].flip(0).cummax(0).values.flip(0)
+        for row, left in enumerate(exits.tolist()):
+            kept[row] = left < depth and waiting == pending
+            waiting = 0 if left == depth or kept[row] else waiting + 1
+        exits[kept], bands[kept] = depth, 0
+        runs.copy_(exits.flip(0).cummax(0).values.flip(0))
     return forced

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from dyndepth.ops import accept_drafts
-from dyndepth.runtime.bind import Model
+from dyndepth.runtime.decoding import Decoding
 from dyndepth.runtime.forward import Result
-from dyndepth.runtime.observe import Observer, observed
+from dyndepth.runtime.observe import observed
 from dyndepth.runtime.parked import Parked
-from dyndepth.runtime.session import Session, Work
+from dyndepth.runtime.session import Work
 from dyndepth.runtime.stops import Processed, Stops
 
 #: Drafts per sequence before they are verified.
@@ -66,29 +66,19 @@ class _Sequence:
         return self.number, ids if drafts == 0 else torch.cat([ids, ids.new_tensor(self.drafts[:drafts])])
 
 
-class Speculation:
+@dataclass
+class Speculation(Decoding):
     """State of one lossless generation."""
 
-    def __init__(
-        self,
-        model: Model,
-        session: Session,
-        config: Any,
-        processor: Any,
-        criteria: Any,
-        generator: torch.Generator | None,
-        streamer: Any,
-        work: Work,
-        observer: Observer | None,
-        drafts: int,
-        rollback: float,
-    ) -> None:
-        self.model, self.session, self.config, self.generator, self.streamer = model, session, config, generator, streamer
-        self.work, self.observer, self.most, self.rollback = work, observer, drafts, rollback
-        self.processor, self.criteria = processor, criteria
-        self.keep = bool(config.return_dict_in_generate)
+    #: Drafts per sequence before they are verified.
+    most: int
+    #: Nats that a draft may be less likely than certain and stand nevertheless; 0 is lossless.
+    rollback: float
+    streamed: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        model = self.model
         self.parked = Parked.nothing(torch.empty(0, model.hidden_size, dtype=model.dtype, device=model.device))
-        self.streamed = 0
 
     def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
         self.limit = max(self.config.max_length - input_ids.shape[1], 1)
@@ -118,12 +108,12 @@ class Speculation:
         last = max((band.leave for band in self.session.plan.bands.values()), default=0)
         hold = frozenset([last]) if drafting and len(running) > 1 else frozenset()
         fresh = drafting or [each for each in running if not each.held]
+        present = np.ones(len(self.parked), dtype=np.bool_)
         if drafting:
-            own = np.isin(self.parked.seq, [each.number for each in drafting])
-            taken = self.parked.where(own & (self.parked.at < last) if hold else own)
-            others = self.parked.where(~own | (self.parked.at >= last) if hold else ~own)
-        else:
-            taken, others = self.parked, self.parked.where(np.zeros(len(self.parked), dtype=np.bool_))
+            present = np.isin(self.parked.seq, [each.number for each in drafting])
+        if hold:  # nobody passes there, so nobody who waits there can follow
+            present &= self.parked.at < last
+        taken, others = self.parked.where(present), self.parked.where(~present)
         seq = [each.number for each in fresh]
         pos = [each.position + len(each.drafts) for each in fresh]
         step = [each.made + len(each.drafts) for each in fresh]

@@ -121,6 +121,11 @@ def _other_request(allowed: Callable[[int, Tensor], Any], request: int, row: int
     return allowed(request, ids)
 
 
+def has_eos(criteria: Any) -> bool:
+    """There is an end-of-sequence token: what follows it is padding."""
+    return any(hasattr(each, "eos_token_id") for each in criteria)
+
+
 class Stops:
     """A transformers StoppingCriteriaList, asked for one sequence at one length at a time.
 
@@ -130,8 +135,7 @@ class Stops:
     def __init__(self, criteria: Any, requests: int, texts: Texts) -> None:
         _refuse(criteria)
         self.requests, self.texts = requests, texts
-        #: There is an end-of-sequence token: what follows it is padding.
-        self.has_eos = any(hasattr(each, "eos_token_id") for each in criteria)
+        self.has_eos = has_eos(criteria)
         self._ends: set[int] = set()
         self._longest: int | None = None
         self._others = []
