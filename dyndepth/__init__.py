@@ -28,13 +28,18 @@ _LAZY = {
     "calibrate": "dyndepth.calibration",
     "train": "dyndepth.training",
     "RaggedLinear": "dyndepth.modules",
+    "DynamicEncoder": "dyndepth.encoders",
+    "SampleExit": "dyndepth.encoders",
+    "SampleExits": "dyndepth.encoders",
+    "SampleStream": "dyndepth.encoders",
 }
-_MODULES = ("ops", "exits", "errors", "demo", "recipes")
+_MODULES = ("encoders", "ops", "exits", "errors", "demo", "recipes")
 
 if TYPE_CHECKING:
-    from dyndepth import demo, errors, exits, ops
+    from dyndepth import demo, encoders, errors, exits, ops
     from dyndepth.calibration import calibrate
     from dyndepth.closed_form import fit
+    from dyndepth.encoders import DynamicEncoder, SampleExit, SampleExits, SampleStream
     from dyndepth.engine import Engine, Request
     from dyndepth.exits import Band, Exits
     from dyndepth.modules import RaggedLinear
@@ -44,9 +49,9 @@ if TYPE_CHECKING:
     from dyndepth.training import train
 
 __all__ = [
-    "Band", "Engine", "Exits", "RaggedLinear", "Request", "__version__", "backend", "calibrate", "convert", "demo", "errors",
-    "exits", "fit",
-    "generate", "ops", "recipes", "revert", "train",
+    "Band", "DynamicEncoder", "Engine", "Exits", "RaggedLinear", "Request", "SampleExit", "SampleExits", "SampleStream",
+    "__version__", "backend", "calibrate", "convert", "demo", "encoders", "errors", "exits", "fit", "generate", "ops",
+    "recipes", "revert", "train",
 ]  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def test_a_failed_save_leaves_the_old_set(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for target in ("dyndepth.exits.exits.save", "pathlib.Path.write_bytes", "pathlib.Path.write_text"):
+    for target in ("dyndepth.exits.store.save", "pathlib.Path.write_bytes", "pathlib.Path.write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(target, full)
             with pytest.raises(OSError, match="No space left"):

@@ -56,7 +56,7 @@ LAYERS = {
     **dict.fromkeys(("check", "op"), 1),
     **dict.fromkeys(("cuda", "ops"), 2),
     **dict.fromkeys(("testing", "exits", "modules", "plan"), 3),
-    "runtime": 4,
+    **dict.fromkeys(("runtime", "encoders"), 4),
     **dict.fromkeys(("data", "engine"), 5),
     "closed_form": 6,
     **dict.fromkeys(("calibration", "training"), 7),

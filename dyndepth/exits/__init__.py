@@ -16,10 +16,11 @@ from dyndepth.exits.criteria import (
     Schedule,
     TopProbability,
 )
-from dyndepth.exits.exits import Exits, ModelFacts
+from dyndepth.exits.exits import Exits
 from dyndepth.exits.heads import HEADS, BlockHead, MlpHead, NormHead, TranslatorHead
 from dyndepth.exits.maps import JumpMap, KVMap
 from dyndepth.exits.router import Router
+from dyndepth.exits.store import ModelFacts
 
 __all__ = [
     "CRITERIA",

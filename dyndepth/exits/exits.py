@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 from dyndepth.errors import ExitsError
+from dyndepth.exits import store
 from dyndepth.exits.band import Band
 from dyndepth.exits.codec import band_from_json, band_to_json
 from dyndepth.exits.criteria import Never, RouterScore
 from dyndepth.exits.heads import StoredBlock
-from dyndepth.files import replacing
+from dyndepth.exits.store import ModelFacts
 
 FORMAT, VERSION = "dyndepth-exits", 1
-MANIFEST = "exits.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelFacts:
-    """What exits were made for. `fingerprint` samples weights (dyndepth.runtime.fingerprint); empty means unchecked."""
-
-    model_type: str
-    layers: int
-    width: int
-    vocab_size: int
-    fingerprint: tuple[tuple[float, ...], ...] = ()
 
 
 class Exits:
@@ -138,95 +123,32 @@ class Exits:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `exits.json` and one safetensors file. An existing set is replaced in one step, or not at all."""
-        folder = Path(folder)
-        old = _tensor_file(folder / MANIFEST)
         tensors = {
-            f"{number}.{name}": value.detach().cpu().contiguous().clone()  # safetensors refuses shared memory
-            for number, band in enumerate(self.bands)
-            for name, value in band.state_dict().items()
+            f"{number}.{name}": value for number, band in enumerate(self.bands) for name, value in band.state_dict().items()
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        # The manifest names the tensor file by content, so that renaming the manifest switches both at once.
-        content = save(tensors)
-        digest = hashlib.sha256(content).hexdigest()
-        data = folder / f"exits-{digest[:16]}.safetensors"
-        with replacing(data) as temporary:
-            temporary.write_bytes(content)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "model": dataclasses.asdict(self.model),
             "bands": [band_to_json(band) for band in self.bands],
             "record": self.record,
-            "tensors": {"file": data.name, "sha256": digest},
         }
-        with replacing(folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
-        if old is not None and old != data:
-            old.unlink(missing_ok=True)
+        store.write(Path(folder), manifest, tensors)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Exits:
         """Read what `save_pretrained` wrote; ExitsError says what is wrong with it. Never runs code from the files."""
-        manifest_path = Path(folder) / MANIFEST
+        manifest, tensors = store.read(Path(folder), FORMAT, VERSION)
+        path = Path(folder) / store.MANIFEST
         try:
-            manifest = json.loads(manifest_path.read_text())
-        except FileNotFoundError:
-            raise ExitsError(f"exits: {manifest_path} does not exist") from None
-        except (OSError, ValueError) as error:
-            raise ExitsError(f"exits: {manifest_path} is damaged: {error}") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ExitsError(f"exits: {manifest_path} is not a {FORMAT} file")
-        if manifest.get("version") != VERSION:
-            raise ExitsError(f"exits: {manifest_path} has version {manifest.get('version')!r}, this dyndepth reads {VERSION}")
-        tensors = _load_tensors(manifest_path, manifest)
-        try:
-            model = _facts(manifest["model"])
-            bands = [band_from_json(entry, _part(tensors, f"{number}.")) for number, entry in enumerate(manifest["bands"])]
+            model = ModelFacts.from_json(manifest["model"])
+            bands = [band_from_json(entry, store.part(tensors, f"{number}.")) for number, entry in enumerate(manifest["bands"])]
             used = sum(len(band.state_dict()) for band in bands)
             exits = cls(bands, model, dict(manifest.get("record") or {}))
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             if isinstance(error, ExitsError):
                 raise
-            raise ExitsError(f"exits: {manifest_path} is damaged: {type(error).__name__}: {error}") from error
+            raise ExitsError(f"exits: {path} is damaged: {type(error).__name__}: {error}") from error
         if used != len(tensors):
-            raise ExitsError(f"exits: {manifest_path} describes {used} tensors, the file holds {len(tensors)}")
+            raise ExitsError(f"exits: {path} describes {used} tensors, the file holds {len(tensors)}")
         return exits
-
-
-def _facts(entry: Any) -> ModelFacts:
-    facts = ModelFacts(**dict(entry))
-    sizes = (facts.layers, facts.width, facts.vocab_size)
-    if not isinstance(facts.model_type, str) or any(type(size) is not int or size < 1 for size in sizes):
-        raise TypeError(f"model: wanted a type and positive sizes, got {facts.model_type!r}, {sizes}")
-    fingerprint = tuple(tuple(float(value) for value in group) for group in facts.fingerprint)
-    return dataclasses.replace(facts, fingerprint=fingerprint)
-
-
-def _tensor_file(manifest: Path) -> Path | None:
-    """The file that an older manifest names, if there is one that can be read."""
-    try:
-        name = json.loads(manifest.read_text())["tensors"]["file"]
-        return manifest.parent / Path(name).name
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _load_tensors(manifest_path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
-    try:
-        # Only the name counts: a manifest cannot point outside its folder.
-        path = manifest_path.parent / Path(manifest["tensors"]["file"]).name
-        digest = manifest["tensors"]["sha256"]
-        content = path.read_bytes()
-    except (KeyError, TypeError, OSError) as error:
-        raise ExitsError(f"exits: the tensors of {manifest_path} cannot be read: {error}") from error
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ExitsError(f"exits: {path} is truncated or was changed (its SHA-256 is not the manifest's)")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ExitsError(f"exits: {path} is damaged: {error}") from error
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

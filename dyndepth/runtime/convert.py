@@ -37,8 +37,8 @@ class Converted:
     before: dict[str, Any] = field(default_factory=dict)
 
 
-def convert(model: Any, exits: Exits, *, kv: str | None = None) -> Any:
-    """Give a causal LM dynamic depth in place, and return it.
+def convert(model: Any, exits: Any, *, kv: str | None = None) -> Any:
+    """Give a causal LM dynamic depth in place, and return it; or an encoder, with `dyndepth.SampleExits`.
 
     `model(...)` then lets every token leave (teacher-forced: what decoding these tokens one by one would give), and
     `model.generate(...)` is `custom_generate=dyndepth.generate` with these exits. Parameters, state_dict and
@@ -46,7 +46,14 @@ def convert(model: Any, exits: Exits, *, kv: str | None = None) -> Any:
     cache: it refuses `use_cache=True`, `output_hidden_states` and what else it cannot give.
     """
     if not isinstance(exits, Exits):
-        raise ArgumentError(f"convert: exits must be dyndepth.Exits, got {type(exits).__name__}")
+        from dyndepth.encoders import SampleExits
+        from dyndepth.encoders.convert import convert as convert_encoder
+
+        if isinstance(exits, SampleExits):
+            if kv is not None:
+                raise ArgumentError(f"convert: an encoder keeps no K,V, got kv={kv!r}")
+            return convert_encoder(model, exits)
+        raise ArgumentError(f"convert: exits must be dyndepth.Exits or dyndepth.SampleExits, got {type(exits).__name__}")
     bound = bind(model)
     check_exits(exits, bound)
     check_policy(exits, kv or default_policy(exits))
@@ -61,6 +68,10 @@ def convert(model: Any, exits: Exits, *, kv: str | None = None) -> Any:
 
 def revert(model: Any) -> Any:
     """Undo `convert`; a model that was not converted stays as it is."""
+    if "_dyndepth_encoder" in model.__dict__:
+        from dyndepth.encoders.convert import revert as revert_encoder
+
+        return revert_encoder(model)
     state = model.__dict__.pop(_MARK, None)
     if state is not None:
         for name in _SHADOWED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,14 +49,14 @@ def _fingerprint(model: Model) -> tuple[tuple[float, ...], ...]:
     for layer in model.layers:
         modules += [optional(layer.module, name) for name in names]
     modules += [optional(model.decoder, family.final_norm), model.head]
-    sampled = [_samples(module) for module in modules]
+    sampled = [samples_of(module) for module in modules]
     values = iter(
         torch.cat([part for part in sampled if part is not None]).tolist() if any(p is not None for p in sampled) else []
     )
     return tuple(() if part is None else tuple(float(f"{next(values):.6g}") for _ in part) for part in sampled)
 
 
-def _samples(module: Any) -> torch.Tensor | None:
+def samples_of(module: Any) -> torch.Tensor | None:
     """fp32 spaced entries of each parameter of a module; None if there is none, or code of a third party wraps them."""
     if module is None or any(type(m).__module__.partition(".")[0] not in ("torch", "transformers") for m in module.modules()):
         return None
@@ -77,19 +78,24 @@ def check_exits(exits: Exits, model: Model) -> None:
             raise ExitsError(
                 f"exits were made for another model: {name} must be {getattr(made, name)!r}, got {getattr(here, name)!r}"
             )
-    differences = []
-    for one, other in zip(made.fingerprint, here.fingerprint, strict=False):
-        if not one or not other or len(one) != len(other):
-            continue
-        a, b = torch.tensor(one), torch.tensor(other)
-        differences.append(float((a - b).abs().mean() / (a.abs().mean() + 1e-12)))
-    if differences and (max(differences) > _GROUP_TOLERANCE or sum(differences) / len(differences) > _TOLERANCE):
+    if differs(made.fingerprint, here.fingerprint):
         raise ExitsError(
             f"exits were made for another {made.model_type} of the same size: its weights differ from this model's "
             "(fingerprint mismatch)"
         )
     for band in exits:
         _check_widths(band, model)
+
+
+def differs(made: Sequence[Sequence[float]], here: Sequence[Sequence[float]]) -> bool:
+    """Whether two fingerprints are of different weights; groups that one of them lacks are not compared."""
+    differences = []
+    for one, other in zip(made, here, strict=False):
+        if not one or not other or len(one) != len(other):
+            continue
+        a, b = torch.tensor(one), torch.tensor(other)
+        differences.append(float((a - b).abs().mean() / (a.abs().mean() + 1e-12)))
+    return bool(differences) and (max(differences) > _GROUP_TOLERANCE or sum(differences) / len(differences) > _TOLERANCE)
 
 
 def _check_widths(band: Band, model: Model) -> None:

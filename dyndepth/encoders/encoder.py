@@ -1,0 +1,299 @@
+"""DynamicEncoder: a batch of whole samples, each leaving the encoder at its own depth."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.encoders.criteria import SampleView
+from dyndepth.encoders.exits import SampleExit, SampleExits, prepared
+from dyndepth.encoders.facts import check_facts
+from dyndepth.encoders.family import bind, pack
+from dyndepth.encoders.samples import Samples
+from dyndepth.errors import ArgumentError, ExitsError
+from dyndepth.ops import ExitStats, exit_stats
+from dyndepth.ops.exit_stats import stats_of_logits
+from dyndepth.runtime.session import Work
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Samples that left together."""
+
+    #: int64 [k], the caller's numbers, on the CPU.
+    ids: Tensor
+    #: Logits [k, classes]; per-token heads: [tokens, classes] in the order of `ids`.
+    answers: Tensor
+    #: int64 [k], tokens per sample, on the CPU.
+    lengths: Tensor
+    #: Layers that ran.
+    boundary: int
+
+
+class DynamicEncoder:
+    """A Hugging Face encoder whose samples leave at their own depth.
+
+        encoder = dyndepth.DynamicEncoder(model, exits)
+        out = encoder(**tokenizer(texts, padding=True, return_tensors="pt"))
+        out.logits, out.exit_layers, out.work
+
+    Args:
+        model: a transformers encoder, in eval mode (`dyndepth.encoders.FAMILIES` lists the types). It stays as it is.
+        exits: made for it.
+        layout: "packed" runs only real tokens, "padded" runs slabs [n, T, d], "auto" takes packed where the model's layers
+            can (docs/encoders.md has the measurement).
+        compact: False runs every layer for every sample and picks answers afterwards: the same answers, for comparison.
+
+    A sample's answer does not depend on the samples beside it, up to the rounding of products over other row counts. Samples
+    are independent, so nothing is filled in for skipped layers. Between layers the host reads how many samples are left.
+    """
+
+    def __init__(self, model: Any, exits: SampleExits, *, layout: str = "auto", compact: bool = True) -> None:
+        if not isinstance(exits, SampleExits):
+            raise ArgumentError(f"DynamicEncoder: exits must be dyndepth.SampleExits, got {type(exits).__name__}")
+        self.family = bind(model)
+        if layout not in ("auto", "packed", "padded"):
+            raise ArgumentError(f"DynamicEncoder: layout must be auto, packed or padded, got {layout!r}")
+        if layout == "packed" and not self.family.packs:
+            raise ArgumentError(f"DynamicEncoder: {type(model).__name__} cannot run packed, its layers look along time")
+        check_facts(exits, self.family)
+        if self.family.classes is None and exits.final is None:
+            raise ExitsError(f"DynamicEncoder: {type(model).__name__} has no head of its own and the exits have no final head")
+        self.model = model
+        self.packed = self.family.packs and layout != "padded"
+        self.compact = compact
+        self.exits = exits
+        some = next(iter(model.parameters()))
+        self._exits = prepared(exits, some.device, some.dtype)
+        self._at = {point.leave: (number, point) for number, point in enumerate(self._exits)}
+        self._last_previous = max((e.leave for e in self._exits if e.criterion.needs_previous), default=0)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the model."""
+        return self.family.depth
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Where samples may leave, ascending."""
+        return sorted(self._at)
+
+    @torch.no_grad()
+    def __call__(self, *, labels: Tensor | None = None, depth: Tensor | None = None, **inputs: Any) -> Any:
+        """Logits of a batch, in the caller's order.
+
+        Args:
+            labels: as transformers' classifiers take them; adds `loss` (not for CTC).
+            depth: int64 [n], the boundary where each sample leaves under the criterion `fixed_depth`; -1 for the top.
+            **inputs: what the model takes (`input_ids`, `attention_mask`, ...; `pixel_values`; `input_values`).
+        """
+        samples = self.begin(**inputs)
+        n = samples.count
+        if depth is not None and (depth.dim() != 1 or len(depth) != n):
+            raise ArgumentError(f"DynamicEncoder: depth must be int64 [{n}], got {list(depth.shape)}")
+        work = Work([0] * self.depth, n)
+        samples, departures = self.advance(samples, work=work, depth=depth)
+        if samples.count:
+            departures.append(self.finish(samples))
+        return self._output(departures, n, work, labels)
+
+    # The parts of a pass: streams and split computing put them together in other ways.
+
+    @torch.no_grad()
+    def begin(self, **inputs: Any) -> Samples:
+        """The embedded batch at boundary 0."""
+        if self.model.training:
+            raise ArgumentError("DynamicEncoder: the model must be in eval mode, got training mode (call model.eval())")
+        return pack(self.family.embed(**self.family.given(inputs)), packed_layout=self.packed)
+
+    @torch.no_grad()
+    def advance(
+        self, samples: Samples, until: int | None = None, *, work: Work | None = None, depth: Tensor | None = None
+    ) -> tuple[Samples, list[Departure]]:
+        """Run layers up to boundary `until` (the top by default), judging at it too.
+
+        Returns the samples that are left and the groups that left, in the order of their leaving. `work` is added to.
+        """
+        until = self.depth if until is None else until
+        if not samples.boundary <= until <= self.depth:
+            raise ArgumentError(f"advance: until must be {samples.boundary} to {self.depth}, got {until}")
+        departures: list[Departure] = []
+        waiting = torch.zeros(samples.count, dtype=torch.bool)  # without compaction: those that have their answer
+        for layer in range(samples.boundary, until):
+            if samples.count == 0 or bool(waiting.all()):
+                break
+            if work is not None:
+                work.layers[layer] += samples.count
+            hidden = self.family.run(layer, samples)
+            samples = replace(samples, hidden=hidden, boundary=layer + 1, carried=dict(samples.carried))
+            found = self._at.get(layer + 1)
+            if found is None:
+                continue
+            leaves, answers = self._judge(*found, samples, depth)
+            leaves = leaves & ~waiting
+            if bool(leaves.any()):
+                departures.append(self._departure(found[1], samples, leaves, answers))
+                if self.compact:
+                    samples = samples.split(leaves)
+                    waiting = waiting[~leaves]
+                else:
+                    waiting = waiting | leaves
+        if bool(waiting.any()):
+            samples = samples.split(waiting)
+        return replace(samples, boundary=until), departures
+
+    @torch.no_grad()
+    def finish(self, samples: Samples) -> Departure:
+        """The answers of samples that ran every layer."""
+        answers = self.final_answers(samples)
+        return Departure(samples.ids, answers, samples.lengths, self.depth)
+
+    def final_answers(self, samples: Samples) -> Tensor:
+        """Logits at the top: the exits' final head if there is one, else the model's own."""
+        head = self._exits.final
+        return self.family.finish(samples) if head is None else head(samples, self.family.finish)
+
+    def everywhere(self, **inputs: Any) -> list[tuple[Samples, Tensor]]:
+        """Every exit's and the top's (samples, logits) with all layers run for all samples; differentiable.
+
+        What training and calibration need. Samples stand in the order of `samples.ids` (shortest first), the same at all.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            embedded = self.family.embed(**self.family.given(inputs))
+            samples = pack(embedded, packed_layout=self.packed)
+            found: list[tuple[Samples, Tensor]] = []
+            for layer in range(self.depth):
+                samples = replace(samples, hidden=self.family.run(layer, samples), boundary=layer + 1)
+                if layer + 1 in self._at:
+                    head = self._at[layer + 1][1].head
+                    found.append((samples, head(samples, self.family.finish)))
+            found.append((samples, self.final_answers(samples)))
+            return found
+
+    # Judging.
+
+    def _judge(self, number: int, point: SampleExit, samples: Samples, depth: Tensor | None) -> tuple[Tensor, Any]:
+        """bool [count] on the CPU, and what gives the logits of all of them."""
+        head, criterion = point.head, point.criterion
+        classes = self._exits.model.vocab_size
+        answers = functools.cache(lambda: self._checked(head(samples, self.family.finish), point))
+        features = functools.cache(lambda: head.features(samples))
+
+        @functools.cache
+        def stats() -> ExitStats:
+            last = head.last
+            if last is None:
+                return stats_of_logits(answers())
+            read = features()
+            assert read is not None
+            return exit_stats(read.contiguous(), last.weight.contiguous(), head_bias=last.bias)
+
+        previous = samples.carried.get("previous")
+        carried = {name: value for name, value in samples.carried.items() if name != "previous"}
+        pooled = samples.pooled(head.pooling)
+        view = SampleView(
+            hidden=pooled,
+            seq=samples.ids.to(pooled.device),
+            step=torch.zeros(samples.count, dtype=torch.int32, device=pooled.device),
+            previous=previous,
+            stats=stats,
+            depth=None if depth is None else depth.to(pooled.device),
+            leave=point.leave,
+            layers=self.depth,
+            carried=carried,
+            answers=answers,
+            reduce=samples.reduce,
+            lengths=samples.lengths,
+            classes=classes,
+            number=number,
+        )
+        threshold = torch.full((samples.count,), point.threshold, dtype=torch.float32, device=pooled.device)
+        leaves = criterion.leaves(view, threshold).cpu()
+        samples.carried.clear()
+        samples.carried.update(view.carried)
+        if point.leave < self._last_previous:
+            samples.carried["previous"] = pooled
+        return leaves, (answers, features)
+
+    def _departure(self, point: SampleExit, samples: Samples, leaves: Tensor, computed: Any) -> Departure:
+        answers, features = computed
+        head, last = point.head, point.head.last
+        chosen = torch.repeat_interleave(leaves, samples.lengths) if head.per_token else leaves
+        on_device = chosen.to(samples.hidden.device)
+        read = features() if last is not None else None
+        logits = answers()[on_device] if read is None or last is None else self._checked(last(read[on_device]), point)
+        return Departure(samples.ids[leaves], logits, samples.lengths[leaves], point.leave)
+
+    @staticmethod
+    def _checked(answers: Tensor, point: SampleExit) -> Tensor:
+        if bool(torch.isnan(answers).any()):
+            raise ArgumentError(f"DynamicEncoder: logits at the exit after layer {point.leave} hold NaN")
+        return answers
+
+    def _output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None) -> Any:
+        from dyndepth.encoders.output import (
+            DynamicCTCOutput,
+            DynamicImageClassifierOutput,
+            DynamicSequenceClassifierOutput,
+        )
+
+        boundaries = torch.zeros(n, dtype=torch.int32)
+        for departed in departures:
+            if bool(torch.isnan(departed.answers).any()):
+                raise ArgumentError(f"DynamicEncoder: logits after layer {departed.boundary} hold NaN")
+            boundaries[departed.ids] = departed.boundary
+        logits, lengths = assembled(departures, n, self.per_token)
+        if self.per_token:
+            if labels is not None:
+                raise ArgumentError("DynamicEncoder: labels are not supported for answers per token")
+            return DynamicCTCOutput(logits=logits, exit_layers=boundaries, work=work, frames=lengths)
+        loss = None if labels is None else _loss(logits, labels, getattr(self.model.config, "problem_type", None))
+        kind: Any = DynamicImageClassifierOutput if "pixel_values" in self.family.arguments else DynamicSequenceClassifierOutput
+        return kind(loss=loss, logits=logits, exit_layers=boundaries, work=work)
+
+    @property
+    def per_token(self) -> bool:
+        """Answers are per token (CTC)."""
+        final = self.exits.final
+        return self.family.per_token if final is None else final.per_token
+
+
+def assembled(departures: Sequence[Departure], n: int, per_token: bool) -> tuple[Tensor, Tensor]:
+    """Logits [n, classes] ([n, longest, classes], zero past the end, if per token) in the caller's order, and lengths [n]."""
+    some = departures[0].answers
+    lengths = torch.zeros(n, dtype=torch.int64)
+    for departed in departures:
+        lengths[departed.ids] = departed.lengths
+    if not per_token:
+        logits = some.new_zeros(n, some.shape[-1])
+        for departed in departures:
+            logits[departed.ids.to(some.device)] = departed.answers
+        return logits, lengths
+    logits = some.new_zeros(n, int(lengths.max()), some.shape[-1])
+    for departed in departures:
+        rows = torch.repeat_interleave(departed.ids, departed.lengths)
+        offsets = torch.arange(len(rows)) - torch.repeat_interleave(
+            departed.lengths.cumsum(0) - departed.lengths, departed.lengths
+        )
+        logits[rows.to(some.device), offsets.to(some.device)] = departed.answers
+    return logits, lengths
+
+
+def _loss(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
+    """transformers' loss of a classifier: regression, one label, or several."""
+    classes = logits.shape[1]
+    if problem is None:
+        whole = labels.dtype in (torch.int64, torch.int32)
+        problem = "regression" if classes == 1 else "single_label_classification" if whole else "multi_label_classification"
+    if problem == "regression":
+        return torch.nn.functional.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
+    if problem == "single_label_classification":
+        if labels.shape != logits.shape[:1] or int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise ArgumentError(f"DynamicEncoder: labels must be [{len(logits)}] below {classes}, got {labels.tolist()}")
+        return torch.nn.functional.cross_entropy(logits, labels.long())
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

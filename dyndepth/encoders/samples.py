@@ -1,0 +1,186 @@
+"""Samples: the live batch of an encoder pass, where a row is a whole sample with a length of its own.
+
+Two layouts hold the residuals. *Packed* is `[tokens, d]`, the samples one after the other: nothing is spent on padding, and
+every layer whose attention goes through transformers' attention interface can run it. *Padded* is `[n, T, d]`, for layers
+that look along time in other ways (convolutions, relative positions). Either way the samples that still run are the whole of
+it: `split` moves them together with the op `compact_rows`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from dyndepth.errors import ArgumentError
+from dyndepth.ops import compact_rows
+
+#: How one vector stands for a sample: its first token, or the mean or the maximum over its tokens.
+POOLINGS = ("first", "mean", "max")
+
+
+@dataclass
+class Samples:
+    """Samples at one boundary. `lengths` and `ids` live on the CPU: the shapes of a pass follow from them."""
+
+    #: Packed [tokens, d] or padded [n, T, d]; padded entries past a sample's length are unspecified.
+    hidden: Tensor
+    #: int64 [n], tokens of each sample, at least 1.
+    lengths: Tensor
+    #: int64 [n], the caller's numbers of the samples.
+    ids: Tensor
+    #: Layers that ran.
+    boundary: int = 0
+    #: What criteria left with the samples at earlier boundaries, [n, ...] per name.
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    #: What the family's layers want beside the residuals, [n, ...] per name.
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.ids)
+
+    @property
+    def packed(self) -> bool:
+        return self.hidden.dim() == 2
+
+    @property
+    def total(self) -> int:
+        """Tokens of all samples, padding left out."""
+        return int(self.lengths.sum())
+
+    @property
+    def starts(self) -> Tensor:
+        """int64 [n], on the CPU: where each sample begins in the packed layout."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    def keep(self) -> Tensor:
+        """bool [n, T]: the tokens of the padded layout that are not padding."""
+        longest = int(self.lengths.max()) if self.packed else self.hidden.shape[1]
+        return (torch.arange(longest) < self.lengths[:, None]).to(self.hidden.device)
+
+    def owners(self) -> Tensor:
+        """int64 [tokens]: the sample (0..n-1) of each token in packed order."""
+        return torch.repeat_interleave(torch.arange(self.count), self.lengths).to(self.hidden.device)
+
+    def tokens(self) -> Tensor:
+        """[tokens, d] without padding, whatever the layout."""
+        return self.hidden if self.packed else self.hidden[self.keep()]
+
+    def padded(self) -> Tensor:
+        """[n, T, d], zero past each sample's end if it has to be made."""
+        if not self.packed:
+            return self.hidden
+        keep = self.keep()
+        # index_put, not assignment: gradients flow when recipes train heads through it.
+        empty = self.hidden.new_zeros(*keep.shape, self.hidden.shape[-1])
+        return empty.index_put(keep.nonzero(as_tuple=True), self.hidden)
+
+    def first(self, tokens: int = 1) -> Tensor:
+        """[n, tokens, d]: the first tokens of every sample (class and distillation tokens stand there)."""
+        if int(self.lengths.min()) < tokens:
+            raise ArgumentError(f"samples: wanted at least {tokens} tokens per sample, got {int(self.lengths.min())}")
+        if not self.packed:
+            return self.hidden[:, :tokens]
+        at = self.starts[:, None] + torch.arange(tokens)
+        return self.hidden[at.to(self.hidden.device)]
+
+    def pooled(self, how: str = "first") -> Tensor:
+        """[n, d], one vector per sample, in the dtype of the residuals; sums are fp32."""
+        if how == "first":
+            return self.first()[:, 0]
+        if how == "mean":
+            return self.reduce(self.tokens()).to(self.hidden.dtype)
+        if how == "max":
+            return self.padded().masked_fill(~self.keep()[..., None], -torch.inf).amax(1)
+        raise ArgumentError(f"samples: pooling must be one of {', '.join(POOLINGS)}, got {how!r}")
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Means over each sample's tokens: values [tokens, ...] -> fp32 [n, ...]."""
+        sums = values.new_zeros(self.count, *values.shape[1:], dtype=torch.float32)
+        lengths = self.lengths.to(values.device).view(-1, *[1] * (values.dim() - 1))
+        return sums.index_add(0, self.owners(), values.float()) / lengths
+
+    def split(self, leaves: Tensor) -> Samples:
+        """Those that run on, in their order; `leaves` is bool [n] on the CPU. Moves are exact."""
+        if not bool(leaves.any()):
+            return self
+        state = leaves.to(torch.int8)
+        device = self.hidden.device
+        on_device = state.to(device)
+        (lengths, ids), _, counts = compact_rows(state, [self.lengths, self.ids])
+        live = int(counts[0])
+        lengths, ids = lengths[:live], ids[:live]
+        names = [*self.carried, *self.inputs]
+        payloads = [*self.carried.values(), *self.inputs.values()]
+        if self.packed:
+            per_token = torch.repeat_interleave(state, self.lengths).to(device)
+            (hidden,), _, _ = compact_rows(per_token, [self.hidden])
+            hidden = hidden[: int(lengths.sum())]
+            moved, _, _ = compact_rows(on_device, payloads)
+        else:
+            (hidden, *moved), _, _ = compact_rows(on_device, [self.hidden, *payloads])
+            longest = int(lengths.max()) if live else 0
+            hidden = hidden[:live, :longest]
+        values = dict(zip(names, (m[:live] for m in moved), strict=True))
+        return replace(
+            self,
+            hidden=hidden,
+            lengths=lengths,
+            ids=ids,
+            carried={name: values[name] for name in self.carried},
+            inputs={name: values[name] for name in self.inputs},
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Samples]) -> Samples:
+        """Samples of several batches that wait at the same boundary, as one batch."""
+        first = parts[0]
+        for part in parts[1:]:
+            if part.boundary != first.boundary or part.packed != first.packed:
+                raise ArgumentError(
+                    f"samples: only batches at one boundary and in one layout can be joined, got boundaries "
+                    f"{first.boundary} and {part.boundary}"
+                )
+        if len(parts) == 1:
+            return first
+        if first.packed:
+            hidden = torch.cat([part.hidden for part in parts])
+        else:
+            longest = max(part.hidden.shape[1] for part in parts)
+            hidden = torch.cat([_stretched(part.hidden, longest) for part in parts])
+        return replace(
+            first,
+            hidden=hidden,
+            lengths=torch.cat([part.lengths for part in parts]),
+            ids=torch.cat([part.ids for part in parts]),
+            carried={name: torch.cat([part.carried[name] for part in parts]) for name in first.carried},
+            inputs={name: torch.cat([part.inputs[name] for part in parts]) for name in first.inputs},
+        )
+
+    def taken(self, at: Tensor) -> Samples:
+        """Some of the samples, by position (int64, CPU), in that order."""
+        device = self.hidden.device
+        there = at.to(device)
+        if self.packed:
+            starts = self.starts
+            rows = [torch.arange(int(starts[i]), int(starts[i] + self.lengths[i])) for i in at.tolist()]
+            hidden = self.hidden[torch.cat(rows).to(device) if rows else torch.zeros(0, dtype=torch.int64, device=device)]
+        else:
+            longest = int(self.lengths[at].max()) if len(at) else 0
+            hidden = self.hidden[there, :longest]
+        return replace(
+            self,
+            hidden=hidden,
+            lengths=self.lengths[at],
+            ids=self.ids[at],
+            carried={name: value[there] for name, value in self.carried.items()},
+            inputs={name: value[there] for name, value in self.inputs.items()},
+        )
+
+
+def _stretched(hidden: Tensor, longest: int) -> Tensor:
+    missing = longest - hidden.shape[1]
+    return hidden if missing == 0 else torch.nn.functional.pad(hidden, (0, 0, 0, missing))
