@@ -1,7 +1,7 @@
 """The other process of tests/test_split.py: serves the upper layers of small encoders, one link after the other.
 
-    python split_worker.py tcp  PORT patience entropy ...      each name is one connection
-    python split_worker.py gloo PORT patience
+python split_worker.py tcp  PORT patience entropy ...      each name is one connection
+python split_worker.py gloo PORT patience
 """
 
 from __future__ import annotations

@@ -78,7 +78,9 @@ def _stream_alone(modules: Any, hidden: Tensor, threshold: float) -> tuple[Tenso
     return hidden, len(modules), seen
 
 
-def _encoded_alone(system: mue.MuE, row: int, limits: dict[str, float]) -> tuple[Tensor, dict[str, int], dict[str, list[float]]]:
+def _encoded_alone(
+    system: mue.MuE, row: int, limits: dict[str, float]
+) -> tuple[Tensor, dict[str, int], dict[str, list[float]]]:
     image, text = system.streams["image"], system.streams["text"]
     inputs, length = _inputs(), LENGTHS[row]
     pixels = image.embeddings(inputs["image"]["pixel_values"][row : row + 1])
@@ -152,7 +154,10 @@ def test_streams_stop_where_a_loop_over_samples_stops(rows: list[int], image_wid
     if len(rows) == 6:
         assert len({layer for name, layer in seen if name == "image"}) > 1, seen
         assert len({layer for name, layer in seen if name == "text"}) > 2, seen
-        mixed = joined.exit_layers["image"].argsort(stable=True).tolist() != joined.exit_layers["text"].argsort(stable=True).tolist()
+        mixed = (
+            joined.exit_layers["image"].argsort(stable=True).tolist()
+            != joined.exit_layers["text"].argsort(stable=True).tolist()
+        )
         assert mixed, "the streams must stop in orders of their own"
     for name, depth in (("image", IMAGE_LAYERS), ("text", TEXT_LAYERS)):
         ran = [sum(int(one) > layer for one in joined.exit_layers[name]) for layer in range(depth)]
@@ -173,7 +178,9 @@ def test_work_is_what_hooks_count() -> None:
     for hook in hooks:
         hook.remove()
     ran = joined.exit_layers["text"].tolist()
-    assert counts == [sum(length for length, layers in zip(LENGTHS, ran, strict=True) if layers > at) for at in range(len(counts))]
+    assert counts == [
+        sum(length for length, layers in zip(LENGTHS, ran, strict=True) if layers > at) for at in range(len(counts))
+    ]
     assert counts[-1] < counts[0]
 
 
@@ -245,7 +252,9 @@ def test_the_loss_is_the_sum_over_layers_and_reaches_every_part() -> None:
     value = mue.loss(logits, labels)
     assert float(value) == pytest.approx(float(by_hand), rel=1e-5)
     value.backward()
-    reached = {name for name, parameter in system.named_parameters() if parameter.grad is not None and bool(parameter.grad.any())}
+    reached = {
+        name for name, parameter in system.named_parameters() if parameter.grad is not None and bool(parameter.grad.any())
+    }
     for part in ("streams.image.layers.0", "streams.text.encoder.layer.4", "decoder.bert.encoder.layer.0", "project.image"):
         assert any(name.startswith(part) for name in reached), part
     system.zero_grad(set_to_none=True)

@@ -32,7 +32,9 @@ NAMES = ("patience", "entropy", "saturation", "q_exit", "ponder", "depth")
 
 @contextmanager
 def _process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    worker = subprocess.Popen([sys.executable, str(Path(__file__).parent / "split_worker.py"), *arguments], stderr=subprocess.PIPE)
+    worker = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "split_worker.py"), *arguments], stderr=subprocess.PIPE
+    )
     try:
         yield worker
     finally:
@@ -59,7 +61,9 @@ def _by_hand(samples: Samples, depth: bool) -> int:
         kinds = {torch.float32: ("F32", 4), torch.int64: ("I64", 8), torch.int32: ("I32", 4)}
         numbers[f"carried.{name}"] = (*kinds[value.dtype], list(value.shape))
     told, at = {}, 0
-    for name, (kind, size, shape) in sorted(numbers.items(), key=lambda item: ({"I64": 0, "F32": 1, "I32": 2}[item[1][0]], item[0])):
+    for name, (kind, size, shape) in sorted(
+        numbers.items(), key=lambda item: ({"I64": 0, "F32": 1, "I32": 2}[item[1][0]], item[0])
+    ):
         count = size
         for extent in shape:
             count *= extent
@@ -156,7 +160,9 @@ def _pair() -> tuple[TcpLink, TcpLink, socket.socket]:
 
 
 @contextmanager
-def _server(name: str = "patience", limits: Limits | None = None, idle: float = 20.0) -> Iterator[tuple[Link, socket.socket, list[Any]]]:
+def _server(
+    name: str = "patience", limits: Limits | None = None, idle: float = 20.0
+) -> Iterator[tuple[Link, socket.socket, list[Any]]]:
     """A greeted server in a thread; the list gets what `serve` returned or raised."""
     link, other, raw = _pair()
     ended: list[Any] = []
@@ -164,7 +170,7 @@ def _server(name: str = "patience", limits: Limits | None = None, idle: float = 
 
     def work() -> None:
         try:
-            ended.append(SplitServer(made, BOUNDARY, other, timeout=2.0, idle=idle, limits=limits).serve())
+            ended.append(SplitServer(made, BOUNDARY, other, timeout=2.0, idle=idle).serve())
         except SplitError as error:
             ended.append(error)
 
@@ -254,7 +260,7 @@ def test_a_drip_of_bytes_is_not_waited_for() -> None:
     thread = threading.Thread(target=drip)
     thread.start()
     began = time.monotonic()
-    with pytest.raises(SplitError, match="of 1000 bytes within 0.5 s"):
+    with pytest.raises(SplitError, match=r"of 1000 bytes within 0\.5 s"):
         link.read(1000, 0.5)
     assert time.monotonic() - began < 3
     stop.set()
@@ -423,5 +429,5 @@ def test_what_criteria_carry_is_known_beforehand() -> None:
         samples, _ = whole.advance(whole.begin(**inputs(LENGTHS)), BOUNDARY)
         found = {key: (value.dtype, tuple(value.shape[1:])) for key, value in samples.carried.items()}
         assert whole.carried_at(BOUNDARY) == found, name
-    assert CLASSES == whole.exits.model.vocab_size
+    assert whole.exits.model.vocab_size == CLASSES
     assert HEADER == 32

@@ -36,9 +36,7 @@ def _samples(lengths: list[int], seed: int = 0, scale: float = 1.0) -> Samples:
 
 
 def _decode(data: bytes, *, packed: bool = True, limits: Limits = SMALL) -> tuple[Samples, Tensor | None]:
-    return payload.decode(
-        data, boundary=2, width=WIDTH, carried=CARRIED, dtype=torch.float32, packed=packed, limits=limits
-    )
+    return payload.decode(data, boundary=2, width=WIDTH, carried=CARRIED, dtype=torch.float32, packed=packed, limits=limits)
 
 
 _lengths = st.lists(st.integers(1, 7), min_size=1, max_size=9)
@@ -152,7 +150,9 @@ def test_any_bytes_are_samples_or_an_error(data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
         whole = st.integers(-(2**63), 2**64)
         told[name][key] = data.draw(
-            st.sampled_from(["F64", "BOOL", "F8_E4M3", "X"]) if key == "dtype" else st.lists(whole | st.integers(0, 9), max_size=4)
+            st.sampled_from(["F64", "BOOL", "F8_E4M3", "X"])
+            if key == "dtype"
+            else st.lists(whole | st.integers(0, 9), max_size=4)
         )
         text = json.dumps(told).encode()
         made = bytearray(struct.pack("<Q", len(text)) + text) + made[8 + length :]
