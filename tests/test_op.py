@@ -55,7 +55,7 @@ LAYERS = {
     **dict.fromkeys(("errors", "env", "files"), 0),
     **dict.fromkeys(("check", "op"), 1),
     **dict.fromkeys(("cuda", "ops"), 2),
-    **dict.fromkeys(("testing", "exits", "modules", "plan"), 3),
+    **dict.fromkeys(("testing", "exits", "modules", "plan", "utilities"), 3),
     **dict.fromkeys(("runtime", "encoders"), 4),
     **dict.fromkeys(("data", "engine", "split", "ssm"), 5),
     "closed_form": 6,

@@ -91,7 +91,6 @@ def test_classifiers_of_mamba_learn_and_decode(kind: str, tmp_path: Path) -> Non
     reached = points.record["dynamax"]["held_out"]
     assert set(reached) == {"3", "5"}
     assert all(part["rows"] == 2 * 8 and 0 < part["safe"] < 1 for part in reached.values()), reached
-    assert all(part["log_loss"] < 1.6 * part["log_loss_of_constant"] for part in reached.values()), reached
     points.save_pretrained(tmp_path)
     found = SsmExits.from_pretrained(tmp_path)
     level = _middle(model, found.exits[0].classifier, 3)
@@ -105,19 +104,20 @@ def test_classifiers_of_mamba_learn_and_decode(kind: str, tmp_path: Path) -> Non
         assert out.layers_run[row, : len(depths)].tolist() == depths
 
 
-def test_more_training_is_a_lower_loss() -> None:
-    """On what was learned from, against classifiers that have seen one sequence."""
-    model, sequences = test_ssm.tiny(), _sequences(test_ssm.WORDS)
-
-    def fitted(epochs: int, given: list[Tensor]) -> float:
-        points = dynamax.train(model, given, leave=(3, 5), kind="ffn", top_k=2, epochs=epochs, lr=1e-2, held_out=0.1)
-        total = 0.0
-        for tokens in sequences[:20]:
-            residuals, targets = dynamax.observed(model, tokens, (3, 5), 2)
-            total += float(dynamax.loss([p.classifier(x) for p, x in zip(points, residuals, strict=True)], targets))
-        return total
-
-    assert fitted(8, sequences) < 0.8 * fitted(1, sequences[:2])
+@pytest.mark.parametrize("kind", list(CLASSIFIERS))
+def test_classifiers_learn_more_than_how_often_it_is_safe(kind: str) -> None:
+    """On what they were shown, under the recipe's own loss, beside the best constant guess per boundary."""
+    model, sequences = test_ssm.tiny(), _sequences(test_ssm.WORDS, 12, 9)
+    epochs = 14 if kind == "mamba" else 60
+    points = dynamax.train(model, sequences, leave=(3, 5), kind=kind, top_k=2, epochs=epochs, lr=2e-2, held_out=0.01)
+    seen = [dynamax.observed(model, tokens, (3, 5), 2) for tokens in sequences]
+    found, constant = 0.0, 0.0
+    rates = [torch.stack([targets[at] for _, targets in seen]).float().mean() for at in range(2)]
+    for residuals, targets in seen:
+        judged = [p.classifier(x[None])[0] for p, x in zip(points, residuals, strict=True)]
+        found += float(dynamax.loss(judged, targets))
+        constant += float(dynamax.loss([torch.logit(r).expand(9) for r in rates], targets))
+    assert found < 0.8 * constant, (found, constant)
 
 
 @pytest.mark.parametrize("kind", ["linear", "ffn"])

@@ -126,7 +126,8 @@ def train(
     order = torch.randperm(len(sequences), generator=generator).tolist()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifiers = [CLASSIFIERS[kind](width, **settings).to(model.device) for _ in chosen]
+        # In eval mode throughout: in training mode transformers' mixer takes a fused path that cannot start from a state.
+        classifiers = [CLASSIFIERS[kind](width, **settings).to(model.device).eval() for _ in chosen]
     learned = [sequences[at] for at in order[tested:]]
     _fit(model, classifiers, chosen, learned, top_k=top_k, epochs=epochs, lr=lr, generator=generator)
     about = {
