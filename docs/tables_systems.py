@@ -1,0 +1,67 @@
+"""Renderers of the tables of docs/split.md, docs/utilities.md and docs/recipes/mue.md, part of tables.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def split(results: Path) -> str:
+    """What docs/examples/split.py found: what travels in each precision, and what it does to the answers."""
+    found = _load(results / "split.json")
+    lines = _header("wire", "sent", "of all samples in fp32", "answers received", "accuracy", "answer of one process")
+    for row in found["wires"]:
+        lines.append(
+            f"| {row['wire']} | {row['sent_bytes'] / 1024:.1f} KiB | {row['sent_bytes'] / found['all_fp32_bytes']:.1%} "
+            f"| {row['received_bytes'] / 1024:.1f} KiB | {row['accuracy']:.1%} | {row['same_answer']:.1%} |"
+        )
+    some = found["wires"][0]
+    text = (
+        f"{found['model']}, {found['samples']} held-out digits in batches of {found['batch']}, cut after layer "
+        f"{found['boundary']}, exits at probability {found['threshold']:g}: {some['samples']} samples travel. One process: "
+        f"accuracy {found['accuracy_one_process']:.1%}."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def mue(results: Path) -> str:
+    """What benchmarks/mue.py found: thresholds chosen for two shares of full depth's accuracy, on other pictures."""
+    found = _load(results / "mue.json")
+    lines = _header("thresholds", "image", "text", "decoder", "exact answers", "image layers run", "text", "decoder")
+    for row in found["rows"]:
+        limits = ["–" if value is None else f"{value:g}" for value in row["thresholds"].values()]
+        work = [f"{row['work'][name]:.0%}" for name in ("image", "text", "decoder")]
+        lines.append(f"| {row['system']} | {' | '.join(limits)} | {row['accuracy']:.1%} | {' | '.join(work)} |")
+    text = (
+        f"`benchmarks/mue.py`: {found['questions']} questions on pictures that neither training nor the choice of thresholds "
+        f"saw; {found['layers']} layers each."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def taocache(results: Path) -> str:
+    """What benchmarks/taocache.py found: model calls against the distance from the pictures of all steps."""
+    found = _load(results / "taocache.json")
+    lines = _header("threshold", "start", "most", "model calls per prompt", "fewest–most", "PSNR", "PSNR, as many plain steps")
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['threshold']:g} | {row['start']:g} | {row['most']} | {row['model_calls']:.1f} of {found['steps']} "
+            f"| {row['fewest']}–{row['most_calls']} | {row['psnr']:.1f} dB | {row['psnr_fewer_steps']:.1f} dB |"
+        )
+    text = (
+        f"`benchmarks/taocache.py`: a DiT of four layers on 8 × 8 digits, DDIM, {found['prompts']} prompts; PSNR against the "
+        "pictures of all steps from the same noise."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES = {"split": split, "mue": mue, "taocache": taocache}
+
+
+def _header(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
