@@ -162,7 +162,6 @@ def output_width(module: Any) -> int:
     return int(last[-1].out_features) if last else 0
 
 
-@torch.no_grad()
 def pack(embedded: Embedded, *, packed_layout: bool) -> Samples:
     """Samples at boundary 0, shortest first (equal lengths stand together); `ids` count the caller's order.
 
