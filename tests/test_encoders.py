@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from encoder_witness import middle, states, told
+from encoder_witness import middle, states, told, uniform
 from tiny_encoders import CLASSES, EXITS, LAYERS, MODELS, TEXT, WIDTH, criteria, exits, heads, inputs, model
 
 import dyndepth
@@ -16,13 +16,15 @@ from dyndepth.encoders import (
     CtcHead,
     LinearHead,
     ModelHead,
+    RegressionPatience,
     SampleExit,
     SampleExits,
     facts_of,
 )
-from dyndepth.encoders.criteria import draw
+from dyndepth.encoders.criteria import SampleView, draw, gate_features
 from dyndepth.errors import ArgumentError, ExitsError, UnsupportedModelError
 from dyndepth.exits import Always, Never, Patience, TopProbability
+from dyndepth.ops.exit_stats import stats_of_logits
 
 LAYOUTS = ("packed", "padded")
 BOUND = {"rtol": 2e-5, "atol": 2e-5}
@@ -320,3 +322,44 @@ def test_bad_exits() -> None:
         SampleExit(1, head, TopProbability(), math.nan)
     with pytest.raises(ExitsError, match="wanted 1 numbers"):
         SampleExits([SampleExit(2, head, TopProbability())], facts).with_thresholds([1, 2])
+
+
+def _view(found: Any, answers: torch.Tensor, carried: dict[str, torch.Tensor], ids: list[int] | None = None) -> SampleView:
+    rows = len(answers)
+    return SampleView(
+        hidden=torch.zeros(rows, 2),
+        seq=torch.tensor(ids or list(range(rows))),
+        step=torch.zeros(rows, dtype=torch.int32),
+        previous=None,
+        stats=lambda: stats_of_logits(answers),
+        depth=None,
+        leave=3,
+        layers=LAYERS,
+        carried=carried,
+        answers=lambda: answers,
+        reduce=lambda values: values,
+        lengths=torch.ones(rows, dtype=torch.int64),
+        classes=answers.shape[1],
+        number=0,
+    )
+
+
+def test_patience_starts_again() -> None:
+    """An answer that moves sets the count back to nothing, however long it had stood still."""
+    criterion, carried = RegressionPatience(tolerance=0.5), {}
+    answers = torch.tensor([[0.0, 0.0], [0.1, 0.9], [0.2, 1.0], [0.9, 1.1], [1.0, 1.2]])
+    said = [criterion.score(_view(criterion, answer[:, None], carried)).tolist() for answer in answers]
+    assert said == [[0, 0], [1, 0], [2, 1], [0, 2], [1, 3]]
+
+
+def test_draws_to_the_last_bit() -> None:
+    ids = [0, 1, 2, 1000003, 2**40]
+    for boundary, seed in ((1, 0), (3, 17), (30, 2**33)):
+        assert draw(torch.tensor(ids), boundary, seed).tolist() == [uniform(i, boundary, seed) for i in ids]
+
+
+def test_gate_features() -> None:
+    """[max p, H(p), margin, H(p^2 / sum p^2)], by hand for p = (1/2, 1/4, 1/4): p^2 / sum p^2 = (2/3, 1/6, 1/6)."""
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
+    want = [0.5, 1.5 * math.log(2), 0.25, -(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 6)]
+    torch.testing.assert_close(gate_features(_view(None, logits, {}))[0], torch.tensor(want))
