@@ -44,6 +44,8 @@ class Result:
     hidden: Tensor | None = None
     #: What rows carry from boundary to boundary, by name, where rows are held or observed.
     carried: dict[str, Tensor] = field(default_factory=dict)
+    #: Residuals [n, d] that rows had at the boundary asked for (`keep`); None where nobody asked.
+    kept: Tensor | None = None
 
 
 @dataclass
@@ -64,13 +66,14 @@ class _Away:
 
 
 @torch.no_grad()
-def forward(plan: Plan, rows: Rows, context: Context, hold: frozenset[int] = frozenset()) -> Result:
+def forward(plan: Plan, rows: Rows, context: Context, hold: frozenset[int] = frozenset(), keep: int | None = None) -> Result:
     """Run one pass over `rows` (their buffers are consumed). It computes in the model's own dtype, autocast or not.
 
-    Rows that reach a boundary of `hold` and do not leave there stop: a later pass takes them up (`Rows.joins`).
+    Rows that reach a boundary of `hold` and do not leave there stop: a later pass takes them up (`Rows.joins`). So it may with
+    rows that skip layers, from `keep`, the lowest boundary where any of them may: the result has their residuals there.
     """
     with torch.autocast(rows.hidden.device.type, enabled=False):
-        return _Pass(plan, rows, context, hold).run()
+        return _Pass(plan, rows, context, hold, keep).run()
 
 
 @dataclass
@@ -79,6 +82,7 @@ class _Pass:
     rows: Rows
     context: Context
     hold: frozenset[int] = frozenset()
+    keep: int | None = None
     away: list[_Away] = field(default_factory=list)
 
     def run(self) -> Result:
@@ -92,11 +96,14 @@ class _Pass:
         self.released: list[tuple[Tensor, Band, Tensor]] = []
         self.work = [0] * model.depth
         self.block_work: dict[int, int] = {}
+        kept: Tensor | None = None
         bands = self.plan.bands
         propagate = self.plan.kv_policy == "propagate"
         idle_until = 0
         for number, end in itertools.pairwise(self.plan.stops):
             self._resume(number)
+            if number == self.keep:  # nobody has left or joined below it: rows lie as they came
+                kept = rows.hidden[: rows.live].clone()
             if number in bands:
                 self._boundary(bands[number])
             if number in self.hold and rows.live:
@@ -114,7 +121,9 @@ class _Pass:
             idle_until = 0  # who goes away from now on has nothing there
             self._layers(number, end, self._carried() if propagate else rows.live)
             self.work[number:end] = [rows.live] * (end - number)
-        return self._result()
+        result = self._result()
+        result.kept = kept
+        return result
 
     def _layers(self, begin: int, end: int, carried: int) -> None:
         """Rows `[0, live)` run layers [begin, end); rows `[live, carried)` only get their K,V."""

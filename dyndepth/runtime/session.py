@@ -162,6 +162,7 @@ class Session:
         may_leave: Tensor | bool = True,
         parked: Parked | None = None,
         hold: frozenset[int] = frozenset(),
+        keep: int | None = None,
     ) -> Result:
         """One pass. Rows of a sequence must be consecutive and ascending, and earlier positions must have been run.
 
@@ -172,10 +173,11 @@ class Session:
             may_leave: bool [n] or one bool for all rows; rows taken up may be left out, they may leave.
             parked: rows of earlier passes to take up (`left` makes them); they come after the others in the result.
             hold: boundaries where rows that do not leave stop, to be taken up later.
+            keep: boundary whose residuals the result has (`kept`), the lowest where a row may leave.
         """
         rows, context = self.rows(seq, pos, tokens=tokens, embeds=embeds, step=step, may_leave=may_leave, parked=parked)
         closed = isinstance(may_leave, bool) and not may_leave
-        return forward(self._closed if closed else self.plan, rows, context, hold)
+        return forward(self._closed if closed else self.plan, rows, context, hold, keep)
 
     def run_graph(
         self,
