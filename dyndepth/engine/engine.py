@@ -102,6 +102,8 @@ class Engine:
             self.model, [longest] * slots, exits, kv=kv, page_size=page_size, pages=pages, chunk=chunk, pending=pending,
             first=[0] * slots,
         )  # fmt: skip
+        if self.session.plan.votes:
+            raise ArgumentError("Engine: bands that prompts decide (prompt_router) work with dyndepth.generate, not here")
         if self.session.kv_policy == "release" and not isinstance(rule, Immediate | None):
             raise ArgumentError(f"Engine: under kv='release' rows go on at once, so rule must be Immediate(), got {rule!r}")
         self.longest, self.longest_wait, self.rule = longest, longest_wait, rule or Immediate()

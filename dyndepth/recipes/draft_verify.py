@@ -91,8 +91,8 @@ def search(
     """Which layers drafts should leave out, by measuring: greedy, from how many drafts hold.
 
     Each layer is left out alone first. Then, from the layer whose drafts hold most often, layers are added one at a time: of
-    the `width` next ones in that order, the one with which `gain` is highest. It goes on to `most` layers, through sets that pay
-    less than the one before, because leaving out few layers hardly ever pays; the best set that was seen is returned.
+    the `width` next ones in that order, the one with which `gain` is highest. It goes on to `most` layers, through sets that
+    pay less than the one before, because leaving out few layers hardly ever pays; the best set that was seen is returned.
 
     Args:
         model: a supported transformers causal LM.

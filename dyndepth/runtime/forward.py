@@ -218,6 +218,12 @@ class _Pass:
         if block is not None:
             # Rows that wait have their own K,V here already, or will when they come; others give what they left with.
             block.store(rows, self.context, rows.live if plan.kv_policy == "recompute" else self._carried())
+        if plan.voting and band.leave in plan.votes and rows.live:
+            assert band.router is not None
+            scores = band.router(rows.hidden[: rows.live]).double()
+            plan.votes[band.leave].index_add_(
+                0, rows.seq[: rows.live].long(), torch.stack([scores, torch.ones_like(scores)], 1)
+            )
         if not plan.open or self.lead == 0 or plan.closed(band):
             return
         decided = self._decide(band, block)
@@ -305,11 +311,13 @@ class _Pass:
             heads.append(self._head(band, block, slice(0, live)))
             return plan.stats(band, heads[0])
 
+        votes = plan.votes.get(band.leave)
         carried = {name: value[:live] for name, value in rows.carried.items()}
         previous = carried.pop("previous", None)
         view = View(
             hidden=hidden, seq=rows.seq[:live], step=rows.step[:live], previous=previous, stats=stats, depth=plan.depth,
             leave=band.leave, layers=plan.model.depth, carried=carried,
+            votes=None if votes is None else votes[rows.seq[:live].long()],
         )  # fmt: skip
         leaves = plan.named(band, view.seq, band.criterion.leaves(view, band.thresholds(view.step))) & rows.may_leave[:live]
         for name, value in view.carried.items():

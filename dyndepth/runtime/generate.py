@@ -84,6 +84,8 @@ def decode(
     prompt_work, work = session.work(), session.work()
     if prompt == "dynamic" and session.kv_policy == "recompute":
         raise ArgumentError("generate: prompt must be 'full' with kv='recompute' (prompt rows run together), got 'dynamic'")
+    if prompt == "dynamic" and session.plan.votes:
+        raise ArgumentError("generate: prompt must be 'full' with bands that prompts decide (prompt_router), got 'dynamic'")
     # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
     session.prefill([rows[:-1] for rows in prompts], prompt_work, embeds=embedded, may_leave=prompt == "dynamic")
     parts = (model, session, generation_config, logits_processor, stopping_criteria, generator, streamer, work, observe)
