@@ -150,6 +150,11 @@ class Session:
                 self.plan.votes[band.leave] = torch.zeros(len(capacity), 2, dtype=torch.float64, device=model.device)
         self._closed = dataclasses.replace(self.plan, open=False)
 
+    def name_depths(self, depth: Tensor) -> None:
+        """From now on passes look at `depth` (int32 [sequences], -1 for none), which the caller may change between passes."""
+        self.plan = dataclasses.replace(self.plan, depth=depth, shut={})
+        self._closed = dataclasses.replace(self.plan, open=False)
+
     def work(self) -> Work:
         """A fresh counter for this model."""
         return Work([0] * self.model.depth)
