@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ def fit(
                 model, texts, tokenizer, prompts, "fit", tokens=tokens, own=own, new_tokens=new_tokens, batch=batch,
                 seed=seed, learned=learned, advance=advance,
             )  # fmt: skip
-        found = _maps(bound, data, spans, trained, report)
+        found = fit_maps(bound, data, spans, report, trained)
         fit_sample, tune, test = (Sample.of(model, *data.part(name)) for name in (FIT, TUNE, TEST))
         with report.stage("measuring bands", len(found)) as advance:
             probe(found, fit_sample.head(_PROBE_ROWS), facts, _PROBE_SHARE, lambda: advance(1))
@@ -170,7 +170,11 @@ def _memory_of_residuals(model: Model, tokens: int) -> int:
     return residuals + HEAD_ROWS * model.vocab_size * (4 + model.dtype.itemsize)
 
 
-def _maps(model: Model, data: Corpus, spans: Sequence[Span], trained: dict[int, Head], report: Progress) -> list[Candidate]:
+def fit_maps(
+    model: Model, data: Corpus, spans: Sequence[Span], report: Progress, trained: Mapping[int, Head] | None = None
+) -> list[Candidate]:
+    """Candidate bands with their maps, by regression in one pass over the corpus; `trained` heads replace translators."""
+    trained = trained or {}
     fitter = MapFitter(model, spans)
     pieces = [*data.of(FIT), *data.of(TUNE)]
     total, fitting = sum(p.tokens.shape[0] for p in pieces), data.count(FIT)
@@ -212,7 +216,7 @@ def _judged(
         )
     words = frequent(fit_sample.answers[fit_sample.judged], _SHORTLIST_WORDS)
     boundaries = sorted({c.band.leave for c in short})
-    fit_residuals, tune_residuals = (_residuals(model, s.tokens, boundaries) for s in (fit_sample, tune))
+    fit_residuals, tune_residuals = (residuals_at(model, s.tokens, boundaries) for s in (fit_sample, tune))
     chances = []
     for candidate in short:
         leave, top = candidate.band.leave, candidate.band.resume == model.depth
@@ -233,7 +237,8 @@ def _judged(
     return [short[i] for i in choose(short, chances, agreement, most)]
 
 
-def _residuals(model: Model, tokens: Sequence[Tensor], boundaries: Sequence[int]) -> dict[int, Tensor]:
+def residuals_at(model: Model, tokens: Sequence[Tensor], boundaries: Sequence[int]) -> dict[int, Tensor]:
+    """Residuals [n, d] by boundary."""
     parts: dict[int, list[Tensor]] = {boundary: [] for boundary in boundaries}
     for chunk in trace(model, tokens, boundaries, ()):
         for boundary in parts:

@@ -93,14 +93,15 @@ def _criterion(entry: dict[str, Any]) -> Criterion:
     kind, router = entry.pop("kind"), entry.pop("router", None)
     if kind not in CRITERIA:
         raise ExitsError(f"exits: criterion must be one of {', '.join(CRITERIA)}, got {kind!r}")
-    if kind == RouterScore.kind:
+    known = CRITERIA[kind]
+    if issubclass(known, RouterScore):
         if router is None:
-            raise ExitsError("exits: criterion router without a router")
+            raise ExitsError(f"exits: criterion {kind} without a router")
         options = {name: router[name] for name in ("silu", "cosine", "stats")}
         if any(type(value) is not bool for value in options.values()):
             raise ExitsError(f"exits: router options must be true or false, got {options}")
-        return RouterScore(Router(router["width"], router["neurons"], **options))
-    return CRITERIA[kind](**entry)
+        return known(Router(router["width"], router["neurons"], **options))
+    return known(**entry)
 
 
 def _head(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Head:

@@ -39,6 +39,9 @@ class View:
     layers: int
     #: State carried with the rows between boundaries, [live] per name; replace entries to change them.
     carried: dict[str, Tensor] = field(default_factory=dict)
+    #: float64 [live, 2]: sum of this boundary's router scores over the prompt of each row's sequence, and how many there were;
+    #: None where no prompt was asked (PromptRouter).
+    votes: Tensor | None = None
     #: float32 [live], what `leaves` compared with the threshold; None under criteria without a score.
     score: Tensor | None = None
 
@@ -95,6 +98,28 @@ class RouterScore(Criterion):
 def _silent(view: View) -> Tensor:
     """NaN: below every threshold, -inf included."""
     return torch.full_like(view.hidden[:, 0], math.nan, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class PromptRouter(RouterScore):
+    """A router asked once per sequence, of its prompt: all new tokens take the band, or none (FiRST's layer sets).
+
+    The score is the router's mean over the prompt's residuals at this boundary while they run every layer, the last token's
+    left out, as that one makes a token. NaN, so "stay", where there were none.
+    """
+
+    kind: ClassVar[str] = "prompt_router"
+
+    def __post_init__(self) -> None:
+        if self.router is not None and (self.router.stats_weight is not None or self.router.cosine_weight is not None):
+            raise ExitsError("criterion prompt_router: the router may look at the residual alone, without cosine or statistics")
+
+    def score(self, view: View) -> Tensor:
+        if view.votes is None:
+            raise ExitsError(
+                "criterion prompt_router is decided while generate runs a prompt; scoring, graph style and Engine have none"
+            )
+        return (view.votes[:, 0] / view.votes[:, 1]).float()
 
 
 @dataclass(frozen=True)
@@ -226,12 +251,15 @@ class Never(Criterion):
 
 
 CRITERIA: dict[str, type[Criterion]] = {
-    c.kind: c for c in (RouterScore, TopProbability, Margin, Entropy, Saturation, Patience, FixedDepth, Schedule, Always, Never)
-}
+    c.kind: c
+    for c in (
+        RouterScore, PromptRouter, TopProbability, Margin, Entropy, Saturation, Patience, FixedDepth, Schedule, Always, Never,
+    )
+}  # fmt: skip
 
 #: Criteria under which whole sequences share their bands, or depth never rises with the position: no later row of a
 #: sequence ever reads a layer that an earlier one skipped, so the K,V policy `none` leaves no hole that is read.
-HOLE_FREE = ("fixed_depth", "schedule", "always", "never")
+HOLE_FREE = ("fixed_depth", "prompt_router", "schedule", "always", "never")
 
 
 @dataclass(frozen=True)

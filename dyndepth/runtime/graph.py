@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dyndepth.errors import ExitsError
 from dyndepth.exits import Band
-from dyndepth.exits.criteria import View
+from dyndepth.exits.criteria import PromptRouter, View
 from dyndepth.ops import backfill_kv, project_qkv, ragged_attention, ragged_linear, store_kv
 from dyndepth.ops.compact_rows import AWAY, LEAVING, RUN, compact_rows
 from dyndepth.ops.exit_stats import ExitStats
@@ -51,6 +51,8 @@ def why_not(plan: Plan) -> str | None:
         return "a block head is one more layer for some of the rows"
     if any(band.criterion.carries for band in plan.bands.values()):
         return "a criterion counts over boundaries"
+    if any(isinstance(band.criterion, PromptRouter) for band in plan.bands.values()):
+        return "a criterion is decided by prompts"
     return None
 
 

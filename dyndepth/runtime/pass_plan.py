@@ -32,6 +32,10 @@ class Plan:
     depth: Tensor | None = None
     #: Criteria may decide; False keeps every row to the top (block heads still store their K,V).
     open: bool = True
+    #: float64 [sequences, 2] by boundary: what bands that are decided by the prompt (PromptRouter) sum over it, and of how many
+    #: rows; passes with `voting` add to it.
+    votes: dict[int, Tensor] = field(default_factory=dict)
+    voting: bool = False
     #: Somebody wants to know what exits make of every row (dyndepth.runtime.observe).
     observed: bool = False
     #: Rows of the LM head that a band's shortlist names, by boundary; filled on first use.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.errors import ArgumentError, ExitsError
-from dyndepth.exits import Exits
+from dyndepth.exits import Exits, PromptRouter
 from dyndepth.exits.heads import StoredBlock
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.block import Block, bind_block, restored
@@ -145,6 +145,14 @@ class Session:
             depth=None if asked is None else asked.to(model.device),
             observed=observed,
         )
+        for band in exits or ():
+            if isinstance(band.criterion, PromptRouter):
+                self.plan.votes[band.leave] = torch.zeros(len(capacity), 2, dtype=torch.float64, device=model.device)
+        self._closed = dataclasses.replace(self.plan, open=False)
+
+    def name_depths(self, depth: Tensor) -> None:
+        """From now on passes look at `depth` (int32 [sequences], -1 for none), which the caller may change between passes."""
+        self.plan = dataclasses.replace(self.plan, depth=depth, shut={})
         self._closed = dataclasses.replace(self.plan, open=False)
 
     def work(self) -> Work:
@@ -162,6 +170,8 @@ class Session:
         may_leave: Tensor | bool = True,
         parked: Parked | None = None,
         hold: frozenset[int] = frozenset(),
+        keep: int | None = None,
+        vote: bool = False,
     ) -> Result:
         """One pass. Rows of a sequence must be consecutive and ascending, and earlier positions must have been run.
 
@@ -172,10 +182,13 @@ class Session:
             may_leave: bool [n] or one bool for all rows; rows taken up may be left out, they may leave.
             parked: rows of earlier passes to take up (`left` makes them); they come after the others in the result.
             hold: boundaries where rows that do not leave stop, to be taken up later.
+            keep: boundary whose residuals the result has (`kept`), the lowest where a row may leave.
+            vote: these are rows of prompts, which bands that prompts decide (PromptRouter) ask.
         """
         rows, context = self.rows(seq, pos, tokens=tokens, embeds=embeds, step=step, may_leave=may_leave, parked=parked)
         closed = isinstance(may_leave, bool) and not may_leave
-        return forward(self._closed if closed else self.plan, rows, context, hold)
+        plan = self._closed if closed else self.plan
+        return forward(dataclasses.replace(plan, voting=True) if vote else plan, rows, context, hold, keep)
 
     def run_graph(
         self,
@@ -274,7 +287,8 @@ class Session:
     ) -> None:
         """Run prompt rows (token ids [t], or embeddings [t, d] if `embeds`) of sequences `first`, `first` + 1, ... in chunks.
 
-        At full depth unless `may_leave`; nothing is returned, the K,V are in the pages.
+        At full depth unless `may_leave`; nothing is returned, the K,V are in the pages. Bands that prompts decide are decided
+        by these rows.
         """
         lengths = [prompt.shape[0] for prompt in prompts]
         if sum(lengths) == 0:
@@ -285,7 +299,7 @@ class Session:
         for begin in range(0, seq.shape[0], self.chunk):
             part = slice(begin, begin + self.chunk)
             source: dict[str, Any] = {"embeds": content[part]} if embeds else {"tokens": content[part]}
-            result = self.run(seq[part], pos[part], may_leave=may_leave, **source)
+            result = self.run(seq[part], pos[part], may_leave=may_leave, vote=bool(self.plan.votes), **source)
             work.add(result, result.ready.shape[0])
 
     def _fitting(self, exits: Exits) -> Exits:
