@@ -39,6 +39,8 @@ class View:
     layers: int
     #: State carried with the rows between boundaries, [live] per name; replace entries to change them.
     carried: dict[str, Tensor] = field(default_factory=dict)
+    #: int32 [1] on the device where rows past it are there too, and mean nothing (graph style); None: all rows are live.
+    live: Tensor | None = None
     #: float32 [live], what `leaves` compared with the threshold; None under criteria without a score.
     score: Tensor | None = None
 
@@ -89,7 +91,7 @@ class RouterScore(Criterion):
             raise ExitsError("criterion router: the band has no router")
         if self.needs_previous and view.previous is None:
             return _silent(view)
-        return self.router(view.hidden, view.previous, view.stats() if self.needs_logits else None)
+        return self.router(view.hidden, view.previous, view.stats() if self.needs_logits else None, view.live)
 
 
 def _silent(view: View) -> Tensor:
