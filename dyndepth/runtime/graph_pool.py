@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dyndepth.errors import ArgumentError
@@ -101,7 +102,7 @@ class GraphPool:
         bucket = self._bucket(row_bucket(count, self.most))
         numbers = np.empty(bucket.numbers.shape[0], dtype=np.int32)
         facts = numbers[:-1].reshape(_FACTS, bucket.rows)
-        given = (seq, pos, pages.slots_of(seq, pos), step, may_leave)
+        given: tuple[Indices | NDArray[np.int32], ...] = (seq, pos, pages.slots_of(seq, pos), step, may_leave)
         for place, (values, padding) in enumerate(zip(given, _PADDING, strict=True)):
             facts[place, :count], facts[place, count:] = values, padding
         numbers[-1] = count
