@@ -15,7 +15,9 @@ def encoder_layouts(results: Path) -> str:
         times = [f"{row[f'{name}_s'] * 1e3:.1f}" for name in ("packed", "padded", "transformers")]
         lines.append(f"| {row['dtype']} | {row['lengths']} | {row['batch']} | {row['padding']:.0%} | {' | '.join(times)} |")
     cpu = found["machine"]["cpu"]
-    text = f"Medians of {found['rounds']} rounds taken in turn, {found['threads']} threads, {cpu['name']} ({cpu['capability']})."
+    text = (
+        f"Medians of {found['rounds']} rounds taken in turn, {found['threads']} threads, {cpu['name']} ({cpu['capability']})."
+    )
     return "\n".join([*lines, "", text, ""])
 
 

@@ -76,6 +76,7 @@ class Engine:
         longest_wait: passes after which a row that waits at an exit point goes on, whatever the rule says.
         pending: with kv="recompute", tokens of a request that may be parked before its next one runs every layer.
         chunk: prompt rows per step: a long prompt joins over several steps, and the others go on meanwhile.
+        graphs: replay passes in which nobody waits as CUDA graphs; as for dyndepth.generate.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Engine:
         longest_wait: int = 32,
         pending: int = DEFAULT_PENDING,
         chunk: int = DEFAULT_CHUNK,
+        graphs: bool | str = "auto",
     ) -> None:
         for name, value in (("slots", slots), ("longest", longest), ("longest_wait", longest_wait)):
             if not isinstance(value, int) or value < 1:
@@ -100,7 +102,7 @@ class Engine:
         longest = min(longest, self.model.positions_limit or longest)
         self.session = Session(
             self.model, [longest] * slots, exits, kv=kv, page_size=page_size, pages=pages, chunk=chunk, pending=pending,
-            first=[0] * slots,
+            first=[0] * slots, graphs=graphs,
         )  # fmt: skip
         if self.session.plan.votes:
             raise ArgumentError("Engine: bands that prompts decide (prompt_router) work with dyndepth.generate, not here")

@@ -42,6 +42,8 @@ class View:
     #: float64 [live, 2]: sum of this boundary's router scores over the prompt of each row's sequence, and how many there were;
     #: None where no prompt was asked (PromptRouter).
     votes: Tensor | None = None
+    #: int32 [1] on the device where rows past it are there too, and mean nothing (graph style); None: all rows are live.
+    live: Tensor | None = None
     #: float32 [live], what `leaves` compared with the threshold; None under criteria without a score.
     score: Tensor | None = None
 
@@ -92,7 +94,7 @@ class RouterScore(Criterion):
             raise ExitsError("criterion router: the band has no router")
         if self.needs_previous and view.previous is None:
             return _silent(view)
-        return self.router(view.hidden, view.previous, view.stats() if self.needs_logits else None)
+        return self.router(view.hidden, view.previous, view.stats() if self.needs_logits else None, view.live)
 
 
 def _silent(view: View) -> Tensor:

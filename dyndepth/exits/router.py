@@ -40,12 +40,15 @@ class Router(nn.Module):
         self.cosine_weight = _frozen(neurons) if cosine else None
         self.stats_weight = _frozen(neurons, STAT_FEATURES) if stats else None
 
-    def forward(self, hidden: Tensor, previous: Tensor | None = None, stats: ExitStats | None = None) -> Tensor:
-        """float32 [n] in [0, 1]."""
+    def forward(
+        self, hidden: Tensor, previous: Tensor | None = None, stats: ExitStats | None = None, live: Tensor | None = None
+    ) -> Tensor:
+        """float32 [n] in [0, 1]; with `live` int32 [1] on the device, rows at or past it are unspecified."""
         extra = None if self.stats_weight is None or stats is None else stat_features(stats)
         return router_score(
             hidden, self.weight1, self.bias1, self.weight2, self.bias2,
             previous=previous, cosine_weight=self.cosine_weight, extra=extra, extra_weight=self.stats_weight, silu=self.silu,
+            live=live,
         )  # fmt: skip
 
 

@@ -49,6 +49,8 @@ class Generate:
         observe: called with dyndepth.runtime.observe.Observed for every pass that finds out what the full model says of tokens
             that exits judged (`kv="recompute"`, `"release"`, or verification): for thresholds that adapt. It costs an
             exit head per judged row.
+        graphs: replay decode passes as CUDA graphs (docs/gpu.md). `"auto"`: on CUDA devices, where K,V policy and modules are
+            known to allow it; True: or raise with the reason; False: never.
         generator: torch.Generator for sampling.
 
     Returns transformers' output; with `return_dict_in_generate=True` a `DynamicDepthOutput`, which adds `exit_layers`,
@@ -76,6 +78,7 @@ class Generate:
         rollback: float | None = None,
         confidence: float | Confidence | None = None,
         observe: Observer | None = None,
+        graphs: bool | str = "auto",
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
         token_streamer: Any = None,
@@ -93,7 +96,7 @@ class Generate:
         return decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config,
             exits=exits, kv=kv, depth=depth, prompt=prompt, page_size=page_size, pages=pages, prefill_chunk=prefill_chunk,
-            pending=pending, mode=mode, drafts=drafts, rollback=rollback, confidence=confidence, observe=observe,
+            pending=pending, mode=mode, drafts=drafts, rollback=rollback, confidence=confidence, observe=observe, graphs=graphs,
             generator=generator, streamer=streamer if token_streamer is None else token_streamer, **model_kwargs,
         )  # fmt: skip
 

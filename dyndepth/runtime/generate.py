@@ -52,6 +52,7 @@ def decode(
     rollback: float | None = None,
     confidence: float | Confidence | None = None,
     observe: Observer | None = None,
+    graphs: bool | str = "auto",
     generator: torch.Generator | None = None,
     streamer: Any = None,
     **model_kwargs: Any,
@@ -78,6 +79,7 @@ def decode(
         chunk=prefill_chunk,
         pending=pending,
         observed=observe is not None,
+        graphs=graphs,
         first=[min(length, prompt_rows.shape[0] + _ROOM) for length, prompt_rows in zip(lengths, prompts, strict=True)],
     )
     check_observer(observe, session.kv_policy)

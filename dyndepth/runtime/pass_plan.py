@@ -80,15 +80,21 @@ class Plan:
             self.shortlists[band.leave] = plain[0][ids], None if plain[1] is None else plain[1][ids]
         return self.shortlists[band.leave]
 
-    def stats(self, band: Band, ready: Tensor) -> ExitStats:
-        """exit_stats of head-ready rows over the band's shortlist; a head that is no plain linear runs as its module."""
+    def stats(self, band: Band, ready: Tensor, live: Tensor | None = None) -> ExitStats:
+        """exit_stats of head-ready rows over the band's shortlist; a head that is no plain linear runs as its module.
+
+        live: int32 [1] on the device, only so many rows are asked for. None: all.
+        """
         model, ids, head = self.model, band.shortlist, self.head(band)
         if head is None:
             logits = model.logits(ready)
             found = stats_of_logits(logits if ids is None else logits[:, ids])
         else:
-            found = exit_stats(ready.contiguous(), head[0], head_bias=head[1], softcap=model.logit_softcap)
-        return found if ids is None else found._replace(argmax=ids[found.argmax])
+            found = exit_stats(ready.contiguous(), head[0], head_bias=head[1], softcap=model.logit_softcap, live=live)
+        if ids is None:
+            return found
+        # A row that nobody asked for has any number there, and it must not be looked up.
+        return found._replace(argmax=ids[found.argmax if live is None else found.argmax.clamp(0, len(ids) - 1)])
 
     def logits(self, band: Band, ready: Tensor) -> Tensor:
         """fp32 [n, V] logits of head-ready rows, -inf for tokens outside the band's shortlist."""
