@@ -65,6 +65,7 @@ class Oracle:
         number, taken, ran, ready = 0, 0, 0, None
         carried: dict[str, torch.Tensor] = {}
         previous = None
+        self.skipped: set[int] = set()
         while number < depth:
             if number in bands and position >= self.start:
                 bit, band = bands[number]
@@ -73,6 +74,7 @@ class Oracle:
                 previous = h[0].clone()
                 if leaves:
                     taken |= 1 << bit
+                    self.skipped.add(band.leave)
                     self.fill(band, h[0], position)
                     if band.resume == depth:
                         ready = head_ready
@@ -101,8 +103,9 @@ class Oracle:
 
         step = torch.tensor([position - self.start], dtype=torch.int32)
         view = View(
-            h, torch.zeros(1, dtype=torch.int32), step, previous, stats, None, band.leave, len(self.model.model.layers), carried
-        )
+            h, torch.zeros(1, dtype=torch.int32), step, previous, stats, None, band.leave, len(self.model.model.layers),
+            lambda boundaries: torch.tensor([[float(boundary in self.skipped) for boundary in boundaries]]), carried,
+        )  # fmt: skip
         return bool(band.criterion.leaves(view, band.thresholds(step)))
 
     def angles(self, number: int, position: int, h: torch.Tensor) -> Any:

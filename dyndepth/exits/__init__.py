@@ -18,12 +18,14 @@ from dyndepth.exits.criteria import (
 )
 from dyndepth.exits.exits import Exits, ModelFacts
 from dyndepth.exits.heads import HEADS, BlockHead, MlpHead, NormHead, TranslatorHead
-from dyndepth.exits.maps import JumpMap, KVMap
+from dyndepth.exits.maps import JUMPS, AdapterJump, JumpMap, KVMap, MlpJump
 from dyndepth.exits.router import Router
 
 __all__ = [
     "CRITERIA",
     "HEADS",
+    "JUMPS",
+    "AdapterJump",
     "Always",
     "Band",
     "BlockHead",
@@ -36,6 +38,7 @@ __all__ = [
     "KVMap",
     "Margin",
     "MlpHead",
+    "MlpJump",
     "ModelFacts",
     "Never",
     "NormHead",

@@ -9,6 +9,7 @@ module can run are run on all n rows.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,8 @@ class _GraphPass:
             "resume": torch.full((n,), -1, dtype=torch.int32, device=device),
             "left_at": torch.full((n,), -1, dtype=torch.int32, device=device),
         }  # fmt: skip
+        if plan.history_wanted:  # bits of the bands that a row skipped
+            self.buffers["taken"] = torch.zeros(n, dtype=torch.int64, device=device)
         depth = plan.model.depth
         #: In the caller's order.
         self.ready = rows.hidden.new_zeros(n, plan.model.ready_size)
@@ -144,6 +147,8 @@ class _GraphPass:
         self.buffers["resume"] = torch.where(leaves, -1 if for_good else band.resume, self.resume)
         if not for_good:
             self.buffers["left_at"] = torch.where(leaves, band.leave, self.left_at)
+            if plan.history_wanted:
+                self.buffers["taken"] = torch.where(leaves, self.taken | (1 << plan.numbers[band.leave]), self.taken)
         before = self.live
         self._partition(state)
         if plan.kv_policy == "predict" and band.kv is not None:
@@ -168,6 +173,7 @@ class _GraphPass:
         view = View(
             hidden=self.hidden, seq=self.seq, step=self.step, previous=self.buffers.get("previous"), stats=stats,
             depth=plan.depth, leave=band.leave, layers=plan.model.depth,
+            skipped=functools.partial(plan.skipped, self.taken) if plan.history_wanted else None,
         )  # fmt: skip
         leaves = plan.named(band, self.seq, band.criterion.leaves(view, band.thresholds(self.step)))
         if plan.previous_wanted:
