@@ -53,8 +53,8 @@ GROUPS: dict[str, tuple[Span, ...]] = {
     "short": ((5, 10), (8, 13), (10, 15), (13, 18), (15, 20), (18, 23)),
 }
 ROUTER, BLIND, TOP, MARGIN = "router", "router, blind to what was skipped", "top-1 probability", "margin"
-_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS = 9_000, 4_000, 8_000, 72_000
-_FIT_ROUNDS, _TUNE_ROUNDS, _STEPS, _MOST, _WORDS = 3, 3, 5, 4, 1024
+_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS = 8_000, 3_000, 6_000, 72_000
+_FIT_ROUNDS, _TUNE_ROUNDS, _STEPS, _MOST, _WORDS = 2, 3, 4, 4, 1024
 #: The highest price tried: disagreements per layer saved.
 _PRICE = 0.1
 
@@ -124,9 +124,6 @@ class Bench:
         corpus = load_or_collect(folder, causal_lm, tokenizer, report)
         mapped = first(corpus.of(FIT), MAP_ROWS)
         bands = ridge_bands(folder / "bands" / "ridge", model, spans(model.depth, EXITS), mapped, report)
-        for kept in (folder / "bands").glob("band-*-linear"):  # trained by KL (make jump-maps)
-            band = Exits.from_pretrained(kept).bands[0]
-            bands[band.leave, band.resume] = band
         for leave, head in _heads(folder, model, corpus, report).items():
             ridge = bands[leave, model.depth]
             bands[leave, model.depth] = Band(leave, model.depth, head=head, kv=ridge.kv)
@@ -144,6 +141,9 @@ class Bench:
         points = json.loads(path.read_text()) if path.exists() else []
         leaves = sorted({leave for group in GROUPS.values() for leave, _ in group})
         readouts = _readouts(folder / "bands" / "readouts.pt", model, leaves, [p.tokens for p in mapped], report)
+        for kept in (folder / "bands").glob("band-*-linear"):  # trained by KL (make jump-maps)
+            band = Exits.from_pretrained(kept).bands[0]
+            bands[band.leave, band.resume] = band
         return cls(folder, model, report, corpus, bands, readouts, *samples, points)
 
     def run(self) -> None:

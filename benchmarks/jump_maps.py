@@ -35,10 +35,10 @@ from dyndepth.training.student import released
 from dyndepth.training.trainer import Trainer, metrics, readout_of
 
 KINDS: dict[Span, tuple[str, ...]] = {
+    (5, 15): ("linear",),
     (10, 20): ("linear", "mlp", "adapter", "adapter alone"),
-    (5, 15): ("linear", "mlp"),
 }
-MAP_ROWS, TRAIN_ROWS, SHARE = 40_000, 30_000, 0.3
+MAP_ROWS, TRAIN_ROWS, SHARE = 40_000, 20_000, 0.3
 _CORPUS_ROWS, _LOOK_ROWS, _TEST_ROWS = 32_000, 2_000, 4_000
 
 

@@ -33,6 +33,11 @@ def rms(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def jumped(band: Any, h: torch.Tensor) -> torch.Tensor:
+    """Residuals [n, d] where a band with a linear jump resumes."""
+    return h + rms(h) @ band.jump.weight.T + band.jump.bias
+
+
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [heads, head_dim]; cos, sin [head_dim]."""
     half = x.shape[-1] // 2
@@ -79,7 +84,7 @@ class Oracle:
                     if band.resume == depth:
                         ready = head_ready
                         break
-                    h = h if band.jump is None else (h[0] + rms(h[0]) @ band.jump.weight.T + band.jump.bias)[None]
+                    h = h if band.jump is None else jumped(band, h[0])[None]
                     number = band.resume
                     continue
             h = self.layer(number, h, position)
