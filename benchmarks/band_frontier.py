@@ -2,8 +2,9 @@
 
 Real passes over unseen answers: decisions, jumps and predicted K,V of skipped layers included, so what one row does to the
 next counts. Routers see what a row already skipped; beside them top-1 probability and margin, of the exit's own head or, for
-bands that resume, of a ridge readout at their boundary. Sets of bands grow greedily; every threshold tried on the tuning
-split is a point, and of those no other beats, the one with the fewest layers at each agreement is measured on the test split.
+bands that resume, of a ridge readout at their boundary. How true scores are comes from the tuning split, where sets of bands
+grow greedily; one price per layer then sets all thresholds of a set. Every price tried is a point on the test split, and the
+layers at an agreement are read between the points that no other point beats.
 
 Takes corpus, exits' heads and bands' maps from the folder of `make exit-heads` and `make jump-maps` (and makes what is
 missing there); it resumes. Writes `band_frontier.json`.
@@ -11,6 +12,7 @@ missing there); it resumes. Writes `band_frontier.json`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -22,7 +24,6 @@ from typing import Any, ClassVar
 import torch
 from band_maps import Span, first, ridge_bands, spans
 from exit_heads import EXITS, KINDS, SHARES, TRAIN_ROWS, load_or_collect, trained
-from head_tokens import rounding_floor
 from jump_maps import MAP_ROWS
 from torch import Tensor
 
@@ -47,14 +48,11 @@ from dyndepth.training import TeacherCache, TrainConfig
 from dyndepth.training.batches import Batches
 from dyndepth.training.starts import fit_readout
 
-#: Bands that are tried together, one per boundary: five and ten layers long.
-GROUPS: dict[str, tuple[Span, ...]] = {
-    "long": ((5, 15), (8, 18), (10, 20), (13, 23), (15, 25)),
-    "short": ((5, 10), (8, 13), (10, 15), (13, 18), (15, 20), (18, 23)),
-}
+#: Bands that are tried together, one per boundary: of each boundary one that lost least per layer when rows skipped by lot.
+BANDS: tuple[Span, ...] = ((5, 15), (8, 13), (10, 20), (13, 18), (15, 20), (18, 23))
 ROUTER, BLIND, TOP, MARGIN = "router", "router, blind to what was skipped", "top-1 probability", "margin"
-_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS = 8_000, 3_000, 6_000, 72_000
-_FIT_ROUNDS, _TUNE_ROUNDS, _STEPS, _MOST, _WORDS = 2, 3, 4, 4, 1024
+_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS, _READOUT_ROWS = 8_000, 3_000, 5_000, 72_000, 15_000
+_FIT_ROUNDS, _TUNE_ROUNDS, _POINTS, _MOST, _WORDS = 2, 3, 4, 4, 1024
 #: The highest price tried: disagreements per layer saved.
 _PRICE = 0.1
 
@@ -118,6 +116,10 @@ class Bench:
     tune: Sample
     test: Sample
     points: list[dict[str, Any]]
+    #: Of the tuning split's judged rows: residuals by boundary, and chances to agree by confidence and band.
+    residual: dict[int, Tensor] = field(default_factory=dict)
+    chances: dict[str, list[Tensor]] = field(default_factory=dict)
+    group: Group = field(init=False)
 
     @classmethod
     def of(cls, folder: Path, causal_lm: Any, model: Model, tokenizer: Any, report: Progress) -> Bench:
@@ -139,8 +141,8 @@ class Bench:
                 advance(1)
         path = folder / "bands" / "points.json"
         points = json.loads(path.read_text()) if path.exists() else []
-        leaves = sorted({leave for group in GROUPS.values() for leave, _ in group})
-        readouts = _readouts(folder / "bands" / "readouts.pt", model, leaves, [p.tokens for p in mapped], report)
+        seen = [piece.tokens for piece in first(mapped, _READOUT_ROWS)]
+        readouts = _readouts(folder / "bands" / "readouts.pt", model, [leave for leave, _ in BANDS], seen, report)
         for kept in (folder / "bands").glob("band-*-linear"):  # trained by KL (make jump-maps)
             band = Exits.from_pretrained(kept).bands[0]
             bands[band.leave, band.resume] = band
@@ -148,33 +150,32 @@ class Bench:
 
     def run(self) -> None:
         words = frequent(self.fit.answers[self.fit.judged], _WORDS)
-        groups = {name: self._group(name, words) for name in GROUPS}
+        self.group = self._group(words)
         families: dict[str, Callable[[Span], bool]] = {
             "exits": lambda span: span[1] == self.model.depth,
             "bands": lambda span: span[1] < self.model.depth,
             "bands and exits": lambda span: True,
         }
         found: list[dict[str, Any]] = []
-        for family, wanted in families.items():
-            for confidence in (ROUTER, BLIND, TOP, MARGIN):
-                if family == "exits" and confidence == BLIND:
-                    continue
-                parts = [part for name, part in groups.items() if family != "exits" or name == "long"]
-                found += self._frontier(family, confidence, parts, wanted)
-                self._write(found, groups)
+        for confidence in (ROUTER, TOP, MARGIN, BLIND):
+            for family, wanted in families.items():
+                if family != "exits" or confidence != BLIND:
+                    mine = [i for i, candidate in enumerate(self.group.candidates) if wanted(candidate.span)]
+                    found.append(self._frontier(family, confidence, mine))
+                    self._write(found)
 
     # -- what rows show at the boundaries ---------------------------------------------------------------------------------
 
-    def _group(self, name: str, words: Tensor) -> Group:
-        bands = [self.bands[span] for span in sorted([*GROUPS[name], *((leave, self.model.depth) for leave in EXITS)])]
+    def _group(self, words: Tensor) -> Group:
+        bands = [self.bands[span] for span in sorted([*BANDS, *((leave, self.model.depth) for leave in EXITS)])]
         for band in bands:
             if band.resume == self.model.depth:
                 band.shortlist = torch.nn.Parameter(words, requires_grad=False)
         candidates = [Candidate(band, {}, judging=judging_cost(self.model, band) if band.head else 0.0) for band in bands]
-        path = self.folder / "bands" / f"seen-{name}.pt"
+        path = self.folder / "bands" / "seen.pt"
         if not path.exists():
             facts = facts_of(self.model)
-            with self.report.stage(f"labelling {name}", _FIT_ROUNDS + _TUNE_ROUNDS + len(bands)) as advance:
+            with self.report.stage("labelling rows", _FIT_ROUNDS + _TUNE_ROUNDS + len(bands)) as advance:
                 fitted = see(bands, self.fit, facts, rounds=_FIT_ROUNDS, advance=lambda: advance(1))
                 tuned = see(bands, self.tune, facts, rounds=_TUNE_ROUNDS, advance=lambda: advance(1))
                 for candidate in candidates:
@@ -236,7 +237,8 @@ class Bench:
         assert isinstance(head, TranslatorHead)
         return shown(readout_stats(self.model, head.to(self.model.dtype), residual), confidence)
 
-    def _criterion(self, group: Group, i: int, confidence: str) -> Criterion:
+    def _criterion(self, i: int, confidence: str) -> Criterion:
+        group = self.group
         band = group.candidates[i].band
         if confidence in (ROUTER, BLIND):
             return RouterScore(group.routers[confidence][i])
@@ -246,49 +248,43 @@ class Bench:
 
     # -- sets, thresholds, points -----------------------------------------------------------------------------------------
 
-    def _frontier(
-        self, family: str, confidence: str, groups: Sequence[Group], wanted: Callable[[Span], bool]
-    ) -> list[dict[str, Any]]:
-        tried: list[tuple[Exits, dict[str, Any]]] = []
-        chances = [self._chances(group, confidence) for group in groups]
-        with self.report.stage(f"{family}: {confidence}"[:20], len(SHARES) * _STEPS) as advance:
-            for share in SHARES:
-                sets = []
-                for group, chance in zip(groups, chances, strict=True):
-                    mine = [i for i, c in enumerate(group.candidates) if wanted(c.span)]
-                    offsets = self._offsets(group, mine) if confidence == ROUTER else None
-                    grown = greedy([group.candidates[i] for i in mine], [chance[i] for i in mine], share, _MOST, offsets)
-                    if grown:
-                        sets.append((grown[-1][0], [mine[i] for i in grown[-1][1]], group))
-                if sets:
-                    _, chosen, group = max(sets, key=lambda entry: entry[0])
-                    tried += self._tuned(group, chosen, family, confidence, share, advance)
-        points = [(point["agreement"], point["mean_layers"]) for _, point in tried]
-        best = [tried[i] for i in pareto(points)]
-        rows = []
-        for share in SHARES:
-            enough = [entry for entry in best if entry[1]["agreement"] >= share]
-            exits, tuned = enough[0] if enough else (None, None)
-            reached = {"agreement": 1.0, "mean_layers": float(self.model.depth)}
-            if exits is not None and tuned is not None:
-                reached = self._measured(exits, "test", family, confidence, tuned["spans"], tuned["thresholds"])
-            rows.append({"family": family, "confidence": confidence, "wanted": share, "tuned": tuned, "tested": reached})
-        return rows
+    def _frontier(self, family: str, confidence: str, mine: Sequence[int]) -> dict[str, Any]:
+        """Points of the sets that grow greedily for the highest and the lowest agreement, and the frontier they make."""
+        group = self.group
+        candidates, chances = [group.candidates[i] for i in mine], [self._chances(confidence)[i] for i in mine]
+        offsets = self._offsets(mine) if confidence == ROUTER else None
+        sets: list[list[int]] = []
+        for share in (max(SHARES), min(SHARES)):
+            grown = greedy(candidates, chances, share, _MOST, offsets)
+            if grown and grown[-1][1] not in sets:
+                sets.append(grown[-1][1])
+        points = [{"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}]
+        with self.report.stage(f"{family}: {confidence}", len(sets) * _POINTS) as advance:
+            for chosen in sets:
+                points += self._path([mine[i] for i in chosen], confidence, _POINTS // len(sets), advance)
+        best = [points[i] for i in pareto([(point["agreement"], point["mean_layers"]) for point in points])]
+        at = {f"{share:.0%}": _between(best, share) for share in SHARES}
+        return {"family": family, "confidence": confidence, "points": points, "mean_layers": at}
 
-    def _chances(self, group: Group, confidence: str) -> list[Tensor]:
+    def _chances(self, confidence: str) -> list[Tensor]:
         """Per band, the chance to agree of every judged row of the tuning split, had it skipped nothing before."""
-        parts: dict[int, list[Tensor]] = {c.band.leave: [] for c in group.candidates}
-        for chunk in trace(self.model, self.tune.tokens, sorted(parts), ()):
-            for leave in parts:
-                parts[leave].append(chunk.residual[leave])
-        found = []
-        for i, candidate in enumerate(group.candidates):
-            residual = torch.cat(parts[candidate.band.leave])[self.tune.judged]
-            scores = self._scores(group, i, confidence, residual, None)
-            found.append(scores if confidence == ROUTER else _chance(group.bins[confidence][i], scores))
-        return found
+        group = self.group
+        if not self.residual:
+            parts: dict[int, list[Tensor]] = {c.band.leave: [] for c in group.candidates}
+            for chunk in trace(self.model, self.tune.tokens, sorted(parts), ()):
+                for leave in parts:
+                    parts[leave].append(chunk.residual[leave])
+            self.residual = {leave: torch.cat(part)[self.tune.judged] for leave, part in parts.items()}
+        if confidence not in self.chances:
+            self.chances[confidence] = []
+            for i, candidate in enumerate(group.candidates):
+                scores = self._scores(group, i, confidence, self.residual[candidate.band.leave], None)
+                chance = scores if confidence == ROUTER else _chance(group.bins[confidence][i], scores)
+                self.chances[confidence].append(chance)
+        return self.chances[confidence]
 
-    def _offsets(self, group: Group, mine: Sequence[int]) -> Tensor:
+    def _offsets(self, mine: Sequence[int]) -> Tensor:
+        group = self.group
         places = {group.candidates[i].band.leave: place for place, i in enumerate(mine)}
         offsets = torch.zeros(len(mine), len(mine))
         for row, i in enumerate(mine):
@@ -299,44 +295,39 @@ class Bench:
                         offsets[row, places[leave]] = weight
         return offsets
 
-    def _tuned(
-        self, group: Group, chosen: Sequence[int], family: str, confidence: str, share: float, advance: Any
-    ) -> list[tuple[Exits, dict[str, Any]]]:
-        """Points of a set of bands as the price per layer closes in on the wanted agreement."""
+    def _path(self, chosen: Sequence[int], confidence: str, count: int, advance: Any) -> list[dict[str, Any]]:
+        """Points of one set: the price per layer saved is bisected towards the wanted agreements in turn."""
+        group = self.group
         candidates = [group.candidates[i] for i in chosen]
-        bands = [with_criterion(c.band, self._criterion(group, i, confidence)) for c, i in zip(candidates, chosen, strict=True)]
+        bands = [with_criterion(c.band, self._criterion(i, confidence)) for c, i in zip(candidates, chosen, strict=True)]
         for band in bands:
             if confidence in (TOP, MARGIN):
                 band.shortlist = None
         exits = Exits(bands, facts_of(self.model))
-        found = []
-        low, high = 0.0, _PRICE
-        for _ in range(_STEPS):
+        found: list[tuple[float, dict[str, Any]]] = []
+        for number in range(count):
+            wanted = sorted(SHARES)[number % len(SHARES)]
+            low = max([price for price, point in found if point["agreement"] >= wanted], default=0.0)
+            high = min([price for price, point in found if point["agreement"] < wanted], default=_PRICE)
             price = (low + high) / 2
             limits = thresholds(candidates, price)
             raw = [_score_at(group.bins[confidence][i], limit) for i, limit in zip(chosen, limits, strict=True)]
-            at = exits.with_thresholds(raw)
-            point = self._measured(at, "tune", family, confidence, [c.span for c in candidates], raw)
-            found.append((at, point))
-            low, high = (price, high) if point["agreement"] >= share else (low, price)
+            found.append((price, self._measured(exits.with_thresholds(raw), confidence, [c.span for c in candidates], raw)))
             advance(1)
-        return found
+        return [point for _, point in found]
 
-    def _measured(
-        self, exits: Exits, split: str, family: str, confidence: str, of: Sequence[Span], raw: Sequence[float]
-    ) -> dict[str, Any]:
-        key = {"split": split, "family": family, "confidence": confidence, "spans": [list(s) for s in of],
-               "thresholds": [str(value) for value in raw]}  # fmt: skip
+    def _measured(self, exits: Exits, confidence: str, of: Sequence[Span], raw: Sequence[float]) -> dict[str, Any]:
+        key = {"confidence": confidence, "spans": [list(span) for span in of], "thresholds": [str(value) for value in raw]}
         for point in self.points:
             if all(point[name] == value for name, value in key.items()):
                 return point
-        measured = (self.tune if split == "tune" else self.test).run(exits, "predict")
+        measured = self.test.run(exits, "predict")
         judged = measured.judged
-        layers = measured.scored.layers_run[judged].double()
         taken = measured.scored.bands_taken[judged]
         point = {
-            **key, "agreement": float(measured.agrees[judged].double().mean()), "mean_layers": float(layers.mean()),
-            "rows": int(judged.sum()), "taken": [float(((taken >> bit) & 1).double().mean()) for bit in range(len(of))],
+            **key, "agreement": float(measured.agrees[judged].double().mean()),
+            "mean_layers": float(measured.scored.layers_run[judged].double().mean()),
+            "taken": [float(((taken >> bit) & 1).double().mean()) for bit in range(len(of))],
             "several": float(((taken & (taken - 1)) != 0).double().mean()),
         }  # fmt: skip
         self.points.append(point)
@@ -344,23 +335,26 @@ class Bench:
             temporary.write_text(json.dumps(self.points))
         return point
 
-    def _write(self, found: Sequence[dict[str, Any]], groups: dict[str, Group]) -> None:
-        floor = self.folder / "bands" / "floor.json"
-        if not floor.exists():
-            tokens, start = self.corpus.part(TEST)
-            floor.write_text(json.dumps(rounding_floor(self.model.causal_lm, tokens, start)))
-        rows = {(c.span, name): c for name, group in groups.items() for c in group.candidates}
+    def _write(self, found: Sequence[dict[str, Any]]) -> None:
         result = {
             "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "tokens_sha256": self.corpus.digest,
-            "rounding_floor": json.loads(floor.read_text()),
             "rows": {"fit": int(self.fit.judged.sum()), "tune": int(self.tune.judged.sum()),
                      "test": int(self.test.judged.sum())},
-            "bands": [{"span": list(span), "group": name, "agreement": c.agreement, "harm": c.harm, "router": c.router}
-                      for (span, name), c in sorted(rows.items())],
+            "bands": [{"span": list(c.span), "agreement": c.agreement, "harm": c.harm, "router": c.router}
+                      for c in self.group.candidates],
             "frontier": list(found),
         }  # fmt: skip
         with replacing(self.folder / "band_frontier.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _between(best: Sequence[dict[str, Any]], share: float) -> float | None:
+    """Mean layers at an agreement, read on the line between the two points of the frontier around it; None below them all."""
+    points = sorted((point["agreement"], point["mean_layers"]) for point in best)
+    for (low, fewer), (high, more) in itertools.pairwise(points):
+        if low <= share <= high:
+            return fewer + (more - fewer) * (share - low) / max(high - low, 1e-12)
+    return None
 
 
 def _chance(bins: Reliability, scores: Tensor) -> Tensor:
@@ -381,14 +375,18 @@ def _score_at(bins: Reliability, limit: float) -> float:
 
 def _heads(folder: Path, model: Model, corpus: Any, report: Progress) -> dict[int, TranslatorHead]:
     """The trained translators of `make exit-heads`."""
+    if (folder / "bands" / "heads" / "exits.json").exists():
+        return {band.leave: band.head for band in Exits.from_pretrained(folder / "bands" / "heads")}  # type: ignore[misc]
     with report.stage("caching the teacher", corpus.count()) as advance:
         cache = TeacherCache.build(model, corpus.pieces, EXITS, folder / "cache", say=report.console.print, advance=advance)
     parts = {name: [i for i, split in enumerate(corpus.split) if split == name] for name in (FIT, TUNE, TEST)}
     batches = {name: Batches(cache, parts[name], 4096, 0, EXITS) for name in parts}
     config = TrainConfig.of({"exits": EXITS, "tokens": TRAIN_ROWS, "lr": 1e-3, **KINDS["translator"]})
     student, _, _ = trained(model, batches, config, folder / "translator", report)
-    found: dict[int, Any] = {int(leave): head.to(model.dtype) for leave, head in student.heads.items()}
-    return found
+    heads: dict[int, Any] = {int(leave): head.to(model.dtype) for leave, head in student.heads.items()}
+    kept = [Band(leave, model.depth, head=head) for leave, head in heads.items()]
+    Exits(kept, facts_of(model)).save_pretrained(folder / "bands" / "heads")
+    return heads
 
 
 def _readouts(

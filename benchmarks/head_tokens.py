@@ -26,7 +26,7 @@ from dyndepth.training.batches import Batches
 from dyndepth.training.evaluate import evaluate
 from dyndepth.training.trainer import metrics, readout_of
 
-ROWS = (20_000, 50_000, 100_000, 200_000, 400_000)
+ROWS = (20_000, 50_000, 100_000, 200_000)
 _JUDGED_ROWS, _FLOOR_ROWS = 12_000, 12_000
 
 

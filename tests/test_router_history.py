@@ -13,6 +13,8 @@ import tiny_exits
 import tiny_models
 import torch
 
+import dyndepth
+from dyndepth.closed_form import fitting
 from dyndepth.closed_form.history import below, see
 from dyndepth.closed_form.measure import Sample
 from dyndepth.closed_form.router import fit_router
@@ -232,3 +234,23 @@ def test_fitting_finds_what_skipping_costs() -> None:
     assert blind.history_weight is None
     expected = torch.sigmoid(1.5 - 2 * skipped[:50, 0] + 0.5 * skipped[:50, 1])
     torch.testing.assert_close(told(h[:50], None, None, skipped[:50]), expected, rtol=0, atol=0.1)
+
+
+def test_fit_tells_routers_of_the_bands_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever set is chosen, its routers know of each other: here both, the exit above the band."""
+    model = tiny_models.shared("llama")
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, tiny_models.VOCABULARY, (24,), generator=generator) for _ in range(300)]
+    options: dict[str, Any] = {"tokens": 5000, "own": 0.0, "agreement": 0.4, "progress": False}
+    monkeypatch.setattr(fitting, "choose", lambda found, chances, agreement, most: list(range(len(found))))
+    exits = dyndepth.fit(model, texts, candidates=[(2, 4), (4, 6)], **options)
+    low, high = exits
+    assert low.criterion.history == ()
+    assert high.criterion.history == (2,)
+    assert high.router is not None
+    assert high.router.history_weight is not None
+    assert float(high.router.history_weight.abs().max()) > 0
+    assert high.shortlist is not None
+    assert set(exits.record["bands"]["4-6"]["router"]) == set(exits.record["bands"]["2-4"]["router"])
+    apart = dyndepth.fit(model, texts, candidates=[(2, 6), (4, 6)], **options)
+    assert all(band.criterion.history == () for band in apart), "nobody comes back from an exit"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from dyndepth.closed_form.heads import exit_argmax, exit_statistics
 from dyndepth.closed_form.measure import Sample, draw
+from dyndepth.closed_form.router import fit_router
+from dyndepth.closed_form.search import Candidate, with_criterion
 from dyndepth.exits import Band, Exits, ModelFacts
-from dyndepth.exits.criteria import Criterion, View
+from dyndepth.exits.criteria import Criterion, RouterScore, View
+from dyndepth.runtime.bind import Model
+
+#: Rows below which a router keeps what it learned before: labelling passes may bring hardly anybody by.
+_FEW = 64
 
 
 @dataclass
@@ -102,6 +109,33 @@ def see(
             found[i].append(Seen(rows, residual, skipped, agrees))
         advance()
     return [_joined(parts) for parts in found]
+
+
+def tell_of_history(model: Model, chosen: Sequence[Candidate], sample: Sample, facts: ModelFacts) -> list[Candidate]:
+    """Candidates of one set whose routers also see which of the set's other bands a row has skipped by then.
+
+    Routers of bands that nothing lies below stay as they are, and so do those of block heads, whose rows depend on others.
+    """
+    bands = [candidate.band for candidate in chosen]
+    if not any(below(bands, band.leave) for band in bands):
+        return list(chosen)
+    rising = sorted(bands, key=lambda band: band.leave)
+    seen = {band.leave: part for band, part in zip(rising, see(rising, sample, facts), strict=True)}
+    told = []
+    for candidate in chosen:
+        band, part = candidate.band, seen[candidate.band.leave]
+        history = below(bands, band.leave)
+        if history and not band.has_block and len(part.rows) >= _FEW:
+            top = band.resume == facts.layers
+            agrees = exit_argmax(model, band, part.residual) == sample.answers[part.rows] if top else part.agrees
+            assert agrees is not None
+            stats = exit_statistics(model, band, part.residual) if top else None
+            router, quality = fit_router(
+                part.residual, agrees, part.rows % 5 == 0, stats, skipped=part.skipped, history=history
+            )
+            candidate = replace(candidate, band=with_criterion(band, RouterScore(router), band.threshold), router=quality)
+        told.append(candidate)
+    return told
 
 
 def _last(taken: Tensor) -> Tensor:
