@@ -8,7 +8,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	static-report nvcc-check compare depth-efficiency kernel-ratios policies soak wheel clean
+	head-tokens jump-maps band-frontier kv-weighting static-report nvcc-check compare depth-efficiency kernel-ratios policies soak \
+	wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -54,6 +55,11 @@ exit-heads: $(VENV)/.built
 # What the K,V of skipped tokens do to the others, by policy; an hour, and it resumes in build/kv-maps.
 kv-maps: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kv_maps.py build/kv-maps
+
+# Four more in the folder of exit-heads, whose corpus, teacher cache and heads they take; they resume, a quarter of an hour each:
+# agreement by rows shown; kinds of jump; the frontier of exits, bands and both (after jump-maps); regression by attention.
+head-tokens jump-maps band-frontier kv-weighting: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/$(subst -,_,$@).py build/exit-heads
 
 # Makes the exits that the demo ships; hours on two cores, and it resumes in build/demo-exits.
 demo-exits: $(VENV)/.built

@@ -143,7 +143,8 @@ def exit_heads(results: Path) -> str:
     sizes = found["corpus"]
     text = (
         f"{found['model']}, {found['dtype']}; {found['rows_shown']} rows shown of {sizes['fit']} tokens, thresholds set on "
-        f"{sizes['tune']}, all figures from {sizes['test']} others. Milliseconds are the head alone, without judging."
+        f"{sizes['tune']}, all figures from {sizes['test']} others. Milliseconds are the head alone, without judging. "
+        f"{_TRAINING['floor'](results)}"
     )
     return "\n".join([*lines, "", text, ""])
 
@@ -164,7 +165,9 @@ def kv_maps(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
+_TRAINING = runpy.run_path(str(Path(__file__).with_name("tables_training.py")))
 TABLES: dict[str, Callable[[Path], str]] = {
+    **_TRAINING["TABLES"],
     **runpy.run_path(str(Path(__file__).with_name("tables_speed.py")))["TABLES"],
     **runpy.run_path(str(Path(__file__).with_name("tables_roofline.py")))["TABLES"],
     **runpy.run_path(str(Path(__file__).with_name("tables_encoders.py")))["TABLES"],

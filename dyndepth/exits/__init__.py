@@ -19,13 +19,15 @@ from dyndepth.exits.criteria import (
 )
 from dyndepth.exits.exits import Exits
 from dyndepth.exits.heads import HEADS, BlockHead, MlpHead, NormHead, TranslatorHead
-from dyndepth.exits.maps import JumpMap, KVMap
+from dyndepth.exits.maps import JUMPS, AdapterJump, JumpMap, KVMap, MlpJump
 from dyndepth.exits.router import Router
 from dyndepth.exits.store import ModelFacts
 
 __all__ = [
     "CRITERIA",
     "HEADS",
+    "JUMPS",
+    "AdapterJump",
     "Always",
     "Band",
     "BlockHead",
@@ -38,6 +40,7 @@ __all__ = [
     "KVMap",
     "Margin",
     "MlpHead",
+    "MlpJump",
     "ModelFacts",
     "Never",
     "NormHead",

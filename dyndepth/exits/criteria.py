@@ -8,7 +8,7 @@ per class; docs/criteria.md has the formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -37,6 +37,8 @@ class View:
     #: Layers below this boundary, and layers of the model.
     leave: int
     layers: int
+    #: float32 [live, k], 1 where a row skipped the band that leaves at each of k boundaries; None where nobody asked for it.
+    skipped: Callable[[Sequence[int]], Tensor] | None = None
     #: State carried with the rows between boundaries, [live] per name; replace entries to change them.
     carried: dict[str, Tensor] = field(default_factory=dict)
     #: float64 [live, 2]: sum of this boundary's router scores over the prompt of each row's sequence, and how many there were;
@@ -59,6 +61,8 @@ class Criterion:
     needs_previous = False
     #: Has a score that a threshold is compared with.
     scored: ClassVar[bool] = True
+    #: Boundaries below whose bands it wants to know of every row, whether it skipped them (`View.skipped`).
+    history: ClassVar[tuple[int, ...]] = ()
     #: Leaves something with the rows for later boundaries.
     carries: ClassVar[bool] = False
     #: The highest score there can be: a threshold there closes the band but for perfect scores.
@@ -89,12 +93,17 @@ class RouterScore(Criterion):
     def needs_previous(self) -> bool:  # type: ignore[override]
         return self.router is not None and self.router.cosine_weight is not None
 
+    @property
+    def history(self) -> tuple[int, ...]:  # type: ignore[override]
+        return () if self.router is None else self.router.history
+
     def score(self, view: View) -> Tensor:
         if self.router is None:
             raise ExitsError("criterion router: the band has no router")
         if self.needs_previous and view.previous is None:
             return _silent(view)
-        return self.router(view.hidden, view.previous, view.stats() if self.needs_logits else None, view.live)
+        skipped = view.skipped(self.history) if self.history and view.skipped is not None else None
+        return self.router(view.hidden, view.previous, view.stats() if self.needs_logits else None, skipped, view.live)
 
 
 def _silent(view: View) -> Tensor:

@@ -21,6 +21,9 @@ from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.policies import EXACT, copy_last
 from dyndepth.runtime.rows import Rows
 
+#: Under which name a row carries the bands that it skipped so far (bits, as in Result.bands_taken).
+TAKEN = "taken"
+
 
 @dataclass
 class Result:
@@ -94,6 +97,9 @@ class _Pass:
         self.skips: list[tuple[Tensor, Band]] = []
         #: Rows whose token was released at a band while they go on, in the caller's numbers, with their head-ready rows.
         self.released: list[tuple[Tensor, Band, Tensor]] = []
+        if self.plan.history_wanted:
+            known = rows.carried.get(TAKEN)  # of rows that waited; -1 for the others
+            rows.carried[TAKEN] = torch.zeros_like(rows.seq, dtype=torch.int64) if known is None else known.clamp_min(0)
         self.work = [0] * model.depth
         self.block_work: dict[int, int] = {}
         kept: Tensor | None = None
@@ -241,6 +247,8 @@ class _Pass:
         for_good = band.resume == plan.model.depth
         if not for_good:
             self.skips.append((rows.index[leaving], band))
+            if plan.history_wanted:
+                rows.carried[TAKEN][leaving] |= 1 << plan.numbers[band.leave]
         elif ready is None:
             ready = self._head(band, block, slice(live, live + gone))
         self.away.insert(0, _Away(left, band.leave, band.resume, band, ready if for_good else None))
@@ -288,6 +296,9 @@ class _Pass:
                 here = (asked == band.leave) & (band.resume == plan.model.depth)
                 named = torch.where(here, -math.inf, math.inf)
                 threshold = torch.where(asked >= 0, named, band.thresholds(rows.step[:live]))
+            router = band.router
+            if router is not None and router.history:
+                threshold = router.shifted(threshold, plan.skipped(rows.carried[TAKEN][:live], router.history))
             _, state, ready = judge(hidden, threshold, rows.may_leave[:live], len(rows))
             if plan.previous_wanted:
                 rows.carry("previous", hidden)
@@ -313,11 +324,12 @@ class _Pass:
 
         votes = plan.votes.get(band.leave)
         carried = {name: value[:live] for name, value in rows.carried.items()}
-        previous = carried.pop("previous", None)
+        previous, taken = carried.pop("previous", None), carried.pop(TAKEN, None)
         view = View(
             hidden=hidden, seq=rows.seq[:live], step=rows.step[:live], previous=previous, stats=stats, depth=plan.depth,
             leave=band.leave, layers=plan.model.depth, carried=carried,
             votes=None if votes is None else votes[rows.seq[:live].long()],
+            skipped=None if taken is None else functools.partial(plan.skipped, taken),
         )  # fmt: skip
         leaves = plan.named(band, view.seq, band.criterion.leaves(view, band.thresholds(view.step))) & rows.may_leave[:live]
         for name, value in view.carried.items():
@@ -340,7 +352,7 @@ class _Pass:
         """What the rows made, brought to the caller's order: those that are away lie behind the live ones, by group."""
         rows, model, total = self.rows, self.plan.model, len(self.rows)
         ready = self._ready()
-        numbers = {leave: number for number, leave in enumerate(self.plan.bands)}
+        numbers = self.plan.numbers
         facts = torch.tensor([[model.depth], [model.depth], [0]]).repeat(1, total)  # exit layer, layers run, bands taken
         held = torch.zeros(total, dtype=torch.bool) if self.hold else None
         if rows.moved or self.away:

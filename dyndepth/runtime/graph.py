@@ -10,6 +10,7 @@ is left for do not run at all.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ class _GraphPass:
             "resume": torch.full((n,), -1, dtype=torch.int32, device=device),
             "left_at": torch.full((n,), -1, dtype=torch.int32, device=device),
         }  # fmt: skip
+        if plan.history_wanted:  # bits of the bands that a row skipped
+            self.buffers["taken"] = torch.zeros(n, dtype=torch.int64, device=device)
         depth = plan.model.depth
         #: In the caller's order.
         self.ready = rows.hidden.new_zeros(n, plan.model.ready_size)
@@ -172,6 +175,8 @@ class _GraphPass:
         self.buffers["resume"] = torch.where(leaves, -1 if for_good else band.resume, self.resume)
         if not for_good:
             self.buffers["left_at"] = torch.where(leaves, band.leave, self.left_at)
+            if plan.history_wanted:
+                self.buffers["taken"] = torch.where(leaves, self.taken | (1 << plan.numbers[band.leave]), self.taken)
         counts = self._partition(state)
         if plan.kv_policy == "predict" and band.kv is not None:
             # The leavers lie right behind the live prefix, as the counts say.
@@ -195,6 +200,7 @@ class _GraphPass:
             hidden=self.hidden, seq=self.seq, step=self.step, previous=self.buffers.get("previous"), stats=stats,
             depth=plan.depth, leave=band.leave, layers=plan.model.depth,
             carried={name: self.buffers[name] for name in self.carried}, live=self.live,
+            skipped=functools.partial(plan.skipped, self.taken) if plan.history_wanted else None,
         )  # fmt: skip
         leaves = plan.named(band, self.seq, band.criterion.leaves(view, band.thresholds(self.step)))
         self.carried = list(view.carried)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +51,11 @@ class Plan:
         return {} if self.exits is None else {band.leave: band for band in self.exits}
 
     @functools.cached_property
+    def numbers(self) -> dict[int, int]:
+        """Which bit of a row's history stands for the band that leaves at a boundary."""
+        return {leave: number for number, leave in enumerate(self.bands)}
+
+    @functools.cached_property
     def stops(self) -> list[int]:
         """Where a pass looks up from the layers: its ends, and the boundaries where rows leave or resume."""
         return sorted({0, self.model.depth} | {stop for band in self.bands.values() for stop in (band.leave, band.resume)})
@@ -58,6 +64,16 @@ class Plan:
     def previous_wanted(self) -> bool:
         """A criterion compares residuals with those at the previous boundary."""
         return any(band.criterion.needs_previous for band in self.bands.values())
+
+    @functools.cached_property
+    def history_wanted(self) -> bool:
+        """A criterion wants to know which bands a row skipped."""
+        return any(band.criterion.history for band in self.bands.values())
+
+    def skipped(self, taken: Tensor, boundaries: Sequence[int]) -> Tensor:
+        """float32 [n, k] from bits (int64 [n], bit i for the i-th band): 1 where the row took the band of each boundary."""
+        known = [self.numbers.get(boundary, 62) for boundary in boundaries]  # at most 62 bands: that bit is never set
+        return ((taken[:, None] >> torch.tensor(known, device=taken.device)) & 1).float()
 
     def closed(self, band: Band) -> bool:
         """No row can leave here, and judging it would tell later boundaries nothing."""
