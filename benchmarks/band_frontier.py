@@ -146,7 +146,8 @@ class Bench:
         for kept in (folder / "bands").glob("band-*-linear"):  # trained by KL (make jump-maps)
             band = Exits.from_pretrained(kept).bands[0]
             bands[band.leave, band.resume] = band
-        return cls(folder, model, report, corpus, bands, readouts, *samples, points)
+        fit, tune, test = samples
+        return cls(folder, model, report, corpus, bands, readouts, fit, tune, test, points)
 
     def run(self) -> None:
         words = frequent(self.fit.answers[self.fit.judged], _WORDS)
@@ -258,7 +259,9 @@ class Bench:
             grown = greedy(candidates, chances, share, _MOST, offsets)
             if grown and grown[-1][1] not in sets:
                 sets.append(grown[-1][1])
-        points = [{"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}]
+        points: list[dict[str, Any]] = [
+            {"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}
+        ]
         with self.report.stage(f"{family}: {confidence}", len(sets) * _POINTS) as advance:
             for chosen in sets:
                 points += self._path([mine[i] for i in chosen], confidence, _POINTS // len(sets), advance)

@@ -9,6 +9,7 @@ are alike (64 tokens), or drawn from a log-normal whose longest of a batch is tw
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -30,9 +31,8 @@ ROUNDS, WARM = 9, 2
 def encoder(dtype: torch.dtype) -> Any:
     """A BERT of MiniLM-L6's shape."""
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=8
-    )
+    config = transformers.BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    config.num_labels = 8
     return transformers.BertForSequenceClassification(config).eval().to(dtype)
 
 
@@ -71,9 +71,9 @@ def measure() -> list[dict[str, Any]]:
             for size in BATCHES:
                 inputs = batch(size, spread)
                 calls: dict[str, Callable[[], Any]] = {
-                    name: (lambda found=found, inputs=inputs: found(**inputs)) for name, found in layouts.items()
+                    name: functools.partial(found, **inputs) for name, found in layouts.items()
                 }
-                calls["transformers"] = lambda inputs=inputs, model=model: model(**inputs)
+                calls["transformers"] = functools.partial(model, **inputs)
                 with torch.no_grad():
                     seconds = timed(calls)
                     want = model(**inputs).logits.float()
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    found = {"threads": torch.get_num_threads(), "rounds": ROUNDS, "machine": info.collect(), "rows": measure()}
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": ROUNDS, "machine": info.collect(), "rows": measure()}
     with replacing(folder / "encoder_layouts.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
     for row in found["rows"]:

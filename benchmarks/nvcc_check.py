@@ -85,7 +85,7 @@ def _check(status: int, what: str) -> None:
 def installed(root: Path) -> tuple[Path | None, Path | None]:
     """nvcc and libnvrtc among the packages under `root`."""
     compilers, libraries = sorted(root.rglob("bin/nvcc")), sorted(root.rglob("libnvrtc.so.*"))
-    return (compilers or [None])[0], (libraries or [None])[0]
+    return next(iter(compilers), None), next(iter(libraries), None)
 
 
 def main() -> int:

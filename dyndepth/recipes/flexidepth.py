@@ -20,7 +20,8 @@ from dyndepth.closed_form.router import fit_router
 from dyndepth.closed_form.search import Candidate, label
 from dyndepth.data import FIT, TUNE, Corpus, gather
 from dyndepth.errors import ArgumentError
-from dyndepth.exits import Band, Exits, JumpMap, Router, RouterScore
+from dyndepth.exits import Band, Exits, Router, RouterScore
+from dyndepth.exits.maps import Jump
 from dyndepth.runtime import entry
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.fingerprint import facts_of
@@ -33,7 +34,7 @@ def gated_layers(layers: int) -> list[int]:
     return list(range(max(1, layers // 2), layers - 1))
 
 
-def exits(model: Any, gates: Mapping[int, tuple[Router, JumpMap | None]], threshold: float | Sequence[float] = 0.5) -> Exits:
+def exits(model: Any, gates: Mapping[int, tuple[Router, Jump | None]], threshold: float | Sequence[float] = 0.5) -> Exits:
     """A gate per layer.
 
     Args:
