@@ -100,7 +100,7 @@ class DynamicEncoder:
         samples, departures = self.advance(samples, work=work, depth=depth)
         if samples.count:
             departures.append(self.finish(samples))
-        return self._output(departures, n, work, labels)
+        return self.output(departures, n, work, labels)
 
     # The parts of a pass: streams and split computing put them together in other ways.
 
@@ -175,6 +175,22 @@ class DynamicEncoder:
             found.append((samples, self.final_answers(samples)))
             return found
 
+    @torch.no_grad()
+    def carried_at(self, boundary: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape per sample of all that criteria leave with samples that run on past `boundary`.
+
+        Found by asking them: the exits judge a sample of zeros; no layer runs.
+        """
+        some = next(iter(self.model.parameters()))
+        tokens = 4  # distilled image encoders read two of them
+        hidden = torch.zeros(tokens, self.family.width, device=some.device, dtype=some.dtype)
+        samples = Samples(hidden if self.packed else hidden[None], torch.tensor([tokens]), torch.tensor([0]))
+        for leave in self.boundaries:
+            if leave <= boundary:
+                samples = replace(samples, boundary=leave, carried=dict(samples.carried))
+                self._judge(*self._at[leave], samples, torch.tensor([-1]))
+        return {name: (value.dtype, tuple(value.shape[1:])) for name, value in samples.carried.items()}
+
     # Judging.
 
     def _judge(self, number: int, point: SampleExit, samples: Samples, depth: Tensor | None) -> tuple[Tensor, Any]:
@@ -235,7 +251,8 @@ class DynamicEncoder:
             raise ArgumentError(f"DynamicEncoder: logits at the exit after layer {point.leave} hold NaN")
         return answers
 
-    def _output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None) -> Any:
+    def output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None = None) -> Any:
+        """What a call returns, from the groups in which all `n` samples left."""
         from dyndepth.encoders.output import (
             DynamicCTCOutput,
             DynamicImageClassifierOutput,

@@ -68,6 +68,10 @@ class EncoderFamily:
         """Width of `finish`; None for a model without a head of its own."""
         raise NotImplementedError
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the model applies to residuals above its last layer, for those who read tokens and not classes."""
+        return hidden
+
     # What follows from it.
 
     @property
