@@ -41,7 +41,7 @@ class EncoderFamily:
     #: Layers can run packed samples.
     packs: ClassVar[bool] = True
     #: `finish` answers per token (CTC) instead of per sample.
-    per_token: ClassVar[bool] = False
+    per_token: bool = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -135,7 +135,7 @@ def register(family: type[EncoderFamily]) -> type[EncoderFamily]:
 def bind(model: Any) -> EncoderFamily:
     """The family of a model; UnsupportedModelError if there is none."""
     # Registering is what importing them does.
-    from dyndepth.encoders import image, text  # noqa: F401
+    from dyndepth.encoders import image, speech, text  # noqa: F401
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
@@ -162,7 +162,6 @@ def output_width(module: Any) -> int:
     return int(last[-1].out_features) if last else 0
 
 
-@torch.no_grad()
 def pack(embedded: Embedded, *, packed_layout: bool) -> Samples:
     """Samples at boundary 0, shortest first (equal lengths stand together); `ids` count the caller's order.
 
