@@ -145,28 +145,27 @@ class Hubert(SpeechFamily):
 
 @register
 class WavLM(SpeechFamily):
-    """Its attention adds a bias of relative positions, made by the first layer and gated by every frame in every layer."""
+    """Its attention adds a bias of relative positions, made by the first layer and gated by every frame in every layer.
+
+    transformers' module makes all samples as long as the longest, and its attention weights whole; here each sample has its own.
+    """
 
     model_types = ("wavlm",)
     prefix = "WavLM"
 
     def run(self, layer: int, samples: Samples) -> Tensor:
         module: Any = self.modules[layer]
-        longest = int(samples.lengths.max())
-        bias = _toeplitz(self.modules[0].attention, longest)
-        if not samples.packed:
-            keep = samples.keep()
-            # Its layers want the bias per sample and head, and a mask of ones and zeros.
-            every = bias.expand(samples.count, -1, -1, -1).flatten(0, 1)
-            mask = None if bool(keep.all()) else keep
-            return plain(module(samples.hidden, attention_mask=mask, position_bias=every))
-        hidden = samples.hidden
-        attend = module.dropout
+        hidden = samples.tokens()
+        bias = _toeplitz(self.modules[0].attention, int(samples.lengths.max()))
         if self.config.do_stable_layer_norm:
-            hidden = hidden + attend(_gated_attention(module.attention, module.layer_norm(hidden), samples, bias))
-            return hidden + module.feed_forward(module.final_layer_norm(hidden))
-        hidden = module.layer_norm(hidden + attend(_gated_attention(module.attention, hidden, samples, bias)))
-        return module.final_layer_norm(hidden + module.feed_forward(hidden))
+            attended = _gated_attention(module.attention, module.layer_norm(hidden), samples.lengths, bias)
+            hidden = hidden + module.dropout(attended)
+            hidden = hidden + module.feed_forward(module.final_layer_norm(hidden))
+        else:
+            attended = _gated_attention(module.attention, hidden, samples.lengths, bias)
+            hidden = module.layer_norm(hidden + module.dropout(attended))
+            hidden = module.final_layer_norm(hidden + module.feed_forward(hidden))
+        return hidden if samples.packed else Slabs(samples)(hidden)
 
 
 def _toeplitz(attention: Any, longest: int) -> Tensor:
@@ -176,7 +175,7 @@ def _toeplitz(attention: Any, longest: int) -> Tensor:
     return values.T.unfold(1, longest, 1).flip(1)
 
 
-def _gated_attention(attention: Any, hidden: Tensor, samples: Samples, bias: Tensor) -> Tensor:
+def _gated_attention(attention: Any, hidden: Tensor, lengths: Tensor, bias: Tensor) -> Tensor:
     """WavLM's attention (Chen et al. 2022, sec. 3.2) of packed frames [tokens, d] to those of their own sample."""
     heads = attention.num_heads
     gates = attention.gru_rel_pos_linear(hidden.unflatten(1, (heads, -1))).unflatten(-1, (2, 4)).sum(-1)
@@ -185,7 +184,7 @@ def _gated_attention(attention: Any, hidden: Tensor, samples: Samples, bias: Ten
     projected = [p(hidden).unflatten(1, (heads, -1)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
     dropout = attention.dropout if attention.training else 0.0
     parts, at = [], 0
-    for count, length in segments(samples.lengths):
+    for count, length in segments(lengths):
         q, k, v, g = (
             t[at : at + count * length].unflatten(0, (count, length)).transpose(1, 2) for t in (*projected, gate)
         )
