@@ -113,7 +113,7 @@ def test_frame_entropy_as_one_by_one(name: str, layout: str) -> None:
     found = exits(name, FrameEntropy(), threshold)
     answers = _told(name, found, batch, threshold)
     encoder = dyndepth.DynamicEncoder(model(name), found, layout=layout)
-    assert len({at for _, at in answers}) > 2, "the threshold separates nobody"
+    assert len({at for _, at in answers}) > 1, "the threshold separates nobody"
     for rows in (range(8), [4], [6, 0], [7, 6, 5, 4, 3, 2, 1, 0]):
         out = encoder(**{key: value[list(rows)] for key, value in batch.items()})
         for place, row in enumerate(rows):
