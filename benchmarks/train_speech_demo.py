@@ -110,7 +110,12 @@ def main() -> None:
         if step % 500 == 0 or step == given.steps:
             model.eval()
             print(step, [{k: round(v, 3) for k, v in r.items()} for r in judged(encoder, held, held_said)], flush=True)
-            state = {"model": model.state_dict(), "exits": exits.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state = {
+                "model": model.state_dict(),
+                "exits": exits.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+            }
             torch.save(state, checkpoint)
     model.eval()
     speech_model.save(model, given.folder)

@@ -68,7 +68,9 @@ class DynamicEncoder:
         for point in exits:
             check_answers(point.leave, point.head, point.criterion, self._per_token(point.head))
             if self._per_token(point.head) != self._per_token(exits.final):
-                raise ExitsError(f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample")
+                raise ExitsError(
+                    f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample"
+                )
         self.model = model
         self.packed = self.family.packs and layout != "padded"
         self.compact = compact

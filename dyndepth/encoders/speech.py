@@ -39,7 +39,9 @@ class SpeechFamily(EncoderFamily):
         self.per_token = type(model).__name__.endswith("ForCTC")
         for name in ("add_adapter", "use_weighted_layer_sum"):
             if getattr(self.config, name, False):
-                raise UnsupportedModelError(f"DynamicEncoder: {type(model).__name__} with {name} reads all layers, or after them")
+                raise UnsupportedModelError(
+                    f"DynamicEncoder: {type(model).__name__} with {name} reads all layers, or after them"
+                )
 
     def layer_modules(self) -> Sequence[nn.Module]:
         return self.base.encoder.layers
@@ -85,7 +87,9 @@ class SpeechFamily(EncoderFamily):
         if attention_mask is None:
             return torch.full((len(values),), values.shape[1])
         if attention_mask.shape != values.shape:
-            raise ArgumentError(f"DynamicEncoder: attention_mask must be {list(values.shape)}, got {list(attention_mask.shape)}")
+            raise ArgumentError(
+                f"DynamicEncoder: attention_mask must be {list(values.shape)}, got {list(attention_mask.shape)}"
+            )
         keep = attention_mask != 0
         lengths = keep.sum(1)
         if not torch.equal(keep, _kept(lengths, values.shape[1], values.device)):
@@ -185,9 +189,7 @@ def _gated_attention(attention: Any, hidden: Tensor, lengths: Tensor, bias: Tens
     dropout = attention.dropout if attention.training else 0.0
     parts, at = [], 0
     for count, length in segments(lengths):
-        q, k, v, g = (
-            t[at : at + count * length].unflatten(0, (count, length)).transpose(1, 2) for t in (*projected, gate)
-        )
+        q, k, v, g = (t[at : at + count * length].unflatten(0, (count, length)).transpose(1, 2) for t in (*projected, gate))
         own = g * bias[:, :length, :length]
         seen = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=own, dropout_p=dropout)
         parts.append(seen.transpose(1, 2).flatten(2).flatten(0, 1))

@@ -137,5 +137,7 @@ def exits(model: SplitformerForCTC, **options: Any) -> SampleExits:
     found = asr.exits(model, every=model.config.block_layers, **options)
     wrong = [point.leave for point in found if point.leave % model.config.block_layers]
     if wrong:
-        raise ArgumentError(f"splitformer.exits: leave must be ends of blocks of {model.config.block_layers} layers, got {wrong}")
+        raise ArgumentError(
+            f"splitformer.exits: leave must be ends of blocks of {model.config.block_layers} layers, got {wrong}"
+        )
     return found

@@ -18,7 +18,18 @@ from dyndepth.errors import ArgumentError
 #: Samples per second of everything here.
 RATE = 16000
 #: What learning hears, and what it never does: other speakers (espeak-ng's variants) of accents it may know.
-VOICES = ("en-us+m1", "en-us+m2", "en-us+f2", "en-us+f3", "en-gb+m3", "en-gb+m4", "en-gb+f1", "en-gb+f4", "en-us+m8", "en-gb+m6")
+VOICES = (
+    "en-us+m1",
+    "en-us+m2",
+    "en-us+f2",
+    "en-us+f3",
+    "en-gb+m3",
+    "en-gb+m4",
+    "en-gb+f1",
+    "en-gb+f4",
+    "en-us+m8",
+    "en-gb+m6",
+)
 HELD_OUT_VOICES = ("en-us+m7", "en-gb+f5", "en-gb+m5", "en-us+f1")
 WORDS = tuple((Path(__file__).parent / "words.txt").read_text().split())
 _LONGEST_S = 60
@@ -62,11 +73,27 @@ def available() -> bool:
     return shutil.which("espeak-ng") is not None
 
 
-def clean(utterance: Utterance) -> NDArray[np.float32]:
-    """fp32 [samples] at 16 kHz, without noise. ArgumentError says how to install espeak-ng where it is absent."""
+def require() -> None:
+    """ArgumentError says how to install espeak-ng where it is absent."""
     if not available():
-        raise ArgumentError("the speech demo needs espeak-ng to speak: apt-get install espeak-ng (or brew install espeak-ng)")
-    command = ["espeak-ng", "--stdout", "-v", utterance.voice, "-s", str(utterance.speed), "-p", str(utterance.pitch), "-b", "1"]
+        raise ArgumentError("the speech demo needs espeak-ng to speak: apt-get install espeak-ng (brew install espeak-ng)")
+
+
+def clean(utterance: Utterance) -> NDArray[np.float32]:
+    """fp32 [samples] at 16 kHz, without noise."""
+    require()
+    command = [
+        "espeak-ng",
+        "--stdout",
+        "-v",
+        utterance.voice,
+        "-s",
+        str(utterance.speed),
+        "-p",
+        str(utterance.pitch),
+        "-b",
+        "1",
+    ]
     made = subprocess.run([*command, "--", utterance.text], capture_output=True, timeout=_LONGEST_S, check=False)
     if made.returncode != 0 or len(made.stdout) <= 44:
         said = made.stderr.decode(errors="replace").strip() or "nothing came out"
