@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dyndepth.encoders.criteria import SampleView
-from dyndepth.encoders.exits import SampleExit, SampleExits, prepared
+from dyndepth.encoders.exits import SampleExit, SampleExits, check_answers, prepared
 from dyndepth.encoders.facts import check_facts
 from dyndepth.encoders.family import bind, pack
+from dyndepth.encoders.heads import SampleHead
 from dyndepth.encoders.samples import Samples
 from dyndepth.errors import ArgumentError, ExitsError
 from dyndepth.ops import ExitStats, exit_stats
@@ -64,6 +65,12 @@ class DynamicEncoder:
         check_facts(exits, self.family)
         if self.family.classes is None and exits.final is None:
             raise ExitsError(f"DynamicEncoder: {type(model).__name__} has no head of its own and the exits have no final head")
+        for point in exits:
+            check_answers(point.leave, point.head, point.criterion, self._per_token(point.head))
+            if self._per_token(point.head) != self._per_token(exits.final):
+                raise ExitsError(
+                    f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample"
+                )
         self.model = model
         self.packed = self.family.packs and layout != "padded"
         self.compact = compact
@@ -239,7 +246,7 @@ class DynamicEncoder:
     def _departure(self, point: SampleExit, samples: Samples, leaves: Tensor, computed: Any) -> Departure:
         answers, features = computed
         head, last = point.head, point.head.last
-        chosen = torch.repeat_interleave(leaves, samples.lengths) if head.per_token else leaves
+        chosen = torch.repeat_interleave(leaves, samples.lengths) if self._per_token(head) else leaves
         on_device = chosen.to(samples.hidden.device)
         read = features() if last is not None else None
         logits = answers()[on_device] if read is None or last is None else self._checked(last(read[on_device]), point)
@@ -276,8 +283,10 @@ class DynamicEncoder:
     @property
     def per_token(self) -> bool:
         """Answers are per token (CTC)."""
-        final = self.exits.final
-        return self.family.per_token if final is None else final.per_token
+        return self._per_token(self.exits.final)
+
+    def _per_token(self, head: SampleHead | None) -> bool:
+        return self.family.per_token if head is None or head.per_token is None else head.per_token
 
 
 def assembled(departures: Sequence[Departure], n: int, per_token: bool) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class EncoderFamily:
     #: Layers can run packed samples.
     packs: ClassVar[bool] = True
     #: `finish` answers per token (CTC) instead of per sample.
-    per_token: ClassVar[bool] = False
+    per_token: bool = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -139,7 +139,7 @@ def register(family: type[EncoderFamily]) -> type[EncoderFamily]:
 def bind(model: Any) -> EncoderFamily:
     """The family of a model; UnsupportedModelError if there is none."""
     # Registering is what importing them does.
-    from dyndepth.encoders import image, text  # noqa: F401
+    from dyndepth.encoders import image, speech, text  # noqa: F401
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
