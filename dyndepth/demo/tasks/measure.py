@@ -149,7 +149,7 @@ def measure(problem: Problem, sizes: Sequence[int], repetitions: int, advance: C
 
 def accuracy(labels: Tensor) -> Callable[[Sequence[Tensor]], float]:
     """Share of right answers; labels int64 [samples]."""
-    return lambda logits: float((torch.stack([row.argmax(-1) for row in logits]) == labels).float().mean())
+    return lambda logits: float((torch.stack([row.argmax(-1) for row in logits]) == labels).double().mean())
 
 
 def run_and_write(
