@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,10 +158,14 @@ class DynamicEncoder:
         head = self._exits.final
         return self.family.finish(samples) if head is None else head(samples, self.family.finish)
 
-    def everywhere(self, **inputs: Any) -> list[tuple[Samples, Tensor]]:
+    def everywhere(
+        self, fork: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None, /, **inputs: Any
+    ) -> list[tuple[Samples, Tensor]]:
         """Every exit's and the top's (samples, logits) with all layers run for all samples; differentiable.
 
         What training and calibration need. Samples stand in the order of `samples.ids` (shortest first), the same at all.
+        `fork` is called at every exit with the residuals and the layers below: what it returns first is what the exit reads,
+        what it returns second is what the layers above read (gradients may be scaled apart there).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             embedded = self.family.embed(**self.family.given(inputs))
@@ -170,8 +174,11 @@ class DynamicEncoder:
             for layer in range(self.depth):
                 samples = replace(samples, hidden=self.family.run(layer, samples), boundary=layer + 1)
                 if layer + 1 in self._at:
-                    head = self._at[layer + 1][1].head
-                    found.append((samples, head(samples, self.family.finish)))
+                    head, read = self._at[layer + 1][1].head, samples
+                    if fork is not None:
+                        seen, passed = fork(samples.hidden, layer + 1)
+                        read, samples = replace(samples, hidden=seen), replace(samples, hidden=passed)
+                    found.append((read, head(read, self.family.finish)))
             found.append((samples, self.final_answers(samples)))
             return found
 

@@ -1,8 +1,8 @@
 """Recipes: known early-exit systems, each a thin composition of heads, criteria, K,V policy, training and calibration.
 
-A module per system, imported on first use: `dyndepth.recipes.apparate`, `balcony`, `calm`, `drex`, `ee_llm`, `ee_tuning`,
-`free`, `kangaroo`, `layerskip`, `skipdecode`, `specexit`. docs/recipes has a page for each: what the paper does, what is
-done here, and what differs.
+A module per system, imported on first use: `dyndepth.recipes.apparate`, `balcony`, `calm`, `costeff`, `deebert`, `drex`,
+`ee_llm`, `ee_tuning`, `eero`, `free`, `jei_dnn`, `kangaroo`, `layerskip`, `pabee`, `palbert`, `skipdecode`, `specexit`.
+docs/recipes has a page for each: what the paper does, what is done here, and what differs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 _SYSTEMS = (
-    "apparate", "balcony", "calm", "drex", "ee_llm", "ee_tuning", "free", "kangaroo", "layerskip", "skipdecode", "specexit",
+    "apparate", "balcony", "calm", "costeff", "deebert", "drex", "ee_llm", "ee_tuning", "eero", "free", "jei_dnn", "kangaroo",
+    "layerskip", "pabee", "palbert", "skipdecode", "specexit",
 )  # fmt: skip
 
 __all__ = list(_SYSTEMS)
