@@ -94,7 +94,7 @@ class LambdaHead(nn.Module):
     def forward(self, hidden: Tensor, previous: Tensor | None) -> Tensor:
         """fp32 [n] in [0, 1]; hidden and previous [n, width]."""
         before = torch.zeros_like(hidden) if previous is None else previous
-        return torch.sigmoid(self.body(torch.cat([hidden, before], -1)).float())[:, 0]
+        return torch.sigmoid(self.body(torch.cat([hidden, before], -1).float()))[:, 0]
 
 
 @dataclass(frozen=True)
