@@ -142,6 +142,10 @@ def save(model: Any, folder: str | Path) -> None:
         temporary.write_text(json.dumps(about, indent=1) + "\n")
 
 
+def _bare(name: str) -> bool:
+    return name in ("BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel")
+
+
 def load(folder: str | Path) -> Any:
     """What `save` wrote; ExitsError says what is wrong with it. Never runs code from the files."""
     import transformers
@@ -156,11 +160,14 @@ def load(folder: str | Path) -> Any:
         if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
             raise ExitsError(f"costeff.load: {about['class']!r} is no transformers model")
         settings = {key: value for key, value in about["config"].items() if key != "model_type"}
-        model: Any = made(transformers.AutoConfig.for_model(kind, **settings))
+        values = load_file(place / WEIGHTS)
+        # A bare model may have been made without its pooler, which its config does not say.
+        bare = {"add_pooling_layer": any(name.startswith("pooler.") for name in values)} if _bare(about["class"]) else {}
+        model: Any = made(transformers.AutoConfig.for_model(kind, **settings), **bare)
         prune(model, [Widths(tuple(range(heads)), tuple(range(neurons))) for heads, neurons in about["layers"]])
         if about["rank"] is not None:
             factor(model, about["rank"])
-        model.load_state_dict(load_file(place / WEIGHTS))
+        model.load_state_dict(values)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, ExitsError):
             raise
