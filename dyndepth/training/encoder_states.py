@@ -59,8 +59,7 @@ class PooledStates:
         parts: list[list[Tensor]] = [[] for _ in heads]
         for rows in order.split(batch):
             given, _ = chosen(inputs, rows)
-            found = encoder.everywhere(**given)
-            for part, head, (samples, _) in zip(parts, heads, found, strict=True):
+            for part, head, samples in zip(parts, heads, encoder.states(**given), strict=True):
                 pooled = samples.pooled(head.pooling).float()
                 part.append(pooled[torch.argsort(samples.ids).to(pooled.device)])
         home = torch.argsort(order)
