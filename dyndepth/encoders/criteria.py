@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dyndepth.errors import ExitsError
 from dyndepth.exits.criteria import CRITERIA, Criterion, View
+from dyndepth.ops import ExitStats
 
 
 @dataclass
@@ -192,8 +193,12 @@ class ExitGate(SampleCriterion):
 
 
 def gate_features(view: View) -> Tensor:
-    """fp32 [live, 4]: largest probability, entropy, margin, entropy at temperature 1/2; entropies in nats."""
-    stats = view.stats()
+    """`gate_features_of` the exit's logits."""
+    return gate_features_of(view.stats())
+
+
+def gate_features_of(stats: ExitStats) -> Tensor:
+    """fp32 [n, 4]: largest probability, entropy, margin, entropy at temperature 1/2; entropies in nats."""
     top1 = torch.exp(stats.top1 - stats.logsumexp)
     return torch.stack([top1, stats.entropy, top1 - torch.exp(stats.top2 - stats.logsumexp), stats.entropy_half], -1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,25 +171,36 @@ class DynamicEncoder:
         head = self._exits.final
         return self.family.finish(samples) if head is None else head(samples, self.family.finish)
 
-    def everywhere(self, **inputs: Any) -> list[tuple[Samples, Tensor]]:
+    def everywhere(
+        self, fork: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None, /, **inputs: Any
+    ) -> list[tuple[Samples, Tensor]]:
         """Every exit's and the top's (samples, logits) with all layers run for all samples; differentiable.
 
         What training and calibration need. Samples stand in the order of `samples.ids` (shortest first), the same at all.
+        `fork` is called at every exit with the residuals and the layers below: what it returns first is what the exit reads,
+        what it returns second is what the layers above read (gradients may be scaled apart there).
         """
-        *below, top = self.states(**inputs)
+        *below, top = self.states(fork, **inputs)
         found = [(each, point.head(each, self.family.finish)) for each, point in zip(below, self._exits, strict=True)]
         return [*found, (top, self.final_answers(top))]
 
-    def states(self, **inputs: Any) -> list[Samples]:
-        """The samples at every exit and at the top with all layers run for all of them; differentiable."""
+    def states(
+        self, fork: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None, /, **inputs: Any
+    ) -> list[Samples]:
+        """The samples at every exit and at the top with all layers run for all of them; differentiable, `fork` as above."""
         embedded = self.family.embed(**self.family.given(inputs))
         samples = pack(embedded, packed_layout=self.packed)
         found: list[Samples] = []
         for layer in range(self.depth):
             samples = replace(self.family.step(layer, samples), boundary=layer + 1)
-            if layer + 1 in self._at or layer + 1 == self.depth:
-                found.append(samples)
-        return found
+            if layer + 1 not in self._at:
+                continue
+            read = samples
+            if fork is not None:
+                seen, passed = fork(samples.hidden, layer + 1)
+                read, samples = replace(samples, hidden=seen), replace(samples, hidden=passed)
+            found.append(read)
+        return [*found, samples]
 
     @torch.no_grad()
     def carried_at(self, boundary: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

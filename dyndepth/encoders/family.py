@@ -177,7 +177,7 @@ def output_width(module: Any) -> int:
 def pack(embedded: Embedded, *, packed_layout: bool) -> Samples:
     """Samples at boundary 0, shortest first (equal lengths stand together); `ids` count the caller's order.
 
-    Padding may stand anywhere in the input; what is kept of a sample becomes one run of tokens.
+    Padding may stand anywhere in the input; what is kept of a sample becomes one run of tokens. Differentiable.
     """
     hidden, keep = embedded.hidden, embedded.keep
     n, longest = hidden.shape[:2]
