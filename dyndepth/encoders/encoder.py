@@ -178,15 +178,14 @@ class DynamicEncoder:
 
         What training and calibration need. Samples stand in the order of `samples.ids` (shortest first), the same at all.
         `fork` is called at every exit with the residuals and the layers below: what it returns first is what the exit reads,
-        what it returns second is what the layers above read (gradients may be scaled apart there).
+        what it returns second is what the layers above read (gradients may be scaled apart there). Gradients reach `exits`
+        where they have the model's dtype and device; elsewhere a converted copy answers.
         """
         *below, top = self.states(fork, **inputs)
         found = [(each, point.head(each, self.family.finish)) for each, point in zip(below, self._exits, strict=True)]
         return [*found, (top, self.final_answers(top))]
 
-    def states(
-        self, fork: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None, /, **inputs: Any
-    ) -> list[Samples]:
+    def states(self, fork: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None, /, **inputs: Any) -> list[Samples]:
         """The samples at every exit and at the top with all layers run for all of them; differentiable, `fork` as above."""
         embedded = self.family.embed(**self.family.given(inputs))
         samples = pack(embedded, packed_layout=self.packed)

@@ -245,6 +245,8 @@ class _Reader:
                 raise ExitsError(f"exits: criterion {kind} has no weights, the file brings some")
             make = criterion.make_module
             judge = self.module(entry["judge"], lambda _kind, settings: make(settings))
+            if isinstance(judge, SampleHead):
+                raise ExitsError(f"exits: the weights of criterion {kind} refer to a head")
             criterion = dataclasses.replace(criterion, module=judge)
         return SampleExit(int(entry["leave"]), self.head(entry["head"]), criterion, float(entry["threshold"]))
 
