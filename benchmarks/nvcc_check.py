@@ -85,7 +85,7 @@ def _check(status: int, what: str) -> None:
 def installed(root: Path) -> tuple[Path | None, Path | None]:
     """nvcc and libnvrtc among the packages under `root`."""
     compilers, libraries = sorted(root.rglob("bin/nvcc")), sorted(root.rglob("libnvrtc.so.*"))
-    return (compilers or [None])[0], (libraries or [None])[0]
+    return next(iter(compilers), None), next(iter(libraries), None)
 
 
 def main() -> int:
@@ -108,8 +108,9 @@ def main() -> int:
         temporary.write_text(json.dumps({"nvcc": release[1] if release else "", "rows": rows}, indent=0) + "\n")
     spilled = [row for row in rows if row["spilled"]]
     for row in rows:
-        print(f"{row['target']} {row['kernel']}: {row['registers']} registers, {row['shared']} bytes shared, "
-              f"{row['occupancy']:.0%} of {row['warps']}-warp blocks ({row['limiter']}), {row['spilled']} bytes spilled")  # fmt: skip
+        held = f"{row['occupancy']:.0%} of all warps ({row['limiter']})"
+        sizes = f"{row['registers']} registers, {row['shared']} bytes shared, {row['spilled']} bytes spilled"
+        print(f"{row['target']} {row['kernel']}: {sizes}, {held}")
     return 1 if spilled else 0
 
 
