@@ -8,8 +8,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	head-tokens jump-maps band-frontier kv-weighting static-report nvcc-check compare depth-efficiency kernel-ratios policies soak \
-	wheel clean
+	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency kernel-ratios policies \
+	soak wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -22,7 +22,7 @@ test: $(VENV)/.built
 
 # The Triton kernels on the CPU. A process of its own: Triton decides between compiler and interpreter when it is imported.
 test-interpreted: $(VENV)/.built
-	TRITON_INTERPRET=1 $(BIN)/pytest $(OPS:%=tests/test_%.py) tests/test_ragged_linear_live.py -k triton
+	TRITON_INTERPRET=1 $(BIN)/pytest $(OPS:%=tests/test_%.py) tests/test_ragged_linear_live.py tests/test_launches.py -k triton
 
 # The kernels' versions for processors without matrix tiles, without AVX-512, without AVX2: the same tests, a process each.
 test-simd: $(VENV)/.built
@@ -96,6 +96,10 @@ results: demo bench
 	cp build/demo.json build/demo.png build/bench.json docs/results/
 	$(BIN)/dyndepth info --json > docs/results/machine.json
 	$(BIN)/python docs/tables.py
+
+# Tile sizes of Triton's launches, per architecture, from compiling without a GPU; about ten minutes.
+launch-table: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/launch_table.py
 
 # The CUDA C++ sources by nvcc and by NVRTC, both from packages (200 MB) in an environment of their own; no GPU, a minute.
 CUDA_PACKAGES := nvidia-cuda-nvcc==13.5.37 nvidia-cuda-crt==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-runtime==13.5.37 \

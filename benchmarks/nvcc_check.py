@@ -108,8 +108,9 @@ def main() -> int:
         temporary.write_text(json.dumps({"nvcc": release[1] if release else "", "rows": rows}, indent=0) + "\n")
     spilled = [row for row in rows if row["spilled"]]
     for row in rows:
-        print(f"{row['target']} {row['kernel']}: {row['registers']} registers, {row['shared']} bytes shared, "
-              f"{row['occupancy']:.0%} of {row['warps']}-warp blocks ({row['limiter']}), {row['spilled']} bytes spilled")  # fmt: skip
+        held = f"{row['occupancy']:.0%} of all warps ({row['limiter']})"
+        sizes = f"{row['registers']} registers, {row['shared']} bytes shared, {row['spilled']} bytes spilled"
+        print(f"{row['target']} {row['kernel']}: {sizes}, {held}")
     return 1 if spilled else 0
 
 

@@ -1,7 +1,7 @@
 """Theoretical occupancy: warps that a processor can hold of a kernel, of all it could, and what keeps more away.
 
-The arithmetic of NVIDIA's cuda_occupancy.h (compute capability 8 and later) and of AMD's CDNA3 and CDNA4 guides: register files,
-shared memory, blocks and warps per processor.
+The arithmetic of NVIDIA's cuda_occupancy.h (compute capability 8 and later) and of AMD's CDNA3 and CDNA4 guides: register
+files, shared memory, blocks and warps per processor.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def static(results: Path) -> str:
             cells.append(f"{registers} · {shared / 1024:.0f} · {-occupied:.0%}" + (f" · spills {spilled} B" if spilled else ""))
         lines.append(f"| `{op}` | `{kernel}` | {' | '.join(cells)} |")
     text = (
-        "Registers per thread · KiB of shared memory per program, the most over the cases · warps that a processor holds at once "
-        "of all it could, the least over the cases."
+        "Registers per thread · KiB of shared memory per program, the most over the cases · warps that a processor holds at "
+        "once of all it could, the least over the cases."
     )
     return "\n".join([*lines, "", text, ""])
 
@@ -114,8 +114,8 @@ def nvcc(results: Path) -> str:
     lines = _header("kernel", *targets)
     lines += [f"| `{kernel}` | {' | '.join(by[target] for target in targets)} |" for kernel, by in cells.items()]
     text = (
-        f"nvcc {found['nvcc']}: registers per thread · bytes of shared memory per block · warps that a processor holds at once of "
-        "all it could, and what limits them."
+        f"nvcc {found['nvcc']}: registers per thread · bytes of shared memory per block · warps that a processor holds at once "
+        "of all it could, and what limits them."
     )
     return "\n".join([*lines, "", text, ""])
 
