@@ -7,7 +7,7 @@ they are. `register` adds one; `bind` finds the family of a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +41,7 @@ class EncoderFamily:
     #: Layers can run packed samples.
     packs: ClassVar[bool] = True
     #: `finish` answers per token (CTC) instead of per sample.
-    per_token: ClassVar[bool] = False
+    per_token: bool = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -81,6 +81,14 @@ class EncoderFamily:
     @property
     def width(self) -> int:
         return int(self.config.hidden_size)
+
+    def width_at(self, boundary: int) -> int:
+        """Width of the residuals at a boundary; families whose stages differ override it."""
+        return self.width
+
+    def step(self, layer: int, samples: Samples) -> Samples:
+        """The samples after layer `layer` (0-based); families whose layers change the number of tokens override it."""
+        return replace(samples, hidden=self.run(layer, samples))
 
     def run(self, layer: int, samples: Samples) -> Tensor:
         """Residuals after layer `layer` (0-based), in the layout of `samples`."""
@@ -139,7 +147,7 @@ def register(family: type[EncoderFamily]) -> type[EncoderFamily]:
 def bind(model: Any) -> EncoderFamily:
     """The family of a model; UnsupportedModelError if there is none."""
     # Registering is what importing them does.
-    from dyndepth.encoders import image, text  # noqa: F401
+    from dyndepth.encoders import image, speech, swin, text  # noqa: F401
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
@@ -166,11 +174,10 @@ def output_width(module: Any) -> int:
     return int(last[-1].out_features) if last else 0
 
 
-@torch.no_grad()
 def pack(embedded: Embedded, *, packed_layout: bool) -> Samples:
     """Samples at boundary 0, shortest first (equal lengths stand together); `ids` count the caller's order.
 
-    Padding may stand anywhere in the input; what is kept of a sample becomes one run of tokens.
+    Padding may stand anywhere in the input; what is kept of a sample becomes one run of tokens. Differentiable.
     """
     hidden, keep = embedded.hidden, embedded.keep
     n, longest = hidden.shape[:2]

@@ -81,7 +81,7 @@ class SplitServer:
             samples, depth = payload.decode(
                 frame.payload,
                 boundary=self.boundary,
-                width=self.encoder.family.width,
+                width=self.encoder.family.width_at(self.boundary),
                 carried=self._carried,
                 dtype=some.dtype,
                 packed=self.encoder.packed,
