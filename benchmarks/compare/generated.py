@@ -141,7 +141,7 @@ def dyndepth_systems(points: list[int]) -> list[System]:
     return [
         full_depth(),
         _ours("dynamic", lambda cell: {"exits": cell.exits}),
-        *(_ours(f"dynamic, {kv}", lambda cell, kv=kv: {"exits": cell.exits, "kv": kv}) for kv in ("propagate", "recompute")),  # type: ignore[misc]
+        *(_ours(kv, lambda cell, kv=kv: {"exits": cell.exits, "kv": kv}) for kv in ("propagate", "recompute")),  # type: ignore[misc]
         Lossless(),
         *(_ours(f"fixed depth {at}", lambda cell, at=at: {"exits": cell.exits, "depth": at}) for at in points),  # type: ignore[misc]
         _ours("shortlist", lambda cell: {"exits": cell.shortlisted}),
