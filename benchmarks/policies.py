@@ -6,7 +6,7 @@ depth and transformers' own self-speculation (batch 1). *Quality*: a share of th
 others with the full model and KL of their next-token distribution, per policy. *Engine*: requests over fewer slots, with
 rules that let rows wait; tokens per second and completion times. *Completion* (completion.py): the same for policies and
 lossless requests, 1 to 64 slots. *Skips* (draft_skips.py): drafts that leave out layers. Writes policies.json and policies.png;
-`--only` one part, `--slots` one number of slots of completion, keeps the others.
+`--only` one part, `--cell` one batch size of speed or number of slots of completion, keeps the others.
 """
 
 from __future__ import annotations
@@ -204,15 +204,6 @@ def engine(bench: Bench, requests: int, slots: int, tokens: int, repetitions: in
     return rows
 
 
-def served(bench: Bench, known: list[dict[str, Any]], slots: int | None, quick: bool) -> list[dict[str, Any]]:
-    """Completion at every number of slots, or at one, the others as they were."""
-    rows = [row for row in known if slots is not None and row["slots"] != slots]
-    for each in CELLS if slots is None else (slots,):
-        if not (quick and each == 64):
-            rows += completion(bench, bench.at(DRAFTING), each, 8 if quick else 32, quick=quick)
-    return sorted(rows, key=lambda row: row["slots"])
-
-
 def skips(bench: Bench, known: dict[str, Any] | None, quick: bool) -> dict[str, Any]:
     """The search, unless it is known (it counts, and counts do not change), and its best sets in time."""
     found = (known or {}).get("search") or draft_skips.search(bench, 2 if quick else 8, 8 if quick else 32, 3 if quick else 12)
@@ -256,19 +247,36 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few prompts and tokens: minutes")
     names = ["speed", "quality", "engine", "lossless", "completion", "skips"]
     parser.add_argument("--only", choices=names, help="one part; the others are kept")
-    parser.add_argument("--slots", type=int, choices=list(CELLS), help="of completion, this cell; the others are kept")
+    parser.add_argument("--cell", type=int, help="of speed this batch, of completion these slots; the others are kept")
     wish = parser.parse_args()
     require("matplotlib", "the picture needs matplotlib: pip install 'dyndepth[demo]'")
     path = wish.folder / "policies.json"
     found: dict[str, Any] = json.loads(path.read_text()) if wish.only and path.exists() else {}
     quick = wish.quick
     bench = Bench(torch.bfloat16)
+
+    def renewed(name: str, cells: Sequence[int], run: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Every cell, or the one that is asked for and the others as they were."""
+        known = found.get("speed" if name == "batch" else "completion", [])
+        rows = [row for row in known if wish.cell is not None and row[name] != wish.cell]
+        for cell in cells if wish.cell is None else (wish.cell,):
+            rows += run(cell)
+        return sorted(rows, key=lambda row: int(row[name]))
+
     parts: dict[str, Callable[[], Any]] = {
-        "speed": lambda: speed(bench, (1, 16) if quick else (1, 4, 16), 32 if quick else 64, 2 if quick else 3),
+        "speed": lambda: renewed(
+            "batch",
+            (1, 16) if quick else (1, 4, 16),
+            lambda batch: speed(bench, (batch,), 32 if quick else 64, 2 if quick else 3),
+        ),
         "quality": lambda: quality(bench, 8 if quick else 32, 32 if quick else 96),
         "engine": lambda: engine(bench, 16 if quick else 48, 16, 16 if quick else 48, 1 if quick else 2),
         "lossless": lambda: lossless(4 if quick else 32, 32 if quick else 128),
-        "completion": lambda: served(bench, found.get("completion", []), wish.slots, quick),
+        "completion": lambda: renewed(
+            "slots",
+            [slots for slots in CELLS if slots < 64 or not quick],
+            lambda slots: completion(bench, bench.at(DRAFTING), slots, 8 if quick else 32, quick=quick),
+        ),
         "skips": lambda: skips(bench, found.get("skips"), quick),
     }
     found["machine"] = info.collect()
