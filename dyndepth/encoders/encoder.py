@@ -177,9 +177,7 @@ class DynamicEncoder:
         found = [(each, point.head(each, self.family.finish)) for each, point in zip(below, self._exits, strict=True)]
         return [*found, (top, self.final_answers(top))]
 
-    def states(
-        self, fork: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None, /, **inputs: Any
-    ) -> list[Samples]:
+    def states(self, fork: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None, /, **inputs: Any) -> list[Samples]:
         """The samples at every exit and at the top with all layers run for all of them; differentiable, `fork` as above."""
         embedded = self.family.embed(**self.family.given(inputs))
         samples = pack(embedded, packed_layout=self.packed)
