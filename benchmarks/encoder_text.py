@@ -24,6 +24,7 @@ from dyndepth.encoders import DynamicEncoder, SampleExits
 from dyndepth.files import replacing
 from dyndepth.recipes import costeff, deebert, eero, jei_dnn, pabee, palbert
 from dyndepth.recipes.costeff_slender import multiplications
+from dyndepth.training.encoder_states import Inputs, PooledStates
 from dyndepth.training.encoder_trainer import EncoderConfig
 
 BATCH = 32
@@ -77,7 +78,20 @@ class Bench:
         _, tokenizer = reuters.minilm()
         parts = [reuters.encoded(tokenizer, split.texts) for split in (found.train, found.held_out, found.test)]
         labels = [split.labels for split in (found.train, found.held_out, found.test)]
+        self._states: list[PooledStates] = []
         self.data = Data(parts[0], labels[0], parts[1], labels[1], parts[2], labels[2], len(found.topics))
+
+    def splits(self, with_model: bool) -> tuple[Inputs, tuple[Inputs, Tensor]]:
+        """Inputs to train on and the validation split; of the frozen model, its pooled vectors, computed once for all."""
+        data = self.data
+        if with_model:
+            return data.train, data.validation
+        if not self._states:
+            model, _ = reuters.minilm()
+            encoder = DynamicEncoder(model, deebert.exits(model, data.topics, pooling="mean"))
+            with torch.autocast("cpu", torch.bfloat16):
+                self._states = [PooledStates.collect(encoder, given) for given in (data.train, data.held)]
+        return self._states[0], (self._states[1], data.held_labels)
 
     def kept(self, name: str, with_model: bool, make: Callable[[Path], Trained]) -> Trained:
         """Read from the folder, or made and written there."""
@@ -96,9 +110,10 @@ class Bench:
             model, _ = reuters.minilm()
             exits = deebert.exits(model, self.data.topics, pooling="mean")
             first = settings() if with_model else frozen()
+            inputs, validation = self.splits(with_model)
             return model, deebert.train(
-                model, exits, self.data.train, self.data.train_labels, first=first, second=frozen(),
-                validation=self.data.validation, folder=place / "run",
+                model, exits, inputs, self.data.train_labels, first=first, second=frozen(), validation=validation,
+                folder=place / "run",
             )  # fmt: skip
 
         return self.kept("deebert", with_model, make)
@@ -109,9 +124,10 @@ class Bench:
         def make(place: Path) -> Trained:
             model, _ = reuters.minilm()
             exits = recipe.exits(model, self.data.topics, pooling="mean")
+            inputs, validation = self.splits(with_model)
             return model, recipe.train(
-                model, exits, self.data.train, self.data.train_labels, config=settings() if with_model else frozen(),
-                validation=self.data.validation, folder=place / "run",
+                model, exits, inputs, self.data.train_labels, config=settings() if with_model else frozen(),
+                validation=validation, folder=place / "run",
             )  # fmt: skip
 
         return self.kept(recipe.__name__.rpartition(".")[2], with_model, make)
@@ -122,8 +138,9 @@ class Bench:
         def make(place: Path) -> Trained:
             model, _ = reuters.minilm()
             exits = jei_dnn.exits(model, self.data.topics, pooling="mean")
+            inputs, validation = self.splits(False)
             return model, jei_dnn.train(
-                model, exits, self.data.train, self.data.train_labels, trade=trade, validation=self.data.validation,
+                model, exits, inputs, self.data.train_labels, trade=trade, validation=validation,
                 config=frozen(updates=3000, lr=3e-3, weight_decay=5e-4, patience=0),
             )  # fmt: skip
 

@@ -33,7 +33,7 @@ def encoder_text(results: Path) -> str:
 
 
 def encoder_text_systems(results: Path) -> str:
-    """System, what runs here, what differs, and the figure reached: the setting that loses at most a point for the least work."""
+    """System, what runs here, what differs, and the figure reached: at most a point is lost, for the least work."""
     found = _load(results)
     lines = _header("system", "what the paper adds", "what runs here", "what differs", "reached here")
     for system, (adds, runs, differs) in found["about"].items():
@@ -44,9 +44,7 @@ def encoder_text_systems(results: Path) -> str:
         ]
         if reached:
             lines.append(f"| {system} | {adds} | {runs} | {differs} | {'; '.join(reached)} |")
-    text = (
-        "Accuracy at share of samples × layers, of the setting that gives away at most a point of full depth's for the least."
-    )
+    text = "Accuracy at the share of samples × layers, of the setting that loses at most a point for the least work."
     return "\n".join([*lines, "", text, ""])
 
 

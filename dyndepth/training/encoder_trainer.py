@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dyndepth.encoders import DynamicEncoder, SampleExits, facts_of
 from dyndepth.errors import ArgumentError, TrainingError
 from dyndepth.files import replacing, require
-from dyndepth.training.encoder_states import Everywhere, PooledStates, chosen
+from dyndepth.training.encoder_states import Everywhere, Inputs, PooledStates, chosen
 from dyndepth.training.weighting import warm_cosine
 
 #: (results of `everywhere`, labels in the order of their samples) -> scalar. An object with `at_update(update)` is told where
@@ -107,12 +107,12 @@ class TrainedEncoder:
 def train_encoder(
     model: Any,
     exits: SampleExits,
-    inputs: Mapping[str, Tensor],
+    inputs: Inputs,
     labels: Tensor,
     loss: Loss,
     *,
     config: EncoderConfig | None = None,
-    validation: tuple[Mapping[str, Tensor], Tensor] | None = None,
+    validation: tuple[Inputs, Tensor] | None = None,
     judge: Loss | None = None,
     watch: Watch | None = None,
     train_only: nn.Module | None = None,
@@ -124,7 +124,8 @@ def train_encoder(
     Args:
         model: a supported encoder in float32. With `base_lr` 0 it is frozen and in eval mode throughout.
         exits: made for it, in float32; their weights are changed in place.
-        inputs: the encoder's arguments for all samples, [n, ...] each; batches lose padding that none of theirs needs.
+        inputs: the encoder's arguments for all samples, [n, ...] each; batches lose padding that none of theirs needs. With a
+            frozen model and linear heads, PooledStates of them will do.
         labels: [n, ...], whatever `loss` reads.
         loss: see `Loss`; dyndepth.training.encoder_losses has those of the recipes.
         validation: inputs and labels that nothing learns from; the weights with the lowest mean of `judge` there are kept.
@@ -149,17 +150,23 @@ def train_encoder(
 
 class _Run:
     def __init__(
-        self, model: Any, exits: SampleExits, inputs: Mapping[str, Tensor], labels: Tensor, loss: Loss, config: EncoderConfig,
-        validation: tuple[Mapping[str, Tensor], Tensor] | None, judge: Loss, watch: Watch | None, train_only: nn.Module | None,
+        self, model: Any, exits: SampleExits, inputs: Inputs, labels: Tensor, loss: Loss, config: EncoderConfig,
+        validation: tuple[Inputs, Tensor] | None, judge: Loss, watch: Watch | None, train_only: nn.Module | None,
         layout: str, folder: str | Path | None,
     ) -> None:  # fmt: skip
         self.model, self.exits, self.config, self.loss, self.judge = model, exits, config, loss, judge
         self.encoder = DynamicEncoder(model, exits, layout=layout)
         self.inputs, self.labels, self.validation, self.watch = inputs, labels, validation, watch
         self.train_only, self.folder = train_only, None if folder is None else Path(folder)
-        sizes = {name: len(value) for name, value in [*inputs.items(), ("labels", labels)]}
+        kept = isinstance(inputs, PooledStates)
+        named = {"states": inputs} if isinstance(inputs, PooledStates) else inputs
+        sizes = {name: len(value) for name, value in [*named.items(), ("labels", labels)]}
         if len(set(sizes.values())) > 1 or not len(labels):
             raise ArgumentError(f"train_encoder: inputs and labels must hold equally many samples, at least one, got {sizes}")
+        if validation is not None and isinstance(validation[0], PooledStates) != kept:
+            raise ArgumentError("train_encoder: inputs and validation must both be kept states, or neither")
+        if kept and (config.base_lr or watch is not None or not PooledStates.fits(self.encoder)):
+            raise ArgumentError("train_encoder: kept states want a frozen model, linear heads and no watch")
         self.states: list[PooledStates] = []
         self.losses: list[float] = []
 
@@ -187,7 +194,9 @@ class _Run:
         if not self.config.base_lr and self.watch is None and PooledStates.fits(self.encoder):
             data = [(self.inputs, self.labels), *([] if self.validation is None else [self.validation])]
             with self._mixed():
-                self.states = [PooledStates.collect(self.encoder, given) for given, _ in data]
+                self.states = [
+                    given if isinstance(given, PooledStates) else PooledStates.collect(self.encoder, given) for given, _ in data
+                ]
         base = {id(p) for p in self.model.parameters()}
         parameters = [p for part in (self.model, self.exits) for p in part.parameters() if p.requires_grad]
         groups = [
@@ -267,6 +276,7 @@ class _Run:
         inputs, labels = (self.inputs, self.labels) if split == 0 or self.validation is None else self.validation
         if self.states:
             return loss(self.states[split].everywhere(self.encoder, rows), labels[rows])
+        assert not isinstance(inputs, PooledStates)
         batch, rows = chosen(inputs, rows)
         if self.watch is not None:
             return loss(self.watch(self.encoder, batch), labels[rows])
