@@ -27,7 +27,7 @@ def encoder_text(results: Path) -> str:
     text = (
         f"{found['model']}, {found['layers']} layers; {found['data']}, {found['topics']} topics, the first {found['tokens']} "
         f"tokens of a document; {sizes['train']} documents train, {sizes['held_out']} set thresholds and stop training, "
-        f"{sizes['test']} are the published test set, in batches of {found['batch']}."
+        f"{sizes['test']} of the published test set are answered, in batches of {found['batch']}."
     )
     return "\n".join([*lines, "", text, ""])
 

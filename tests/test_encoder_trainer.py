@@ -154,7 +154,7 @@ def test_a_run_that_was_killed_ends_with_the_weights_it_would_have_had(tmp_path:
 
     def run(folder: Path, die: bool) -> list[Tensor]:
         model = tiny_text.bert(dropout=0.2)
-        exits, calls = made(model), [0]
+        exits, calls = made(model, dense=True, one_dense=True), [0]
 
         def loss(found: Any, labels: Tensor) -> Tensor:
             calls[0] += 1
@@ -232,6 +232,8 @@ def test_errors() -> None:
         train_encoder(model, exits, *data, lambda found, labels: (found[0][1] - found[0][1].detach()).abs().sqrt().sum())
     with pytest.raises(ArgumentError, match=r"equally many samples, at least one, got .*'labels': 7"):
         train_encoder(model, exits, data[0], data[1][:7], unweighted)
+    with pytest.raises(ArgumentError, match="nothing learns"):
+        train_encoder(model, exits, *data, unweighted, train_only=torch.nn.ModuleList([]))
     with pytest.raises(ArgumentError, match="checkpoint_every needs a folder"):
         train_encoder(model, exits, *data, unweighted, config=EncoderConfig(checkpoint_every=1))
     with pytest.raises(TrainingError, match="must be in float32"):

@@ -176,7 +176,8 @@ class _Run:
         parts: list[nn.Module] = [self.model, self.exits]
         flags = [(p, p.requires_grad) for part in parts for p in part.parameters()]
         mode = self.model.training
-        learning = {id(p) for p in (self.train_only or self.exits).parameters()}
+        named = self.exits if self.train_only is None else self.train_only
+        learning = {id(p) for p in named.parameters()}
         learning |= {id(p) for p in self.model.parameters()} if self.config.base_lr else set()
         for parameter, _ in flags:
             parameter.requires_grad_(id(parameter) in learning)
@@ -203,6 +204,8 @@ class _Run:
             {"params": [p for p in parameters if id(p) in base], "rate": self.config.base_lr},
             {"params": [p for p in parameters if id(p) not in base], "rate": self.config.lr},
         ]
+        if not parameters:
+            raise ArgumentError("train_encoder: nothing learns: base_lr is 0 and train_only names no weights")
         some = next(iter(self.model.parameters()))
         accelerator = Accelerator(mixed_precision="no", cpu=some.device.type == "cpu")
         optimizer: Any = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.config.weight_decay)
