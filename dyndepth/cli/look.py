@@ -54,13 +54,24 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where demo.json and demo.png go.")] = Path("build"),
+    folder: Annotated[Path, typer.Option(help="Where demo.json and demo.png go (<task>.json and .png).")] = Path("build"),
     new_tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 64,
-    repetitions: Annotated[int, typer.Option(min=1, help="Timed repetitions of the batch of 16.")] = 4,
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed repetitions (of the batch of 16).")] = 4,
+    task: Annotated[
+        str | None, typer.Option(help="image, speech or text: an encoder whose whole samples leave early, instead.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes of a task.", show_default="1 8 32 128")] = None,
 ) -> None:
-    """SmolLM2-135M with every token leaving at its own depth, beside full depth and transformers."""
+    """SmolLM2-135M with every token leaving at its own depth, beside full depth and transformers; or an encoder's task."""
     from dyndepth.demo.run import run
 
+    if task is not None:
+        from dyndepth.demo.tasks import run_task
+
+        run_task(task, folder, batches=batch or (1, 8, 32, 128), repetitions=repetitions)
+        return
+    if batch:
+        raise ArgumentError("demo: --batch goes with --task")
     run(folder, new_tokens=new_tokens, repetitions=repetitions)
 
 

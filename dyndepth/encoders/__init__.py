@@ -5,6 +5,7 @@ from dyndepth.encoders.criteria import (
     ExitGate,
     FrameEntropy,
     LambdaHead,
+    PatientConfidence,
     PonderDraw,
     QExit,
     RegressionPatience,
@@ -14,9 +15,10 @@ from dyndepth.encoders.criteria import (
 )
 from dyndepth.encoders.ctc import SentencePosterior
 from dyndepth.encoders.encoder import Departure, DynamicEncoder
-from dyndepth.encoders.exits import SampleExit, SampleExits
+from dyndepth.encoders.exits import EncoderFacts, SampleExit, SampleExits
 from dyndepth.encoders.facts import facts_of
 from dyndepth.encoders.family import FAMILIES, Embedded, EncoderFamily, bind, register
+from dyndepth.encoders.grid_heads import GlobalAggregationHead, LocalPerceptionHead
 from dyndepth.encoders.heads import HEADS, CtcHead, LinearHead, ModelHead, SampleHead, register_head
 from dyndepth.encoders.samples import Samples
 from dyndepth.encoders.stream import Answer, SampleStream
@@ -30,12 +32,16 @@ __all__ = [
     "Departure",
     "DynamicEncoder",
     "Embedded",
+    "EncoderFacts",
     "EncoderFamily",
     "ExitGate",
     "FrameEntropy",
+    "GlobalAggregationHead",
     "LambdaHead",
     "LinearHead",
+    "LocalPerceptionHead",
     "ModelHead",
+    "PatientConfidence",
     "PonderDraw",
     "QExit",
     "RegressionPatience",

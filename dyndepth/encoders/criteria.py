@@ -215,12 +215,38 @@ class FrameEntropy(SampleCriterion):
         return -view.reduce(view.stats().entropy) / view.classes
 
 
+@dataclass(frozen=True)
+class PatientConfidence(SampleCriterion):
+    """PCEE-BERT's patience over confidence (Zhang et al. 2022; LGViT's fourth rule): `patience` exits in a row were sure.
+
+    The score is the smallest of the last `patience` largest probabilities, 0 before so many exits have judged: it reaches the
+    threshold just when all of them did.
+    """
+
+    kind: ClassVar[str] = "patient_confidence"
+    carries: ClassVar[bool] = True
+    needs_logits = True
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ExitsError(f"criterion patient_confidence: patience must be at least 1, got {self.patience}")
+
+    def score(self, view: View) -> Tensor:
+        stats = view.stats()
+        sure = torch.exp(stats.top1 - stats.logsumexp)[:, None]
+        before = view.carried.get("recent_confidence", sure.new_zeros(len(sure), self.patience))
+        recent = torch.cat([before[:, 1:], sure], 1)
+        view.carried["recent_confidence"] = recent
+        return recent.amin(1)
+
+
 #: Criteria of tokens that serve samples as they are.
 _SHARED = ("top_probability", "margin", "entropy", "saturation", "patience", "fixed_depth", "always", "never")
 
 SAMPLE_CRITERIA: dict[str, type[Criterion]] = {
     **{kind: CRITERIA[kind] for kind in _SHARED},
-    **{c.kind: c for c in (RegressionPatience, QExit, PonderDraw, ExitGate, FrameEntropy)},
+    **{c.kind: c for c in (RegressionPatience, QExit, PonderDraw, ExitGate, FrameEntropy, PatientConfidence)},
 }  # fmt: skip
 
 

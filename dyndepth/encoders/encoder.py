@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndepth.encoders.criteria import SampleView
 from dyndepth.encoders.exits import SampleExit, SampleExits, check_answers, prepared
@@ -78,6 +78,10 @@ class DynamicEncoder:
         some = next(iter(model.parameters()))
         self._exits = prepared(exits, some.device, some.dtype)
         self._at = {point.leave: (number, point) for number, point in enumerate(self._exits)}
+        # Batch norms and dropout: what they do depends on the mode that the heads are in.
+        self._by_mode = [
+            part for part in self._exits.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm | nn.Dropout)
+        ]
         self._last_previous = max((e.leave for e in self._exits if e.criterion.needs_previous), default=0)
 
     @property
@@ -116,6 +120,8 @@ class DynamicEncoder:
         """The embedded batch at boundary 0."""
         if self.model.training:
             raise ArgumentError("DynamicEncoder: the model must be in eval mode, got training mode (call model.eval())")
+        if any(part.training for part in self._by_mode):
+            raise ArgumentError("DynamicEncoder: the exits must be in eval mode, got training mode (call exits.eval())")
         return pack(self.family.embed(**self.family.given(inputs)), packed_layout=self.packed)
 
     @torch.no_grad()
@@ -136,8 +142,8 @@ class DynamicEncoder:
                 break
             if work is not None:
                 work.layers[layer] += samples.count
-            hidden = self.family.run(layer, samples)
-            samples = replace(samples, hidden=hidden, boundary=layer + 1, carried=dict(samples.carried))
+            samples = self.family.step(layer, samples)
+            samples = replace(samples, boundary=layer + 1, carried=dict(samples.carried))
             found = self._at.get(layer + 1)
             if found is None:
                 continue
@@ -170,17 +176,20 @@ class DynamicEncoder:
 
         What training and calibration need. Samples stand in the order of `samples.ids` (shortest first), the same at all.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
-            embedded = self.family.embed(**self.family.given(inputs))
-            samples = pack(embedded, packed_layout=self.packed)
-            found: list[tuple[Samples, Tensor]] = []
-            for layer in range(self.depth):
-                samples = replace(samples, hidden=self.family.run(layer, samples), boundary=layer + 1)
-                if layer + 1 in self._at:
-                    head = self._at[layer + 1][1].head
-                    found.append((samples, head(samples, self.family.finish)))
-            found.append((samples, self.final_answers(samples)))
-            return found
+        *below, top = self.states(**inputs)
+        found = [(each, point.head(each, self.family.finish)) for each, point in zip(below, self._exits, strict=True)]
+        return [*found, (top, self.final_answers(top))]
+
+    def states(self, **inputs: Any) -> list[Samples]:
+        """The samples at every exit and at the top with all layers run for all of them; differentiable."""
+        embedded = self.family.embed(**self.family.given(inputs))
+        samples = pack(embedded, packed_layout=self.packed)
+        found: list[Samples] = []
+        for layer in range(self.depth):
+            samples = replace(self.family.step(layer, samples), boundary=layer + 1)
+            if layer + 1 in self._at or layer + 1 == self.depth:
+                found.append(samples)
+        return found
 
     # Judging.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.encoders.criteria import SAMPLE_CRITERIA, SampleCriterion
-from dyndepth.encoders.heads import HEADS, SampleHead
+from dyndepth.encoders.heads import HEADS, ModelHead, SampleHead
 from dyndepth.errors import ExitsError
 from dyndepth.exits import store
 from dyndepth.exits.codec import number_to_json
@@ -21,6 +22,26 @@ from dyndepth.exits.criteria import Criterion, Never
 from dyndepth.exits.store import ModelFacts
 
 FORMAT, VERSION = "dyndepth-sample-exits", 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderFacts(ModelFacts):
+    """Facts of an encoder; `width` is that of its top."""
+
+    #: Width of the residuals at boundaries 1, 2, ... where they differ; empty where all are `width`.
+    widths: tuple[int, ...] = ()
+
+    def width_at(self, boundary: int) -> int:
+        return self.widths[boundary - 1] if self.widths else self.width
+
+    @classmethod
+    def from_json(cls, entry: Any) -> EncoderFacts:
+        facts = super().from_json(entry)
+        assert isinstance(facts, EncoderFacts)
+        widths = tuple(facts.widths)
+        if widths and (len(widths) != facts.layers or any(type(width) is not int or width < 1 for width in widths)):
+            raise TypeError(f"model: wanted {facts.layers} positive widths, got {widths}")
+        return dataclasses.replace(facts, widths=widths)
 
 
 class SampleExit(nn.Module):
@@ -75,7 +96,7 @@ class SampleExits(nn.Module):
     def __init__(
         self,
         exits: Iterable[SampleExit],
-        model: ModelFacts,
+        model: EncoderFacts,
         *,
         final: SampleHead | None = None,
         record: dict[str, Any] | None = None,
@@ -91,13 +112,25 @@ class SampleExits(nn.Module):
             raise ExitsError(f"sample exits: at most one exit per boundary, got {leaves}")
         if leaves and leaves[-1] >= model.layers:
             raise ExitsError(f"sample exits: leave must be below the model's {model.layers} layers, got {leaves[-1]}")
-        for name, part in [*((f"exit at {e.leave}", e.head) for e in self), ("final head", final)]:
+        heads = [*((f"exit at {e.leave}", e.leave, e.head) for e in self), ("final head", model.layers, final)]
+        for name, leave, part in heads:
             if part is None:
                 continue
-            if part.classes not in (None, model.vocab_size) or part.width not in (None, model.width):
+            if part.classes not in (None, model.vocab_size) or part.width not in (None, model.width_at(leave)):
                 raise ExitsError(
-                    f"sample exits: {name} must read {model.width} and answer {model.vocab_size} classes, got "
+                    f"sample exits: {name} must read {model.width_at(leave)} and answer {model.vocab_size} classes, got "
                     f"{part.width} and {part.classes}"
+                )
+            if isinstance(part, ModelHead) and model.width_at(leave) != model.width:
+                raise ExitsError(
+                    f"sample exits: {name} must have a head of its own: the model's reads {model.width}, there are "
+                    f"{model.width_at(leave)}"
+                )
+        for before, after in itertools.pairwise(self):
+            if after.criterion.needs_previous and model.width_at(before.leave) != model.width_at(after.leave):
+                raise ExitsError(
+                    f"sample exits: criterion {after.criterion.kind} compares the residuals after layers {before.leave} and "
+                    f"{after.leave}, whose widths differ"
                 )
 
     def __iter__(self) -> Iterator[SampleExit]:
@@ -167,7 +200,7 @@ class SampleExits(nn.Module):
             reader = _Reader(tensors)
             exits = [reader.exit(entry) for entry in manifest["exits"]]
             final = None if manifest["final"] is None else reader.head(manifest["final"])
-            made = cls(exits, ModelFacts.from_json(manifest["model"]), final=final, record=dict(manifest["record"] or {}))
+            made = cls(exits, EncoderFacts.from_json(manifest["model"]), final=final, record=dict(manifest["record"] or {}))
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             if isinstance(error, ExitsError):
                 raise

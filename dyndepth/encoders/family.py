@@ -7,7 +7,7 @@ they are. `register` adds one; `bind` finds the family of a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -78,6 +78,14 @@ class EncoderFamily:
     def width(self) -> int:
         return int(self.config.hidden_size)
 
+    def width_at(self, boundary: int) -> int:
+        """Width of the residuals at a boundary; families whose stages differ override it."""
+        return self.width
+
+    def step(self, layer: int, samples: Samples) -> Samples:
+        """The samples after layer `layer` (0-based); families whose layers change the number of tokens override it."""
+        return replace(samples, hidden=self.run(layer, samples))
+
     def run(self, layer: int, samples: Samples) -> Tensor:
         """Residuals after layer `layer` (0-based), in the layout of `samples`."""
         module = self.modules[layer]
@@ -135,7 +143,7 @@ def register(family: type[EncoderFamily]) -> type[EncoderFamily]:
 def bind(model: Any) -> EncoderFamily:
     """The family of a model; UnsupportedModelError if there is none."""
     # Registering is what importing them does.
-    from dyndepth.encoders import image, speech, text  # noqa: F401
+    from dyndepth.encoders import image, speech, swin, text  # noqa: F401
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:

@@ -1,8 +1,8 @@
 """Recipes: known early-exit systems, each a thin composition of heads, criteria, K,V policy, training and calibration.
 
 A module per system, imported on first use: `dyndepth.recipes.apparate`, `asr`, `balcony`, `calm`, `draft_verify`, `drex`,
-`ee_llm`, `ee_tuning`, `first`, `flexidepth`, `free`, `hsd`, `kangaroo`, `layerskip`, `skipdecode`, `specexit`, `splitformer`.
-docs/recipes has a page for each: what the paper does, what is done here, and what differs.
+`dyn_perceiver`, `ee_llm`, `ee_tuning`, `first`, `flexidepth`, `free`, `hsd`, `kangaroo`, `layerskip`, `lgvit`, `skipdecode`,
+`specexit`, `splitformer`. docs/recipes has a page for each: what the paper does, what is done here, and what differs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 _SYSTEMS = (
-    "apparate", "asr", "balcony", "calm", "draft_verify", "drex", "ee_llm", "ee_tuning", "first", "flexidepth", "free", "hsd",
-    "kangaroo", "layerskip", "skipdecode", "specexit", "splitformer",
+    "apparate", "asr", "balcony", "calm", "draft_verify", "drex", "dyn_perceiver", "ee_llm", "ee_tuning", "first",
+    "flexidepth", "free", "hsd", "kangaroo", "layerskip", "lgvit", "skipdecode", "specexit", "splitformer",
 )  # fmt: skip
 
 __all__ = list(_SYSTEMS)
