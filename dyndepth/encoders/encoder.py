@@ -66,8 +66,8 @@ class DynamicEncoder:
         if self.family.classes is None and exits.final is None:
             raise ExitsError(f"DynamicEncoder: {type(model).__name__} has no head of its own and the exits have no final head")
         for point in exits:
-            check_answers(point.leave, point.head, point.criterion, self._per_token(point.head))
-            if self._per_token(point.head) != self._per_token(exits.final):
+            check_answers(point.leave, point.head, point.criterion, self.answers_per_token(point.head))
+            if self.answers_per_token(point.head) != self.answers_per_token(exits.final):
                 raise ExitsError(
                     f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample"
                 )
@@ -265,7 +265,7 @@ class DynamicEncoder:
     def _departure(self, point: SampleExit, samples: Samples, leaves: Tensor, computed: Any) -> Departure:
         answers, features = computed
         head, last = point.head, point.head.last
-        chosen = torch.repeat_interleave(leaves, samples.lengths) if self._per_token(head) else leaves
+        chosen = torch.repeat_interleave(leaves, samples.lengths) if self.answers_per_token(head) else leaves
         on_device = chosen.to(samples.hidden.device)
         read = features() if last is not None else None
         logits = answers()[on_device] if read is None or last is None else self._checked(last(read[on_device]), point)
@@ -302,9 +302,10 @@ class DynamicEncoder:
     @property
     def per_token(self) -> bool:
         """Answers are per token (CTC)."""
-        return self._per_token(self.exits.final)
+        return self.answers_per_token(self.exits.final)
 
-    def _per_token(self, head: SampleHead | None) -> bool:
+    def answers_per_token(self, head: SampleHead | None) -> bool:
+        """Whether a head (None: the model's own) answers per token."""
         return self.family.per_token if head is None or head.per_token is None else head.per_token
 
 
