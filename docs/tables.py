@@ -146,6 +146,7 @@ def kv_maps(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     **runpy.run_path(str(Path(__file__).with_name("tables_speed.py")))["TABLES"],
     **runpy.run_path(str(Path(__file__).with_name("tables_roofline.py")))["TABLES"],
+    **runpy.run_path(str(Path(__file__).with_name("tables_vision.py")))["TABLES"],
     "demo": demo,
     "bench": bench,
     "calibration": calibration,
