@@ -8,7 +8,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	static-report compare depth-efficiency kernel-ratios policies soak demo-image encoder-image encoder-depth wheel clean
+	head-tokens jump-maps band-frontier kv-weighting static-report nvcc-check compare depth-efficiency kernel-ratios policies soak \
+	demo-image encoder-image encoder-depth wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -54,6 +55,11 @@ exit-heads: $(VENV)/.built
 # What the K,V of skipped tokens do to the others, by policy; an hour, and it resumes in build/kv-maps.
 kv-maps: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kv_maps.py build/kv-maps
+
+# Four more in the folder of exit-heads, whose corpus, teacher cache and heads they take; they resume, a quarter of an hour each:
+# agreement by rows shown; kinds of jump; the frontier of exits, bands and both (after jump-maps); regression by attention.
+head-tokens jump-maps band-frontier kv-weighting: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/$(subst -,_,$@).py build/exit-heads
 
 # Makes the exits that the demo ships; hours on two cores, and it resumes in build/demo-exits.
 demo-exits: $(VENV)/.built
@@ -102,6 +108,14 @@ results: demo bench
 	cp build/demo.json build/demo.png build/bench.json docs/results/
 	$(BIN)/dyndepth info --json > docs/results/machine.json
 	$(BIN)/python docs/tables.py
+
+# The CUDA C++ sources by nvcc and by NVRTC, both from packages (200 MB) in an environment of their own; no GPU, a minute.
+CUDA_PACKAGES := nvidia-cuda-nvcc==13.5.37 nvidia-cuda-crt==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-runtime==13.5.37 \
+	nvidia-cuda-nvrtc==13.5.37
+nvcc-check: $(VENV)/.built
+	test -d build/nvcc || $(PYTHON) -m venv build/nvcc
+	build/nvcc/bin/python -m pip install --quiet --disable-pip-version-check $(CUDA_PACKAGES)
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/nvcc_check.py build/nvcc
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+from occupancy import occupancy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -86,7 +87,7 @@ def compiled(targets: list[str], ops: list[str], dtypes: list[torch.dtype]) -> l
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        entry = now | {"kernel": self.__name__.lstrip("_"), **facts(kernel, now["target"])}
+        entry = now | {"kernel": self.__name__.lstrip("_"), **held(now["target"], facts(kernel, now["target"]))}
         if entry not in rows:
             rows.append(entry)
         return kernel
@@ -146,6 +147,12 @@ def facts(kernel: Any, target: str) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
     numbers = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", text)}
     return found | {"registers": numbers["vgpr_count"], "spilled": numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]}
+
+
+def held(target: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The facts, and how many of a processor's warps may run it, and what keeps the others away."""
+    share, limiter = occupancy(target, found["warps"], found["registers"], found["shared"])
+    return found | {"occupancy": round(share, 4), "limiter": limiter}
 
 
 def smallest_load(code: str) -> int | None:

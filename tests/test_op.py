@@ -57,7 +57,7 @@ LAYERS = {
     **dict.fromkeys(("cuda", "ops"), 2),
     **dict.fromkeys(("testing", "exits", "modules", "plan"), 3),
     **dict.fromkeys(("runtime", "encoders"), 4),
-    **dict.fromkeys(("data", "engine"), 5),
+    **dict.fromkeys(("data", "engine", "split", "ssm"), 5),
     "closed_form": 6,
     **dict.fromkeys(("calibration", "training"), 7),
     "recipes": 8,

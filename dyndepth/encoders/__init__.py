@@ -13,6 +13,7 @@ from dyndepth.encoders.criteria import (
     SampleView,
     register_criterion,
 )
+from dyndepth.encoders.ctc import SentencePosterior
 from dyndepth.encoders.encoder import Departure, DynamicEncoder
 from dyndepth.encoders.exits import EncoderFacts, SampleExit, SampleExits
 from dyndepth.encoders.facts import facts_of
@@ -50,6 +51,7 @@ __all__ = [
     "SampleHead",
     "SampleStream",
     "SampleView",
+    "SentencePosterior",
     "Samples",
     "bind",
     "facts_of",

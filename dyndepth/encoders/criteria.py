@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dyndepth.errors import ExitsError
 from dyndepth.exits.criteria import CRITERIA, Criterion, View
+from dyndepth.ops import ExitStats
 
 
 @dataclass
@@ -93,7 +94,7 @@ class LambdaHead(nn.Module):
     def forward(self, hidden: Tensor, previous: Tensor | None) -> Tensor:
         """fp32 [n] in [0, 1]; hidden and previous [n, width]."""
         before = torch.zeros_like(hidden) if previous is None else previous
-        return torch.sigmoid(self.body(torch.cat([hidden, before], -1)).float())[:, 0]
+        return torch.sigmoid(self.body(torch.cat([hidden, before], -1).float()))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ class PonderDraw(QExit):
 
 def draw(ids: Tensor, boundary: int, seed: int) -> Tensor:
     """Uniform fp32 [n] in [0, 1) from whole numbers: splitmix64's finaliser (Steele, Lea and Flood 2014)."""
-    mixed = ids.long() * 0x1E3779B97F4A7C15 + boundary * 0x3F58476D1CE4E5B9 + seed
+    # Tensors wrap around at 2^64 by themselves; Python's numbers have to be told.
+    key = (boundary * 0x3F58476D1CE4E5B9 + seed + 2**63) % 2**64 - 2**63
+    mixed = ids.long() * 0x1E3779B97F4A7C15 + key
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ _shifted(mixed, shift)) * factor
     mixed = mixed ^ _shifted(mixed, 31)
@@ -190,8 +193,12 @@ class ExitGate(SampleCriterion):
 
 
 def gate_features(view: View) -> Tensor:
-    """fp32 [live, 4]: largest probability, entropy, margin, entropy at temperature 1/2; entropies in nats."""
-    stats = view.stats()
+    """`gate_features_of` the exit's logits."""
+    return gate_features_of(view.stats())
+
+
+def gate_features_of(stats: ExitStats) -> Tensor:
+    """fp32 [n, 4]: largest probability, entropy, margin, entropy at temperature 1/2; entropies in nats."""
     top1 = torch.exp(stats.top1 - stats.logsumexp)
     return torch.stack([top1, stats.entropy, top1 - torch.exp(stats.top2 - stats.logsumexp), stats.entropy_half], -1)
 

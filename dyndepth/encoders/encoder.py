@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.encoders.criteria import SampleView
-from dyndepth.encoders.exits import SampleExit, SampleExits, prepared
+from dyndepth.encoders.exits import SampleExit, SampleExits, check_answers, prepared
 from dyndepth.encoders.facts import check_facts
 from dyndepth.encoders.family import bind, pack
+from dyndepth.encoders.heads import SampleHead
 from dyndepth.encoders.samples import Samples
 from dyndepth.errors import ArgumentError, ExitsError
 from dyndepth.ops import ExitStats, exit_stats
@@ -64,6 +65,12 @@ class DynamicEncoder:
         check_facts(exits, self.family)
         if self.family.classes is None and exits.final is None:
             raise ExitsError(f"DynamicEncoder: {type(model).__name__} has no head of its own and the exits have no final head")
+        for point in exits:
+            check_answers(point.leave, point.head, point.criterion, self._per_token(point.head))
+            if self._per_token(point.head) != self._per_token(exits.final):
+                raise ExitsError(
+                    f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample"
+                )
         self.model = model
         self.packed = self.family.packs and (layout == "packed" or (layout == "auto" and not self.family.uniform))
         self.compact = compact
@@ -104,7 +111,7 @@ class DynamicEncoder:
         samples, departures = self.advance(samples, work=work, depth=depth)
         if samples.count:
             departures.append(self.finish(samples))
-        return self._output(departures, n, work, labels)
+        return self.output(departures, n, work, labels)
 
     # The parts of a pass: streams and split computing put them together in other ways.
 
@@ -164,25 +171,51 @@ class DynamicEncoder:
         head = self._exits.final
         return self.family.finish(samples) if head is None else head(samples, self.family.finish)
 
-    def everywhere(self, **inputs: Any) -> list[tuple[Samples, Tensor]]:
+    def everywhere(
+        self, fork: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None, /, **inputs: Any
+    ) -> list[tuple[Samples, Tensor]]:
         """Every exit's and the top's (samples, logits) with all layers run for all samples; differentiable.
 
         What training and calibration need. Samples stand in the order of `samples.ids` (shortest first), the same at all.
+        `fork` is called at every exit with the residuals and the layers below: what it returns first is what the exit reads,
+        what it returns second is what the layers above read (gradients may be scaled apart there). Gradients reach `exits`
+        where they have the model's dtype and device; elsewhere a converted copy answers.
         """
-        *below, top = self.states(**inputs)
+        *below, top = self.states(fork, **inputs)
         found = [(each, point.head(each, self.family.finish)) for each, point in zip(below, self._exits, strict=True)]
         return [*found, (top, self.final_answers(top))]
 
-    def states(self, **inputs: Any) -> list[Samples]:
-        """The samples at every exit and at the top with all layers run for all of them; differentiable."""
+    def states(self, fork: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None, /, **inputs: Any) -> list[Samples]:
+        """The samples at every exit and at the top with all layers run for all of them; differentiable, `fork` as above."""
         embedded = self.family.embed(**self.family.given(inputs))
         samples = pack(embedded, packed_layout=self.packed)
         found: list[Samples] = []
         for layer in range(self.depth):
             samples = replace(self.family.step(layer, samples), boundary=layer + 1)
-            if layer + 1 in self._at or layer + 1 == self.depth:
-                found.append(samples)
-        return found
+            if layer + 1 not in self._at:
+                continue
+            read = samples
+            if fork is not None:
+                seen, passed = fork(samples.hidden, layer + 1)
+                read, samples = replace(samples, hidden=seen), replace(samples, hidden=passed)
+            found.append(read)
+        return [*found, samples]
+
+    @torch.no_grad()
+    def carried_at(self, boundary: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape per sample of all that criteria leave with samples that run on past `boundary`.
+
+        Found by asking them: the exits judge a sample of zeros; no layer runs.
+        """
+        some = next(iter(self.model.parameters()))
+        tokens = 4  # distilled image encoders read two of them
+        hidden = torch.zeros(tokens, self.family.width, device=some.device, dtype=some.dtype)
+        samples = Samples(hidden if self.packed else hidden[None], torch.tensor([tokens]), torch.tensor([0]))
+        for leave in self.boundaries:
+            if leave <= boundary:
+                samples = replace(samples, boundary=leave, carried=dict(samples.carried))
+                self._judge(*self._at[leave], samples, torch.tensor([-1]))
+        return {name: (value.dtype, tuple(value.shape[1:])) for name, value in samples.carried.items()}
 
     # Judging.
 
@@ -232,7 +265,7 @@ class DynamicEncoder:
     def _departure(self, point: SampleExit, samples: Samples, leaves: Tensor, computed: Any) -> Departure:
         answers, features = computed
         head, last = point.head, point.head.last
-        chosen = torch.repeat_interleave(leaves, samples.lengths) if head.per_token else leaves
+        chosen = torch.repeat_interleave(leaves, samples.lengths) if self._per_token(head) else leaves
         on_device = chosen.to(samples.hidden.device)
         read = features() if last is not None else None
         logits = answers()[on_device] if read is None or last is None else self._checked(last(read[on_device]), point)
@@ -244,7 +277,8 @@ class DynamicEncoder:
             raise ArgumentError(f"DynamicEncoder: logits at the exit after layer {point.leave} hold NaN")
         return answers
 
-    def _output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None) -> Any:
+    def output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None = None) -> Any:
+        """What a call returns, from the groups in which all `n` samples left."""
         from dyndepth.encoders.output import (
             DynamicCTCOutput,
             DynamicImageClassifierOutput,
@@ -268,8 +302,10 @@ class DynamicEncoder:
     @property
     def per_token(self) -> bool:
         """Answers are per token (CTC)."""
-        final = self.exits.final
-        return self.family.per_token if final is None else final.per_token
+        return self._per_token(self.exits.final)
+
+    def _per_token(self, head: SampleHead | None) -> bool:
+        return self.family.per_token if head is None or head.per_token is None else head.per_token
 
 
 def assembled(departures: Sequence[Departure], n: int, per_token: bool) -> tuple[Tensor, Tensor]:

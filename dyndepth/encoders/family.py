@@ -43,7 +43,7 @@ class EncoderFamily:
     #: Samples have equal lengths, so slabs hold no padding and are what the layers want: the layout "auto" takes them.
     uniform: ClassVar[bool] = False
     #: `finish` answers per token (CTC) instead of per sample.
-    per_token: ClassVar[bool] = False
+    per_token: bool = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -69,6 +69,10 @@ class EncoderFamily:
     def classes(self) -> int | None:
         """Width of `finish`; None for a model without a head of its own."""
         raise NotImplementedError
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the model applies to residuals above its last layer, for those who read tokens and not classes."""
+        return hidden
 
     # What follows from it.
 
@@ -146,7 +150,7 @@ def register(family: type[EncoderFamily]) -> type[EncoderFamily]:
 def bind(model: Any) -> EncoderFamily:
     """The family of a model; UnsupportedModelError if there is none."""
     # Registering is what importing them does.
-    from dyndepth.encoders import image, swin, text  # noqa: F401
+    from dyndepth.encoders import image, speech, swin, text  # noqa: F401
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
@@ -173,11 +177,10 @@ def output_width(module: Any) -> int:
     return int(last[-1].out_features) if last else 0
 
 
-@torch.no_grad()
 def pack(embedded: Embedded, *, packed_layout: bool) -> Samples:
     """Samples at boundary 0, shortest first (equal lengths stand together); `ids` count the caller's order.
 
-    Padding may stand anywhere in the input; what is kept of a sample becomes one run of tokens.
+    Padding may stand anywhere in the input; what is kept of a sample becomes one run of tokens. Differentiable.
     """
     hidden, keep = embedded.hidden, embedded.keep
     n, longest = hidden.shape[:2]

@@ -23,7 +23,8 @@ class SampleHead(nn.Module):
     """Base. `kind` names it in files; `settings` are the JSON arguments that make it again."""
 
     kind: ClassVar[str] = ""
-    per_token: ClassVar[bool] = False
+    #: Answers per token instead of per sample; None: as the model does.
+    per_token: ClassVar[bool | None] = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,6 +64,7 @@ class ModelHead(SampleHead):
     """The model's own final norm, pooler and classifier, read early: the model cut off at this layer."""
 
     kind = "model"
+    per_token = None
 
     def forward(self, samples: Samples, finish: Finish) -> Tensor:
         return finish(samples)

@@ -43,6 +43,9 @@ class ImageFamily(EncoderFamily):
         dtype = self.base.embeddings.patch_embeddings.projection.weight.dtype
         return Embedded(self.base.embeddings(pixels.to(dtype)))
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        return self.base.layernorm(hidden)
+
     def finish(self, samples: Samples) -> Tensor:
         if self._head is None:
             raise ArgumentError(f"DynamicEncoder: {type(self.model).__name__} has no head of its own")

@@ -100,7 +100,7 @@ class Samples:
 
     def first(self, tokens: int = 1) -> Tensor:
         """[n, tokens, d]: the first tokens of every sample (class and distillation tokens stand there)."""
-        if self.shortest < tokens:
+        if self.count and self.shortest < tokens:
             raise ArgumentError(f"samples: wanted at least {tokens} tokens per sample, got {self.shortest}")
         if not self.packed:
             return self.hidden[:, :tokens]
@@ -142,7 +142,7 @@ class Samples:
             moved, _, _ = compact_rows(on_device, payloads)
         else:
             (hidden, *moved), _, _ = compact_rows(on_device, [self.hidden, *payloads])
-            longest = int(lengths.max()) if live else 0
+            longest = int(lengths.max()) if live else 1
             hidden = hidden[:live, :longest]
         values = dict(zip(names, (m[:live] for m in moved), strict=True))
         return replace(
@@ -189,7 +189,7 @@ class Samples:
             rows = [torch.arange(int(starts[i]), int(starts[i] + self.lengths[i])) for i in at.tolist()]
             hidden = self.hidden[torch.cat(rows).to(device) if rows else torch.zeros(0, dtype=torch.int64, device=device)]
         else:
-            longest = int(self.lengths[at].max()) if len(at) else 0
+            longest = int(self.lengths[at].max()) if len(at) else 1
             hidden = self.hidden[there, :longest]
         return replace(
             self,

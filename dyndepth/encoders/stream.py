@@ -45,6 +45,8 @@ class SampleStream:
         batch: samples that a stretch of layers runs with.
         ordered: answers in the order of the samples; False gives each as soon as it is known.
 
+    The criterion `fixed_depth` belongs to calls that name depths and lets nobody leave here.
+
     `work` counts samples x layers, `batches` the (first layer, samples) of every stretch that ran. At most `batch` samples
     plus one admitted batch wait at each boundary. With `ordered`, answers that wait for an earlier sample are kept.
     """

@@ -1,0 +1,267 @@
+"""`make encoder-text`: every recipe for text encoders on the same real data: accuracy against the layers that samples run.
+
+MiniLM (6 layers) on Reuters R52, both from packages of PyPI (dyndepth.demo.tasks.reuters). First with the model frozen as
+published, where only heads and judges learn (minutes); then the recipes whose papers train the model too (`--with-model`, an
+hour or two on two cores). Nothing is tuned on the test set, over which DynamicEncoder runs at several settings. The folder
+keeps models and checkpoints, so that a second call (or one after a kill) goes on; `encoder_text.json` there grows.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.demo.tasks import reuters
+from dyndepth.encoders import DynamicEncoder, SampleExits
+from dyndepth.files import replacing
+from dyndepth.recipes import costeff, deebert, eero, jei_dnn, pabee, palbert
+from dyndepth.recipes.costeff_slender import multiplications
+from dyndepth.training.encoder_trainer import EncoderConfig
+
+BATCH = 32
+#: Updates that train the model, and updates of exits on a model that stays; the rates of both.
+UPDATES, ON_FROZEN = 200, 1500
+BASE_LR, LR = 1e-4, 1e-3
+
+Trained = tuple[Any, SampleExits]
+
+
+@dataclass
+class Data:
+    """Tokenised splits: what trains, what sets thresholds and stops early, what is reported on."""
+
+    train: dict[str, Tensor]
+    train_labels: Tensor
+    held: dict[str, Tensor]
+    held_labels: Tensor
+    test: dict[str, Tensor]
+    test_labels: Tensor
+    topics: int
+
+    @property
+    def validation(self) -> tuple[dict[str, Tensor], Tensor]:
+        return self.held, self.held_labels
+
+
+def settings(updates: int = UPDATES, **changes: Any) -> EncoderConfig:
+    """Of training with the model; every hundred updates a checkpoint."""
+    options: dict[str, Any] = {
+        "updates": updates, "batch": BATCH, "lr": LR, "base_lr": BASE_LR, "precision": "bf16", "evaluate_every": 100,
+        "checkpoint_every": 50,
+    }  # fmt: skip
+    return EncoderConfig(**(options | changes))
+
+
+def frozen(**changes: Any) -> EncoderConfig:
+    """Of training exits alone."""
+    options: dict[str, Any] = {
+        "updates": ON_FROZEN, "batch": 64, "lr": LR, "precision": "bf16", "evaluate_every": 100, "patience": 5,
+    }  # fmt: skip
+    return EncoderConfig(**(options | changes))
+
+
+class Bench:
+    """The systems, each trained once and kept in the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        found = reuters.documents()
+        _, tokenizer = reuters.minilm()
+        parts = [reuters.encoded(tokenizer, split.texts) for split in (found.train, found.held_out, found.test)]
+        labels = [split.labels for split in (found.train, found.held_out, found.test)]
+        self.data = Data(parts[0], labels[0], parts[1], labels[1], parts[2], labels[2], len(found.topics))
+
+    def kept(self, name: str, with_model: bool, make: Callable[[Path], Trained]) -> Trained:
+        """Read from the folder, or made and written there."""
+        name += "-model" if with_model else ""
+        place = self.folder / name
+        if not (place / "exits" / "exits.json").exists():
+            print(f"training {name}", flush=True)
+            torch.manual_seed(0)
+            model, exits = make(place)
+            costeff.save(model, place / "model")
+            exits.save_pretrained(place / "exits")
+        return costeff.load(place / "model"), SampleExits.from_pretrained(place / "exits")
+
+    def deebert(self, with_model: bool) -> Trained:
+        def make(place: Path) -> Trained:
+            model, _ = reuters.minilm()
+            exits = deebert.exits(model, self.data.topics, pooling="mean")
+            first = settings() if with_model else frozen()
+            return model, deebert.train(
+                model, exits, self.data.train, self.data.train_labels, first=first, second=frozen(),
+                validation=self.data.validation, folder=place / "run",
+            )  # fmt: skip
+
+        return self.kept("deebert", with_model, make)
+
+    def joint(self, recipe: Any, with_model: bool) -> Trained:
+        """PABEE or PALBERT."""
+
+        def make(place: Path) -> Trained:
+            model, _ = reuters.minilm()
+            exits = recipe.exits(model, self.data.topics, pooling="mean")
+            return model, recipe.train(
+                model, exits, self.data.train, self.data.train_labels, config=settings() if with_model else frozen(),
+                validation=self.data.validation, folder=place / "run",
+            )  # fmt: skip
+
+        return self.kept(recipe.__name__.rpartition(".")[2], with_model, make)
+
+    def jei_dnn(self, trade: float) -> Trained:
+        """One training per price of cost; the model is frozen in the paper too."""
+
+        def make(place: Path) -> Trained:
+            model, _ = reuters.minilm()
+            exits = jei_dnn.exits(model, self.data.topics, pooling="mean")
+            return model, jei_dnn.train(
+                model, exits, self.data.train, self.data.train_labels, trade=trade, validation=self.data.validation,
+                config=frozen(updates=3000, lr=3e-3, weight_decay=5e-4, patience=0),
+            )  # fmt: skip
+
+        return self.kept(f"jei_dnn-{trade}", False, make)
+
+    def costeff(self) -> tuple[Trained, Trained]:
+        """(teacher assistant, the narrow model)."""
+        data = self.data
+
+        def assistant(place: Path) -> Trained:
+            teacher, tops = self.deebert(True)
+            model = copy.deepcopy(teacher)
+            exits = costeff.exits(model, data.topics, pooling="mean")
+            return model, costeff.assist(
+                model, exits, teacher, tops, data.train, data.train_labels, config=settings(100), validation=data.validation,
+                folder=place / "run",
+            )  # fmt: skip
+
+        wide = self.kept("costeff-assistant", True, assistant)
+
+        def slender(place: Path) -> Trained:
+            made = costeff.slenderise(
+                *wide, data.train, data.train_labels, heads=6, neurons=768, rank=192, steps=2, validation=data.validation,
+                config=settings(100), folder=place / "run",
+            )  # fmt: skip
+            return made.model, made.exits
+
+        return wide, self.kept("costeff", True, slender)
+
+    @torch.no_grad()
+    def reached(self, trained: Trained, exits: SampleExits | None = None) -> dict[str, float]:
+        """Accuracy on the test set and the share of samples x layers that was run, in batches as they come."""
+        model, own = trained
+        encoder = DynamicEncoder(model, exits or own)
+        right = run = 0
+        layers: list[Tensor] = []
+        for rows in torch.arange(len(self.data.test_labels)).split(BATCH):
+            out = encoder(**_some(self.data.test, rows))
+            right += int((out.logits.argmax(-1) == self.data.test_labels[rows]).sum())
+            run += out.work.run
+            layers.append(out.exit_layers)
+        count = len(self.data.test_labels)
+        return {
+            "accuracy": right / count, "samples_x_layers": run / (count * encoder.depth),
+            "mean_layers": float(torch.cat(layers).double().mean()),
+        }  # fmt: skip
+
+
+def _some(inputs: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in inputs.items()}
+
+
+#: Per system: what its paper trains and on what, what runs here, what differs.
+ABOUT = {
+    "DeeBERT": (
+        "off-ramps left at low entropy",
+        "heads with a pooler each, mean pooling",
+        "MiniLM of 6 layers, not BERT of 12",
+    ),
+    "EERO": (
+        "shares by exponential weights, thresholds by conditional quantiles",
+        "DeeBERT's heads under the largest probability",
+        "formulas as reconstructed in docs/recipes/eero.md; the budget comes with a bound",
+    ),
+    "PABEE": ("P answers in a row", "one pooler for all exits, mean pooling", "MiniLM of 6 layers, not ALBERT of 12"),
+    "PALBERT": ("the posterior's quantile", "one classifier, one lambda head", "MiniLM; no layer embedding in the lambda head"),
+    "JEI-DNN": ("gates that learn with their exits", "frozen model, linear modules", "AdamW, not SGD; text, not images"),
+    "COST-EFF": (
+        "narrow layers and exits, distilled",
+        "half of the heads and neurons, embedding of rank 192 (of 384), two steps",
+        "MiniLM, half as wide as BERT already; short training",
+    ),
+}
+
+
+class Results:
+    """Rows as they come, written after each system."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self, system: str, with_model: bool, setting: str, trained: Trained, exits: SampleExits | None = None, **more: Any
+    ) -> None:
+        found = self.bench.reached(trained, exits)
+        self.rows.append({"system": system, "with_model": with_model, "setting": setting, **found, **more})
+        print(f"{system}{', model trained' if with_model else ''}, {setting}: {found}", flush=True)
+
+    def sweep(self, system: str, with_model: bool, trained: Trained, points: Mapping[str, float], **more: Any) -> None:
+        """Full depth, then one threshold for all exits after the other."""
+        self.add(system, with_model, "full depth", trained, trained[1].closed(), **more)
+        for name, threshold in points.items():
+            self.add(system, with_model, name, trained, trained[1].with_thresholds(threshold), **more)
+        self.write()
+
+    def write(self) -> None:
+        data = self.bench.data
+        result = {
+            "model": "all-MiniLM-L6-v2", "layers": 6, "data": "Reuters R52", "tokens": reuters.LENGTH, "batch": BATCH,
+            "documents": {"train": len(data.train_labels), "held_out": len(data.held_labels), "test": len(data.test_labels)},
+            "topics": data.topics, "updates": {"with_model": UPDATES, "frozen": ON_FROZEN}, "about": ABOUT, "rows": self.rows,
+        }  # fmt: skip
+        with replacing(self.bench.folder / "encoder_text.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+ENTROPIES = {f"S = {entropy}": -entropy for entropy in (0.05, 0.2, 0.5)}
+PATIENCES = {f"P = {patience}": pabee.threshold(patience) for patience in (1, 2, 3)}
+QUANTILES = {f"q = {q}": q for q in (0.25, 0.5, 0.75)}
+
+
+def main(folder: Path, with_model: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(folder)
+    results = Results(bench)
+    for trained_too in (False, True) if with_model else (False,):
+        found = bench.deebert(trained_too)
+        results.sweep("DeeBERT", trained_too, found, ENTROPIES)
+        for budget in (1.5, 2.0, 3.0):
+            exits = eero.fit(*found, bench.data.held, bench.data.held_labels, budget)
+            bound = exits.record["eero"]["layers_bound"]
+            results.add("EERO", trained_too, f"budget {budget} layers", found, exits, budget=budget, bound=bound)
+        results.sweep("PABEE", trained_too, bench.joint(pabee, trained_too), PATIENCES)
+        found = bench.joint(palbert, trained_too)
+        results.sweep("PALBERT", trained_too, found, QUANTILES)
+        results.add("PALBERT", trained_too, "PonderNet's draws", found, palbert.ponder(found[1]))
+        if not trained_too:
+            for trade in (0.1, 0.5, 2.0):
+                results.add("JEI-DNN", False, f"lambda = {trade}", bench.jei_dnn(trade))
+        results.write()
+    if with_model:
+        wide, narrow = bench.costeff()
+        results.sweep("COST-EFF, assistant", True, wide, {})
+        results.sweep("COST-EFF", True, narrow, ENTROPIES, products=multiplications(narrow[0]) / multiplications(wide[0]))
+    print(f"wrote {folder / 'encoder_text.json'}")
+
+
+if __name__ == "__main__":
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    main(Path(given[0] if given else "build/encoder-text"), "--with-model" in sys.argv)

@@ -1,0 +1,79 @@
+"""What the recipes for encoders share: linear heads at many layers, and looks at what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth.encoders import DynamicEncoder, LinearHead, SampleExit, SampleExits, bind, facts_of
+from dyndepth.errors import ArgumentError
+from dyndepth.exits.criteria import Criterion
+from dyndepth.training.encoder_states import chosen
+
+
+def layers_for(model: Any, leave: Sequence[int] | None) -> list[int]:
+    """The given boundaries, or all below the top."""
+    depth = bind(model).depth
+    found = list(range(1, depth)) if leave is None else sorted(leave)
+    if not found or found[0] < 1 or found[-1] >= depth or len(set(found)) != len(found):
+        raise ArgumentError(f"recipe: leave must be different boundaries in [1, {depth}), got {found}")
+    return found
+
+
+def linear_exits(
+    model: Any,
+    classes: int | None,
+    criterion: Callable[[int], Criterion],
+    threshold: float,
+    recipe: str,
+    *,
+    leave: Sequence[int] | None = None,
+    pooling: str = "first",
+    dense: bool = False,
+    norm: bool = False,
+    one_head: bool = False,
+    one_dense: bool = False,
+) -> SampleExits:
+    """A LinearHead at every boundary, and at the top of a model without a head of its own.
+
+    Args:
+        classes: width of the answers; None takes the model's own head's.
+        criterion: made for each boundary.
+        one_head: the same head at all of them; `one_dense`: the same pooler, each its own classifier.
+    """
+    family = bind(model)
+    if classes is None:
+        classes = family.classes
+    if classes is None:
+        raise ArgumentError(f"recipe: {type(model).__name__} has no head of its own, so classes must be given, got None")
+    found = layers_for(model, leave)
+    own = family.classes is None
+    heads = [LinearHead(family.width, classes, pooling=pooling, dense=dense, norm=norm) for _ in range(len(found) + own)]
+    if one_head:
+        heads = [heads[0]] * len(heads)
+    elif one_dense and dense:
+        for head in heads[1:]:
+            head.dense = heads[0].dense
+    final = heads[-1] if own else None
+    exits = [SampleExit(at, head, criterion(at), threshold) for at, head in zip(found, heads, strict=False)]
+    return SampleExits(exits, facts_of(model, final), final=final, record={"recipe": recipe})
+
+
+@torch.no_grad()
+def answers(model: Any, exits: SampleExits, inputs: Mapping[str, Tensor], *, batch: int = 32) -> Tensor:
+    """fp32 [n, exits + 1, classes]: logits of every exit and the top, in the caller's order."""
+    encoder = DynamicEncoder(model, exits)
+    count = len(next(iter(inputs.values())))
+    mask = inputs.get("attention_mask")
+    order = torch.arange(count) if mask is None else torch.argsort(mask.sum(1).cpu(), stable=True)
+    parts: list[Tensor] = []
+    for rows in order.split(batch):
+        given, _ = chosen(inputs, rows)
+        found = encoder.everywhere(**given)
+        logits = torch.stack([each.float() for _, each in found], 1)
+        parts.append(logits[torch.argsort(found[0][0].ids).to(logits.device)])
+    whole = torch.cat(parts)
+    return whole[torch.argsort(order).to(whole.device)]

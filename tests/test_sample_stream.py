@@ -1,0 +1,115 @@
+"""A stream's answers are a batch's, in order, and its layers run with full batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from encoder_witness import middle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_encoders import EXITS, LAYERS, exits, inputs, model
+
+import dyndepth
+from dyndepth.encoders import CtcHead, FrameEntropy, SampleExit, SampleExits, facts_of
+from dyndepth.errors import ArgumentError
+
+COUNT = 23
+BOUND = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def _lengths() -> list[int]:
+    return [(7 * i) % 9 + 1 for i in range(COUNT)]
+
+
+def _encoder(kind: str, layout: str = "auto") -> dyndepth.DynamicEncoder:
+    found = exits("bert", kind)
+    threshold = middle(model("bert"), found, kind, inputs("bert", _lengths()))
+    return dyndepth.DynamicEncoder(model("bert"), found.with_thresholds(threshold), layout=layout)
+
+
+def _parts(sizes: list[int]) -> list[dict[str, torch.Tensor]]:
+    batch, parts, at = inputs("bert", _lengths()), [], 0
+    for size in sizes:
+        parts.append({name: value[at : at + size] for name, value in batch.items()})
+        at += size
+    return [part for part in parts if len(part["input_ids"])]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("kind", ["patience", "q_exit", "margin", "saturation"])
+def test_a_stream_answers_as_a_batch(kind: str, layout: str) -> None:
+    encoder = _encoder(kind, layout)
+    whole = encoder(**inputs("bert", _lengths()))
+
+    @settings(max_examples=12, deadline=None)
+    @given(batch=st.integers(1, 9), sizes=st.lists(st.integers(1, 7), min_size=COUNT, max_size=COUNT), ordered=st.booleans())
+    def check(batch: int, sizes: list[int], ordered: bool) -> None:
+        stream = dyndepth.SampleStream(encoder, batch, ordered=ordered)
+        answers = list(stream(_parts(sizes)))
+        numbers = [answer.number for answer in answers]
+        assert (numbers if ordered else sorted(numbers)) == list(range(COUNT))
+        for answer in answers:
+            assert answer.exit_layer == whole.exit_layers[answer.number]
+            torch.testing.assert_close(answer.logits, whole.logits[answer.number], **BOUND)
+        assert stream.work.layers == whole.work.layers
+        assert stream.work.rows == COUNT
+        _full_batches(stream, batch)
+
+    check()
+
+
+def _full_batches(stream: Any, batch: int) -> None:
+    """At most the last run of each stretch is not full."""
+    for boundary in (0, *EXITS):
+        sizes = [size for at, size in stream.batches if at == boundary]
+        assert all(size == batch for size in sizes[:-1])
+        assert all(0 < size <= batch for size in sizes)
+
+
+def test_answers_come_as_soon_as_they_may() -> None:
+    """Samples are admitted only when no batch waits: the source is never read far ahead."""
+    encoder = _encoder("margin")
+    read = []
+
+    def source() -> Any:
+        for part in _parts([1] * COUNT):
+            read.append(len(read))
+            yield part
+
+    stream = dyndepth.SampleStream(encoder, 4, ordered=False)
+    seen = 0
+    for _ in stream(source()):
+        seen += 1
+        # Waiting at most: batch - 1 at each of five boundaries, and the batch that runs.
+        assert len(read) - seen <= 3 * (len(EXITS) + 1) + 4
+    assert seen == COUNT
+
+
+def test_per_token_answers() -> None:
+    torch.manual_seed(0)
+    base = model("bert").bert
+    heads = [CtcHead(24, 6) for _ in range(3)]
+    for head in heads:
+        head.out.weight.data *= 4
+    facts = facts_of(base, heads[2])
+    found = SampleExits([SampleExit(at, heads[at - 1], FrameEntropy(), -0.2) for at in (1, 2)], facts, final=heads[2])
+    encoder = dyndepth.DynamicEncoder(base, found)
+    whole = encoder(**inputs("bert", _lengths()))
+    assert 0 < len(set(whole.exit_layers.tolist())) <= 3
+    assert whole.frames.tolist() == _lengths()
+    for answer in dyndepth.SampleStream(encoder, 5)(_parts([6, 6, 6, 6])):
+        length = _lengths()[answer.number]
+        assert answer.logits.shape == (length, 6)
+        torch.testing.assert_close(answer.logits, whole.logits[answer.number, :length], **BOUND)
+        assert bool((whole.logits[answer.number, length:] == 0).all())
+
+
+def test_nothing_and_little() -> None:
+    encoder = _encoder("margin")
+    assert list(dyndepth.SampleStream(encoder)([])) == []
+    assert len(list(dyndepth.SampleStream(encoder, 100)(_parts([COUNT])))) == COUNT
+    with pytest.raises(ArgumentError, match="batch must be"):
+        dyndepth.SampleStream(encoder, 0)
+    assert encoder.depth == LAYERS
