@@ -8,8 +8,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency kernel-ratios \
-	policies text-exits encoder-text soak wheel clean
+	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency \
+	kernel-ratios policies text-exits encoder-text soak demo-image encoder-image encoder-depth wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -81,6 +81,18 @@ policies: $(VENV)/.built
 # Three kernels against what one would write without them; a minute.
 kernel-ratios: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kernel_ratios.py build
+
+# An encoder whose whole samples leave early, on images: trains a small ViT once, then two minutes.
+demo-image: $(VENV)/.built
+	$(BIN)/dyndepth demo --task image --folder build
+
+# Three ways to leave a vision model early on digits: accuracy against speed; minutes, and training resumes in build/encoder-image.
+encoder-image: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_image.py build/encoder-image
+
+# Time saved by samples that leave encoders at random, against a machine that saves all of it; minutes.
+encoder-depth: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_depth_efficiency.py build
 
 # Requests join and leave for half an hour: memory flat, no page lost, the same tokens as in the first minute.
 soak: $(VENV)/.built

@@ -47,7 +47,7 @@ class DynamicEncoder:
         model: a transformers encoder, in eval mode (`dyndepth.encoders.FAMILIES` lists the types). It stays as it is.
         exits: made for it.
         layout: "packed" runs only real tokens, "padded" runs slabs [n, T, d], "auto" takes packed where the model's layers
-            can (docs/encoders.md has the measurement).
+            can and samples differ in length (docs/encoders.md has the measurement).
         compact: False runs every layer for every sample and picks answers afterwards: the same answers, for comparison.
 
     A sample's answer does not depend on the samples beside it, up to the rounding of products over other row counts. Samples
@@ -72,7 +72,7 @@ class DynamicEncoder:
                     f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample"
                 )
         self.model = model
-        self.packed = self.family.packs and layout != "padded"
+        self.packed = self.family.packs and (layout == "packed" or (layout == "auto" and not self.family.uniform))
         self.compact = compact
         self.exits = exits
         some = next(iter(model.parameters()))
@@ -138,7 +138,7 @@ class DynamicEncoder:
         departures: list[Departure] = []
         waiting = torch.zeros(samples.count, dtype=torch.bool)  # without compaction: those that have their answer
         for layer in range(samples.boundary, until):
-            if samples.count == 0 or bool(waiting.all()):
+            if samples.count == 0 or (not self.compact and bool(waiting.all())):
                 break
             if work is not None:
                 work.layers[layer] += samples.count
