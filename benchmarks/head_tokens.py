@@ -45,14 +45,14 @@ def main(folder: Path) -> None:
         for rows in ROWS:
             config = TrainConfig.of({"exits": EXITS, "tokens": rows, "lr": 1e-3, "evaluate_every": 10})
             run = folder / "tokens" / str(rows)
-            student, before, rate = trained(bound, batches, config, run, report)
+            student, before, _ = trained(bound, batches, config, run, report)
             reached = evaluate(student, readout_of(bound), batches[TEST], _JUDGED_ROWS)
             if not runs:
                 runs.append({"rows": 0, "agreement": {str(e): before[e] for e in EXITS}})
             runs.append(
                 {
                     "rows": rows, "agreement": {str(e): q.agreement for e, q in reached.items()},
-                    "kl": {str(e): q.kl for e, q in reached.items()}, "rows_per_s": rate, "curve": _curve(run),
+                    "kl": {str(e): q.kl for e, q in reached.items()}, "curve": _curve(run),
                 }
             )  # fmt: skip
             result = {

@@ -35,7 +35,7 @@ from dyndepth.runtime.fingerprint import facts_of
 from dyndepth.training.stack import run_layer
 
 EXITS, SHARE = (15, 20), 0.3
-_FIT_ROWS, _TEST_ROWS = 30_000, 4_000
+_FIT_ROWS, _TEST_ROWS = 15_000, 4_000
 WEIGHTINGS = ("alike", "by attention")
 
 

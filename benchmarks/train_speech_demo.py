@@ -19,6 +19,7 @@ import torch
 
 from dyndepth.demo.tasks import espeak, speech_model
 from dyndepth.encoders import DynamicEncoder, SampleExits, facts_of
+from dyndepth.encoders.ctc import greedy
 from dyndepth.recipes import asr
 
 PEAK, WARMUP, BATCH, DECAY = 3e-3, 300, 24, 0.01
@@ -46,7 +47,7 @@ def judged(encoder: DynamicEncoder, chosen: list[espeak.Utterance], said: list[A
             part = chosen[at : at + 64]
             noisy = [espeak.noisy(s, u) for s, u in zip(said[at : at + 64], part, strict=True)]
             for number, (samples, logits) in enumerate(encoder.everywhere(**speech_model.batch(noisy))):
-                texts = asr.greedy(logits, samples.lengths)
+                texts = greedy(logits, samples.lengths)
                 inverse = torch.argsort(samples.ids).tolist()
                 if number == len(found):
                     found.append([])

@@ -168,10 +168,6 @@ def kv_maps(results: Path) -> str:
 _TRAINING = runpy.run_path(str(Path(__file__).with_name("tables_training.py")))
 TABLES: dict[str, Callable[[Path], str]] = {
     **_TRAINING["TABLES"],
-    **runpy.run_path(str(Path(__file__).with_name("tables_speed.py")))["TABLES"],
-    **runpy.run_path(str(Path(__file__).with_name("tables_roofline.py")))["TABLES"],
-    **runpy.run_path(str(Path(__file__).with_name("tables_systems.py")))["TABLES"],
-    **runpy.run_path(str(Path(__file__).with_name("tables_encoders.py")))["TABLES"],
     "demo": demo,
     "bench": bench,
     "calibration": calibration,
@@ -180,6 +176,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "exit_heads": exit_heads,
     "kv_maps": kv_maps,
 }
+
+
+for _page in sorted(Path(__file__).parent.glob("tables_*.py")):
+    TABLES |= runpy.run_path(str(_page))["TABLES"]
 
 
 def _header(*names: str) -> list[str]:

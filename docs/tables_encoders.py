@@ -21,4 +21,36 @@ def encoder_layouts(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-TABLES = {"encoder_layouts": encoder_layouts}
+def encoder_speech(results: Path) -> str:
+    """What benchmarks/encoder_speech.py found: exits by themselves, both criteria by threshold, speed by batch size."""
+    found = json.loads((results / "encoder_speech.json").read_text(encoding="utf-8"))
+    lines = _header("everybody leaves after", "WER", "CER")
+    for row in found["exits"]:
+        lines.append(f"| layer {row['leave']} of {found['layers']} | {row['wer']:.1%} | {row['cer']:.1%} |")
+    lines += ["", *_header("criterion", "threshold", "samples × layers", "WER", "CER", "same text as full depth")]
+    for row in found["sweep"]:
+        lines.append(
+            f"| {row['criterion']} | {row['threshold']:g} | {row['samples_x_layers']:.1%} | {row['wer']:.1%} | {row['cer']:.1%} "
+            f"| {row['same_text']:.1%} |"
+        )
+    lines += ["", *_header("criterion", "batch", "way", "phrases/s (p10–p90)", "samples × layers", "WER")]
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['criterion']} {row['threshold']:g} | {row['batch']} | {row['system']}, {row['mode']} "
+            f"| {row['samples_per_s_median']:.1f} ({row['samples_per_s_p10']:.1f}–{row['samples_per_s_p90']:.1f}) "
+            f"| {row['samples_x_layers']:.1%} | {row['quality']:.1%} |"
+        )
+    cpu = found["machine"]["cpu"]
+    text = (
+        f"{found['phrases']} phrases, {found['seconds_of_speech']:.0f} s of speech, {found['parameters'] / 1e6:.2f} M parameters; "
+        f"{found['threads']} threads, {cpu['name']} ({cpu['capability']}). Speed is at the freest threshold whose WER is at most "
+        f"{found['spare_wer']:.0%} above full depth's; transformers' batch reads padding, hence its WER."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def _header(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+
+
+TABLES = {"encoder_layouts": encoder_layouts, "encoder_speech": encoder_speech}

@@ -91,6 +91,27 @@ def test_kept_vectors_answer_as_the_model_does(pooling: str) -> None:
         torch.testing.assert_close(mine, theirs[home][rows], rtol=1e-5, atol=1e-5)
 
 
+def test_kept_vectors_serve_many_trainings() -> None:
+    """Given instead of inputs, they train the same weights."""
+    model, data, other = tiny_text.bert(), tiny_text.task(60), tiny_text.task(20, 1)
+    encoder = DynamicEncoder(model, made(model))
+    kept = [PooledStates.collect(encoder, given) for given, _ in (data, other)]
+    config = EncoderConfig(updates=10, evaluate_every=5)
+    found = []
+    for first, second in ((data[0], other[0]), (kept[0], kept[1])):
+        exits = made(model)
+        validation = second, other[1]
+        found.append(train_encoder(model, exits, first, data[1], unweighted, config=config, validation=validation).exits)
+    assert same(weights(found[0]), weights(found[1]))
+    torch.testing.assert_close(answers(model, found[0], kept[1]), answers(model, found[0], other[0]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ArgumentError, match="kept states want a frozen model"):
+        train_encoder(model, made(model), kept[0], data[1], unweighted, config=EncoderConfig(base_lr=0.1))
+    with pytest.raises(ArgumentError, match="must both be kept states, or neither"):
+        train_encoder(model, made(model), kept[0], data[1], unweighted, validation=other)
+    with pytest.raises(ArgumentError, match=r"kept at \[1, 2, 3, 4\], the exits are at \[2, 4\]"):
+        kept[0].everywhere(DynamicEncoder(model, made(model, leave=[2])))
+
+
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_labels_stand_beside_their_samples(cached: bool, layout: str) -> None:
@@ -133,7 +154,7 @@ def test_a_run_that_was_killed_ends_with_the_weights_it_would_have_had(tmp_path:
 
     def run(folder: Path, die: bool) -> list[Tensor]:
         model = tiny_text.bert(dropout=0.2)
-        exits, calls = made(model), [0]
+        exits, calls = made(model, dense=True, one_dense=True), [0]
 
         def loss(found: Any, labels: Tensor) -> Tensor:
             calls[0] += 1
@@ -211,6 +232,8 @@ def test_errors() -> None:
         train_encoder(model, exits, *data, lambda found, labels: (found[0][1] - found[0][1].detach()).abs().sqrt().sum())
     with pytest.raises(ArgumentError, match=r"equally many samples, at least one, got .*'labels': 7"):
         train_encoder(model, exits, data[0], data[1][:7], unweighted)
+    with pytest.raises(ArgumentError, match="nothing learns"):
+        train_encoder(model, exits, *data, unweighted, train_only=torch.nn.ModuleList([]))
     with pytest.raises(ArgumentError, match="checkpoint_every needs a folder"):
         train_encoder(model, exits, *data, unweighted, config=EncoderConfig(checkpoint_every=1))
     with pytest.raises(TrainingError, match="must be in float32"):

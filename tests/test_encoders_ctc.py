@@ -94,7 +94,7 @@ def test_samples_do_not_see_each_other() -> None:
 
 def test_greedy_by_hand() -> None:
     paths = [[0, 3, 3, 0, 3, 1], [0, 0], [2], [1, 1, 0, 0, 2, 2]]
-    logits = torch.nn.functional.one_hot(torch.tensor(sum(paths, [])), 4).float()
+    logits = torch.nn.functional.one_hot(torch.tensor([symbol for path in paths for symbol in path]), 4).float()
     assert greedy(logits, torch.tensor([6, 2, 1, 6])) == [[3, 3, 1], [], [2], [1, 2]]
     assert greedy(logits, torch.tensor([6, 2, 1, 6]), blank=3) == [[0, 0, 1], [0], [2], [1, 0, 2]]
 

@@ -9,8 +9,22 @@ import pytest
 import torch
 import transformers as t
 from tiny_speech import (
-    CLASSES, EXITS, KINDS, LAYERS, LENGTHS, MODELS, SYMBOLS, WIDTH, alone, exits, frame_entropy, head_logits, inputs, model,
-    shake, states,
+    CLASSES,
+    EXITS,
+    KINDS,
+    LAYERS,
+    LENGTHS,
+    MODELS,
+    SYMBOLS,
+    WIDTH,
+    alone,
+    exits,
+    frame_entropy,
+    head_logits,
+    inputs,
+    model,
+    shake,
+    states,
 )  # fmt: skip
 
 import dyndepth

@@ -197,6 +197,32 @@ def test_rows_x_layers_are_counted_and_no_row_runs_a_layer_twice(batch: int, way
     assert all(found.work.rows <= layers <= found.work.rows + rejected for layers in found.work.layers)
 
 
+def test_sequences_draft_apart_only_while_enough_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what each drafts is what it drafts alone."""
+    from dyndepth.runtime.session import Session
+
+    model, inputs = tiny_models.shared("llama"), tiny_models.prompts(5)
+    holds: list[bool] = []
+    run = Session.run
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("may_leave") is not False:
+            holds.append(bool(kwargs["hold"]))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "run", noting)
+    shares = {}
+    for way in ("two", "always"):
+        holds.clear()
+        found = _lossless(model, inputs, _exits(model, way), max_new_tokens=16, eos_token_id=None)
+        shares[way] = sum(holds) / len(holds)
+        for row in range(5):
+            own = {name: value[row : row + 1] for name, value in inputs.items()}
+            alone = _lossless(model, own, _exits(model, way), max_new_tokens=16, eos_token_id=None)
+            assert (alone.drafted, alone.accepted) == (found.drafted[row], found.accepted[row])
+    assert shares["two"] < 0.5 < shares["always"]
+
+
 def test_pages_of_rejected_drafts_go_back() -> None:
     """No sequence may hold more pages than its final tokens need once drafts are verified, and all go back at the end."""
     from dyndepth.runtime import generate

@@ -118,7 +118,7 @@ def test_decoding() -> None:
     assert asr.decode(out, vocabulary) == wanted
     best = [by_dictionary(logits[: int(n)], 3)[0][0] for logits, n in zip(out.logits, out.frames, strict=True)]
     assert asr.decode(out, vocabulary, beam=3) == ["".join(vocabulary[s] for s in text) for text in best]
-    assert SYMBOLS == len(vocabulary)
+    assert len(vocabulary) == SYMBOLS
 
 
 def test_error_rates_by_hand() -> None:
@@ -147,7 +147,7 @@ def test_what_it_refuses() -> None:
 def recordings() -> list[torch.Tensor]:
     """Real speech, 16 kHz: two books read aloud and spoken digits and commands."""
     found = []
-    for path in sorted(RECORDINGS.rglob("*.wav")) + [RECORDINGS / "goforward.raw", RECORDINGS / "numbers.raw"]:
+    for path in [*sorted(RECORDINGS.rglob("*.wav")), RECORDINGS / "goforward.raw", RECORDINGS / "numbers.raw"]:
         if path.suffix == ".wav":
             with wave.open(str(path)) as file:
                 if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (16000, 1, 2):
@@ -155,16 +155,16 @@ def recordings() -> list[torch.Tensor]:
                 data = file.readframes(file.getnframes())
         else:
             data = path.read_bytes()
-        found.append(torch.from_numpy(np.frombuffer(data, dtype="<i2").astype(np.float32) / 32768)[:48000])
+        found.append(torch.from_numpy(np.frombuffer(data, dtype="<i2").astype(np.float32) / 32768)[:24000])
     return found
 
 
 @pytest.mark.skipif(not RECORDINGS.exists(), reason="real recordings: apt-get install pocketsphinx-testdata")
 @pytest.mark.parametrize("name", ["wav2vec2", "wavlm", "conformer"])
 def test_real_recordings(name: str) -> None:
-    """Lengths, shapes and independence of company on real audio, up to three seconds each."""
-    sounds = recordings()[:6]
-    assert len(sounds) == 6
+    """Lengths, shapes and independence of company on real audio, up to 1.5 seconds each."""
+    sounds = recordings()[3:8]
+    assert len(sounds) == 5
     lengths = torch.tensor([len(sound) - 777 * number for number, sound in enumerate(sounds)])
     values = torch.nn.utils.rnn.pad_sequence([s[:n] for s, n in zip(sounds, lengths.tolist(), strict=True)], batch_first=True)
     mask = (torch.arange(values.shape[1]) < lengths[:, None]).long()

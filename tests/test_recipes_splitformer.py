@@ -152,5 +152,5 @@ def test_what_it_refuses() -> None:
         splitformer.of(model("wav2vec2"))
     with pytest.raises(ArgumentError, match=r"ends of blocks of 2 layers, got \[3\]"):
         splitformer.exits(made(), leave=[2, 3])
-    assert SYMBOLS == made().config.vocab_size
+    assert made().config.vocab_size == SYMBOLS
     assert issubclass(splitformer.SplitformerForCTC, t.Wav2Vec2ConformerForCTC)

@@ -194,10 +194,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
-def _expected_saving(
+def expected_price(
     bands: Sequence[Candidate], chances: Sequence[Tensor], budget: float, offsets: Tensor | None = None
-) -> float:
-    """Expected layers saved per row when the price is as high as `budget` expected disagreements per row allow."""
+) -> tuple[float, float]:
+    """(price per layer, expected layers saved per row): as high as `budget` expected disagreements per row allow."""
     low, high = 0.0, 1.0
     saving = 0.0
     for _ in range(16):
@@ -207,7 +207,14 @@ def _expected_saving(
             low, saving = price, saved
         else:
             high = price
-    return saving
+    return low, saving
+
+
+def _expected_saving(
+    bands: Sequence[Candidate], chances: Sequence[Tensor], budget: float, offsets: Tensor | None = None
+) -> float:
+    """Expected layers saved per row, of the price that the budget allows."""
+    return expected_price(bands, chances, budget, offsets)[1]
 
 
 def _walk(

@@ -47,7 +47,7 @@ class DynamicEncoder:
         model: a transformers encoder, in eval mode (`dyndepth.encoders.FAMILIES` lists the types). It stays as it is.
         exits: made for it.
         layout: "packed" runs only real tokens, "padded" runs slabs [n, T, d], "auto" takes packed where the model's layers
-            can (docs/encoders.md has the measurement).
+            can and samples differ in length (docs/encoders.md has the measurement).
         compact: False runs every layer for every sample and picks answers afterwards: the same answers, for comparison.
 
     A sample's answer does not depend on the samples beside it, up to the rounding of products over other row counts. Samples
@@ -66,13 +66,13 @@ class DynamicEncoder:
         if self.family.classes is None and exits.final is None:
             raise ExitsError(f"DynamicEncoder: {type(model).__name__} has no head of its own and the exits have no final head")
         for point in exits:
-            check_answers(point.leave, point.head, point.criterion, self._per_token(point.head))
-            if self._per_token(point.head) != self._per_token(exits.final):
+            check_answers(point.leave, point.head, point.criterion, self.answers_per_token(point.head))
+            if self.answers_per_token(point.head) != self.answers_per_token(exits.final):
                 raise ExitsError(
                     f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample"
                 )
         self.model = model
-        self.packed = self.family.packs and layout != "padded"
+        self.packed = self.family.packs and (layout == "packed" or (layout == "auto" and not self.family.uniform))
         self.compact = compact
         self.exits = exits
         some = next(iter(model.parameters()))
@@ -138,7 +138,7 @@ class DynamicEncoder:
         departures: list[Departure] = []
         waiting = torch.zeros(samples.count, dtype=torch.bool)  # without compaction: those that have their answer
         for layer in range(samples.boundary, until):
-            if samples.count == 0 or bool(waiting.all()):
+            if samples.count == 0 or (not self.compact and bool(waiting.all())):
                 break
             if work is not None:
                 work.layers[layer] += samples.count
@@ -270,7 +270,7 @@ class DynamicEncoder:
     def _departure(self, point: SampleExit, samples: Samples, leaves: Tensor, computed: Any) -> Departure:
         answers, features = computed
         head, last = point.head, point.head.last
-        chosen = torch.repeat_interleave(leaves, samples.lengths) if self._per_token(head) else leaves
+        chosen = torch.repeat_interleave(leaves, samples.lengths) if self.answers_per_token(head) else leaves
         on_device = chosen.to(samples.hidden.device)
         read = features() if last is not None else None
         logits = answers()[on_device] if read is None or last is None else self._checked(last(read[on_device]), point)
@@ -307,9 +307,10 @@ class DynamicEncoder:
     @property
     def per_token(self) -> bool:
         """Answers are per token (CTC)."""
-        return self._per_token(self.exits.final)
+        return self.answers_per_token(self.exits.final)
 
-    def _per_token(self, head: SampleHead | None) -> bool:
+    def answers_per_token(self, head: SampleHead | None) -> bool:
+        """Whether a head (None: the model's own) answers per token."""
         return self.family.per_token if head is None or head.per_token is None else head.per_token
 
 

@@ -16,6 +16,7 @@ class ImageFamily(EncoderFamily):
     """What ViT and DeiT share: patches in, a final norm, a classifier on the class token."""
 
     arguments = ("pixel_values",)
+    uniform = True
     base_name = ""
 
     def __init__(self, model: Any) -> None:

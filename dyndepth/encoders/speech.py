@@ -151,7 +151,7 @@ class Hubert(SpeechFamily):
 class WavLM(SpeechFamily):
     """Its attention adds a bias of relative positions, made by the first layer and gated by every frame in every layer.
 
-    transformers' module makes all samples as long as the longest, and its attention weights whole; here each sample has its own.
+    transformers' module makes all samples as long as the longest, and keeps their attention weights; here each has its own.
     """
 
     model_types = ("wavlm",)

@@ -7,7 +7,7 @@ full model's answers are those of plain fine-tuning, and exits can be added to a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dyndepth.errors import ArgumentError
 from dyndepth.exits.criteria import Entropy
 from dyndepth.recipes.sample_heads import linear_exits
 from dyndepth.training.encoder_losses import below_top, top_only
+from dyndepth.training.encoder_states import Inputs
 from dyndepth.training.encoder_trainer import EncoderConfig, train_encoder
 
 
@@ -43,12 +44,12 @@ def exits(
 def train(
     model: Any,
     exits: SampleExits,
-    inputs: Mapping[str, Tensor],
+    inputs: Inputs,
     labels: Tensor,
     *,
     first: EncoderConfig | None = None,
     second: EncoderConfig | None = None,
-    validation: tuple[Mapping[str, Tensor], Tensor] | None = None,
+    validation: tuple[Inputs, Tensor] | None = None,
     folder: str | Path | None = None,
 ) -> SampleExits:
     """Both stages, or the second alone.

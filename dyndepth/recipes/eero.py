@@ -7,7 +7,6 @@ Exits may come from any other recipe; nothing is trained here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from dyndepth.encoders import SampleExits, bind
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits.criteria import TopProbability
 from dyndepth.recipes.sample_heads import answers
+from dyndepth.training.encoder_states import Inputs
 
 Array = NDArray[np.float64]
 
@@ -90,11 +90,11 @@ def budgeted(
 def fit(
     model: Any,
     exits: SampleExits,
-    inputs: Mapping[str, Tensor],
+    inputs: Inputs,
     labels: Tensor,
     budget: float,
     *,
-    unlabelled: Mapping[str, Tensor] | None = None,
+    unlabelled: Inputs | None = None,
     temperature: float = 0.05,
     confidence: float = 0.95,
     seed: int = 0,

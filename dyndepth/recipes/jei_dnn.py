@@ -7,7 +7,7 @@ worth its cost, modules learn on the samples that gates send them, in turn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dyndepth.encoders import DynamicEncoder, ExitGate, SampleExits, bind
 from dyndepth.errors import ArgumentError
 from dyndepth.recipes.sample_heads import linear_exits
 from dyndepth.training.encoder_losses import JointExitLoss, exit_distribution, gates_of
+from dyndepth.training.encoder_states import Inputs
 from dyndepth.training.encoder_trainer import EncoderConfig, train_encoder
 
 #: A sample leaves at the first exit whose conditional probability reaches this.
@@ -50,14 +51,14 @@ def distribution(model: Any, exits: SampleExits, **inputs: Tensor) -> Tensor:
 def train(
     model: Any,
     exits: SampleExits,
-    inputs: Mapping[str, Tensor],
+    inputs: Inputs,
     labels: Tensor,
     *,
     trade: float = 0.5,
     warmup: int | None = None,
     every: int = 200,
     config: EncoderConfig | None = None,
-    validation: tuple[Mapping[str, Tensor], Tensor] | None = None,
+    validation: tuple[Inputs, Tensor] | None = None,
     folder: str | Path | None = None,
 ) -> SampleExits:
     """Warm up the modules, then train gates and modules in turn; the model is frozen.

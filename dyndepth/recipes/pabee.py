@@ -7,7 +7,7 @@ more. The count and the last answer travel with every sample, so batches of any 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dyndepth.errors import ArgumentError
 from dyndepth.exits.criteria import Criterion, Patience
 from dyndepth.recipes.sample_heads import linear_exits
 from dyndepth.training.encoder_losses import layer_weighted
+from dyndepth.training.encoder_states import Inputs
 from dyndepth.training.encoder_trainer import EncoderConfig, train_encoder
 
 
@@ -60,11 +61,11 @@ def threshold(patience: int) -> float:
 def train(
     model: Any,
     exits: SampleExits,
-    inputs: Mapping[str, Tensor],
+    inputs: Inputs,
     labels: Tensor,
     *,
     config: EncoderConfig | None = None,
-    validation: tuple[Mapping[str, Tensor], Tensor] | None = None,
+    validation: tuple[Inputs, Tensor] | None = None,
     folder: str | Path | None = None,
 ) -> SampleExits:
     """Train all exits together, sum l CE_l / sum l; `config.base_lr` above 0 trains the model too, as the paper does.

@@ -7,7 +7,7 @@ PonderNet draws at every layer; the expectation runs all layers and averages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dyndepth.encoders import DynamicEncoder, LambdaHead, PonderDraw, QExit, Sam
 from dyndepth.errors import ArgumentError
 from dyndepth.recipes.sample_heads import linear_exits
 from dyndepth.training.encoder_losses import PonderLoss, posterior, stopping
+from dyndepth.training.encoder_states import Inputs
 from dyndepth.training.encoder_trainer import EncoderConfig, train_encoder
 
 
@@ -72,7 +73,7 @@ def expectation(model: Any, exits: SampleExits, **inputs: Tensor) -> Tensor:
 def train(
     model: Any,
     exits: SampleExits,
-    inputs: Mapping[str, Tensor],
+    inputs: Inputs,
     labels: Tensor,
     *,
     beta: float = 0.5,
@@ -80,7 +81,7 @@ def train(
     direction: str = "posterior",
     detach: bool = False,
     config: EncoderConfig | None = None,
-    validation: tuple[Mapping[str, Tensor], Tensor] | None = None,
+    validation: tuple[Inputs, Tensor] | None = None,
     folder: str | Path | None = None,
 ) -> SampleExits:
     """Train classifier, lambda head and, with `config.base_lr`, the model; `beta` ... `detach` are PonderLoss's."""

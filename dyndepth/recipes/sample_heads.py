@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from dyndepth.encoders import DynamicEncoder, LinearHead, SampleExit, SampleExits, bind, facts_of
 from dyndepth.errors import ArgumentError
 from dyndepth.exits.criteria import Criterion
-from dyndepth.training.encoder_states import chosen
+from dyndepth.training.encoder_states import Inputs, PooledStates, chosen
 
 
 def layers_for(model: Any, leave: Sequence[int] | None) -> list[int]:
@@ -63,9 +63,11 @@ def linear_exits(
 
 
 @torch.no_grad()
-def answers(model: Any, exits: SampleExits, inputs: Mapping[str, Tensor], *, batch: int = 32) -> Tensor:
+def answers(model: Any, exits: SampleExits, inputs: Inputs, *, batch: int = 32) -> Tensor:
     """fp32 [n, exits + 1, classes]: logits of every exit and the top, in the caller's order."""
     encoder = DynamicEncoder(model, exits)
+    if isinstance(inputs, PooledStates):
+        return torch.stack([logits.float() for _, logits in inputs.everywhere(encoder)], 1)
     count = len(next(iter(inputs.values())))
     mask = inputs.get("attention_mask")
     order = torch.arange(count) if mask is None else torch.argsort(mask.sum(1).cpu(), stable=True)

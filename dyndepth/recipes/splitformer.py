@@ -6,6 +6,7 @@ results is repeated twice, cropped, and added to what the block gives. Exits are
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoderLayer
 
 from dyndepth.encoders import SampleExits, Samples, bind, register
+from dyndepth.encoders.ctc import ctc_losses
 from dyndepth.encoders.family import pack
 from dyndepth.encoders.speech import Conformer, Slabs
 from dyndepth.errors import ArgumentError
@@ -54,13 +56,13 @@ class SplitformerForCTC(Wav2Vec2ConformerForCTC):
             family.embed(**family.given({"input_values": input_values, "attention_mask": attention_mask})), packed_layout=True
         )
         for layer in range(family.depth):
-            samples = Samples(family.run(layer, samples), samples.lengths, samples.ids, inputs=samples.inputs)
+            samples = family.step(layer, samples)
         logits = family.finish(samples)
         loss = None
         if labels is not None:
             texts = [labels[i][labels[i] >= 0] for i in samples.ids.tolist()]
-            losses = asr.ctc_losses(
-                logits, samples.lengths, texts, self.config.pad_token_id, zero_infinity=self.config.ctc_zero_infinity
+            losses = ctc_losses(
+                logits, samples.lengths, texts, self.config.pad_token_id or 0, zero_infinity=self.config.ctc_zero_infinity
             )
             sizes = torch.tensor([max(len(text), 1) for text in texts]).to(losses.device)
             loss = losses.sum() if self.config.ctc_loss_reduction == "sum" else (losses / sizes).mean()
@@ -83,16 +85,17 @@ class Splitformer(Conformer):
     model_types = ("splitformer",)
     prefix = "Splitformer"
 
-    def run(self, layer: int, samples: Samples) -> Tensor:
+    def step(self, layer: int, samples: Samples) -> Samples:
         size, blocks = self.config.block_layers, _blocks(self.config)
         block, place = divmod(layer, size)
         beside = {0: 0, blocks - 1: len(self.model.parallel) - 1}.get(block)
+        inputs = dict(samples.inputs)
         if beside is not None and place == 0:
-            samples.inputs[_WAITING] = self._halved(self.model.parallel[beside], samples)
+            inputs[_WAITING] = self._halved(self.model.parallel[beside], samples)
         tokens = self.conformer_layer(self.modules[layer], samples)
         if beside is not None and place == size - 1:
-            tokens = tokens + _doubled(samples.inputs.pop(_WAITING), samples)
-        return tokens if samples.packed else Slabs(samples)(tokens)
+            tokens = tokens + _doubled(inputs.pop(_WAITING), samples)
+        return replace(samples, hidden=tokens if samples.packed else Slabs(samples)(tokens), inputs=inputs)
 
     def _halved(self, module: Any, samples: Samples) -> Tensor:
         """[n, ceil(T / 2), d]: the extra layer on frames 0, 2, 4, ... of every sample, zero past its end.
@@ -119,7 +122,7 @@ def of(model: Any, *, block_layers: int = 2) -> SplitformerForCTC:
     if type(model) is not Wav2Vec2ConformerForCTC:
         raise ArgumentError(f"splitformer.of: model must be Wav2Vec2ConformerForCTC, got {type(model).__name__}")
     settings = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
-    made = SplitformerForCTC(SplitformerConfig(**settings | {"block_layers": block_layers}))
+    made: Any = SplitformerForCTC(SplitformerConfig(**settings | {"block_layers": block_layers}))
     made.wav2vec2_conformer.feature_extractor = model.wav2vec2_conformer.feature_extractor
     made.load_state_dict(model.state_dict(), strict=False)
     layers = made.wav2vec2_conformer.encoder.layers

@@ -4,7 +4,8 @@ Self-speculation (LayerSkip, Elhoushi et al. 2024, arXiv:2404.16710; Kangaroo, L
 machine: a row that leaves early parks with its residual, its token is a draft and the sequence's next row. When a row goes to
 the top, the parked rows of its sequence go with it from where they are, so no layer runs twice for a row, and their logits
 say what the full model would have said. Drafting ends where a row does not leave (it is not confident) or at a number of
-drafts; sequences of a batch draft together, and rows that need the other layers wait for each other at the last exit point.
+drafts. Where most sequences of a batch go on drafting, they do so together, and rows that need the other layers wait for each
+other at the last exit point; elsewhere one pass drafts for some and verifies for others. Neither changes what is drafted.
 
 Where a band resumes below the top, drafts skip layers (Draft & Verify, Zhang et al. 2023, arXiv:2309.08168): a drafting row
 runs what its bands leave of the model, to the head. What layers above the lowest band's boundary make of it is not the full
@@ -104,6 +105,8 @@ class Speculation(Decoding):
         exits = self.session.plan.exits
         #: Where verification of drafts that skip layers begins; None where drafts are early exits.
         self.again = None if exits is None else drafts_from(exits)
+        #: Rows that might leave early so far, and those that did.
+        self.asked, self.left = 0, 0
 
     def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
         self.limit = max(self.config.max_length - input_ids.shape[1], 1)
@@ -128,14 +131,15 @@ class Speculation(Decoding):
     # -- passes -------------------------------------------------------------------------------------------------------
 
     def _round(self, running: list[_Sequence], embeds: Tensor | None) -> None:
-        """One pass: sequences that may draft do; when none may, those that wait go to the top and are verified."""
+        """One pass: sequences that may draft do; those that wait go to the top when none may, or when few would."""
         drafting = [each for each in running if self._drafts(each)]
-        # Alone there is nobody to wait for: a row that does not leave goes on at once.
         last = max((band.leave for band in self.session.plan.bands.values()), default=0)
-        hold = frozenset([last]) if drafting and len(running) > 1 and self.again is None else frozenset()
-        fresh = drafting or [each for each in running if not each.held]
+        alone = bool(drafting) and (self.again is not None or self._apart(len(drafting), len(running), last))
+        # Of one sequence nobody waits for the others: a row that does not leave goes on at once.
+        hold = frozenset([last]) if alone and len(running) > 1 and self.again is None else frozenset()
+        fresh = drafting if alone else [each for each in running if not each.held]
         present = np.ones(len(self.parked), dtype=np.bool_)
-        if drafting:
+        if alone:
             present = np.isin(self.parked.seq, [each.number for each in drafting]) & (self.again is None)
         if hold:  # nobody passes there, so nobody who waits there can follow
             present &= self.parked.at < last
@@ -148,9 +152,12 @@ class Speculation(Decoding):
         if embeds is not None and fresh and fresh[0].made == 0 and not fresh[0].drafts:  # all sequences begin together
             source = {"embeds": embeds[seq]}
         keep = self.again if drafting else None
-        result = self.session.run(seq, pos, step=step, parked=taken, hold=hold, may_leave=bool(drafting), keep=keep, **source)
+        # One bool for all rows where they are alike: a closed pass does not judge.
+        free: bool | torch.Tensor = alone or (bool(drafting) and torch.tensor([self._drafts(each) for each in fresh]))
+        result = self.session.run(seq, pos, step=step, parked=taken, hold=hold, may_leave=free, keep=keep, **source)
         self.work.add(result, 0)
         if self.again is None:
+            self.asked += len(drafting)
             self.parked = self.session.left(result, seq, pos, step, taken) + others
             self._drafted(fresh, result)
         else:
@@ -165,6 +172,15 @@ class Speculation(Decoding):
     def _drafts(self, each: _Sequence) -> bool:
         """Its next row may make a draft."""
         return not (each.held or each.unsure) and len(each.drafts) < min(self.most, self._left(each) - 1)
+
+    def _apart(self, drafting: int, running: int, last: int) -> bool:
+        """A pass of the drafting sequences alone, to the last exit point, is worth its while.
+
+        It runs a share of the layers; a pass of everybody gets a token from each. So the share of all sequences that will
+        leave, at the rate seen so far, must be as large (at first everybody is hoped to).
+        """
+        rate = (self.left + 1) / (self.asked + 1)
+        return drafting * rate >= running * last / self.model.depth
 
     def _left(self, each: _Sequence) -> int:
         """Tokens that a sequence may still make."""
@@ -203,6 +219,7 @@ class Speculation(Decoding):
                     chances = torch.where(nothing[:, None], certain, chances)
                     tokens = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
                     drawn = list(chances)
+            self.left += len(rows)
             took = result.bands_taken.tolist()
             for each, row, token, chance in zip(mine, rows, tokens.tolist(), drawn, strict=True):
                 each.drafts.append(token)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.encoders import DynamicEncoder, LinearHead, ModelHead, Samples
+from dyndepth.errors import ArgumentError
 
 Everywhere = list[tuple[Samples, Tensor]]
 
@@ -32,6 +33,8 @@ class PooledStates:
     """One vector per sample and exit, the top last: what its head pools. In the caller's order.
 
     A sample that is one token long pools to itself, so `everywhere` gives heads such samples and every loss runs on them.
+    Several trainings on one frozen model may share them: `train_encoder` and the recipes take them for inputs. Which pooling
+    they were made with is the caller's to know.
     """
 
     #: Layers below each exit, and the number of layers.
@@ -69,6 +72,10 @@ class PooledStates:
     def everywhere(self, encoder: DynamicEncoder, rows: Tensor | None = None) -> Everywhere:
         """As DynamicEncoder.everywhere, from what is kept; differentiable in the heads."""
         rows = torch.arange(len(self)) if rows is None else rows
+        if self.boundaries != (*encoder.boundaries, encoder.depth):
+            raise ArgumentError(
+                f"PooledStates: kept at {list(self.boundaries)}, the exits are at {[*encoder.boundaries, encoder.depth]}"
+            )
         heads = [*(point.head for point in encoder.exits), encoder.exits.final]
         ones, ids = torch.ones(len(rows), dtype=torch.int64), torch.arange(len(rows))
         found: Everywhere = []
@@ -77,3 +84,7 @@ class PooledStates:
             assert head is not None
             found.append((samples, head(samples, encoder.family.finish)))
         return found
+
+
+#: Samples to train on: the encoder's arguments, [n, ...] each, or what a frozen model makes of them.
+Inputs = Mapping[str, Tensor] | PooledStates

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dyndepth.encoders import DynamicEncoder, SampleExits, facts_of
 from dyndepth.errors import ArgumentError, TrainingError
 from dyndepth.files import replacing, require
-from dyndepth.training.encoder_states import Everywhere, PooledStates, chosen
+from dyndepth.training.encoder_states import Everywhere, Inputs, PooledStates, chosen
 from dyndepth.training.weighting import warm_cosine
 
 #: (results of `everywhere`, labels in the order of their samples) -> scalar. An object with `at_update(update)` is told where
@@ -107,12 +107,12 @@ class TrainedEncoder:
 def train_encoder(
     model: Any,
     exits: SampleExits,
-    inputs: Mapping[str, Tensor],
+    inputs: Inputs,
     labels: Tensor,
     loss: Loss,
     *,
     config: EncoderConfig | None = None,
-    validation: tuple[Mapping[str, Tensor], Tensor] | None = None,
+    validation: tuple[Inputs, Tensor] | None = None,
     judge: Loss | None = None,
     watch: Watch | None = None,
     train_only: nn.Module | None = None,
@@ -124,7 +124,8 @@ def train_encoder(
     Args:
         model: a supported encoder in float32. With `base_lr` 0 it is frozen and in eval mode throughout.
         exits: made for it, in float32; their weights are changed in place.
-        inputs: the encoder's arguments for all samples, [n, ...] each; batches lose padding that none of theirs needs.
+        inputs: the encoder's arguments for all samples, [n, ...] each; batches lose padding that none of theirs needs. With a
+            frozen model and linear heads, PooledStates of them will do.
         labels: [n, ...], whatever `loss` reads.
         loss: see `Loss`; dyndepth.training.encoder_losses has those of the recipes.
         validation: inputs and labels that nothing learns from; the weights with the lowest mean of `judge` there are kept.
@@ -149,17 +150,23 @@ def train_encoder(
 
 class _Run:
     def __init__(
-        self, model: Any, exits: SampleExits, inputs: Mapping[str, Tensor], labels: Tensor, loss: Loss, config: EncoderConfig,
-        validation: tuple[Mapping[str, Tensor], Tensor] | None, judge: Loss, watch: Watch | None, train_only: nn.Module | None,
+        self, model: Any, exits: SampleExits, inputs: Inputs, labels: Tensor, loss: Loss, config: EncoderConfig,
+        validation: tuple[Inputs, Tensor] | None, judge: Loss, watch: Watch | None, train_only: nn.Module | None,
         layout: str, folder: str | Path | None,
     ) -> None:  # fmt: skip
         self.model, self.exits, self.config, self.loss, self.judge = model, exits, config, loss, judge
         self.encoder = DynamicEncoder(model, exits, layout=layout)
         self.inputs, self.labels, self.validation, self.watch = inputs, labels, validation, watch
         self.train_only, self.folder = train_only, None if folder is None else Path(folder)
-        sizes = {name: len(value) for name, value in [*inputs.items(), ("labels", labels)]}
+        kept = isinstance(inputs, PooledStates)
+        named = {"states": inputs} if isinstance(inputs, PooledStates) else inputs
+        sizes = {name: len(value) for name, value in [*named.items(), ("labels", labels)]}
         if len(set(sizes.values())) > 1 or not len(labels):
             raise ArgumentError(f"train_encoder: inputs and labels must hold equally many samples, at least one, got {sizes}")
+        if validation is not None and isinstance(validation[0], PooledStates) != kept:
+            raise ArgumentError("train_encoder: inputs and validation must both be kept states, or neither")
+        if kept and (config.base_lr or watch is not None or not PooledStates.fits(self.encoder)):
+            raise ArgumentError("train_encoder: kept states want a frozen model, linear heads and no watch")
         self.states: list[PooledStates] = []
         self.losses: list[float] = []
 
@@ -169,7 +176,8 @@ class _Run:
         parts: list[nn.Module] = [self.model, self.exits]
         flags = [(p, p.requires_grad) for part in parts for p in part.parameters()]
         mode = self.model.training
-        learning = {id(p) for p in (self.train_only or self.exits).parameters()}
+        named = self.exits if self.train_only is None else self.train_only
+        learning = {id(p) for p in named.parameters()}
         learning |= {id(p) for p in self.model.parameters()} if self.config.base_lr else set()
         for parameter, _ in flags:
             parameter.requires_grad_(id(parameter) in learning)
@@ -187,13 +195,17 @@ class _Run:
         if not self.config.base_lr and self.watch is None and PooledStates.fits(self.encoder):
             data = [(self.inputs, self.labels), *([] if self.validation is None else [self.validation])]
             with self._mixed():
-                self.states = [PooledStates.collect(self.encoder, given) for given, _ in data]
+                self.states = [
+                    given if isinstance(given, PooledStates) else PooledStates.collect(self.encoder, given) for given, _ in data
+                ]
         base = {id(p) for p in self.model.parameters()}
         parameters = [p for part in (self.model, self.exits) for p in part.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if id(p) in base], "rate": self.config.base_lr},
             {"params": [p for p in parameters if id(p) not in base], "rate": self.config.lr},
         ]
+        if not parameters:
+            raise ArgumentError("train_encoder: nothing learns: base_lr is 0 and train_only names no weights")
         some = next(iter(self.model.parameters()))
         accelerator = Accelerator(mixed_precision="no", cpu=some.device.type == "cpu")
         optimizer: Any = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.config.weight_decay)
@@ -267,6 +279,7 @@ class _Run:
         inputs, labels = (self.inputs, self.labels) if split == 0 or self.validation is None else self.validation
         if self.states:
             return loss(self.states[split].everywhere(self.encoder, rows), labels[rows])
+        assert not isinstance(inputs, PooledStates)
         batch, rows = chosen(inputs, rows)
         if self.watch is not None:
             return loss(self.watch(self.encoder, batch), labels[rows])

@@ -69,7 +69,7 @@ def documents(seed: int = 0) -> Documents:
     topics = sorted({topic for topic, _ in train})
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     train = [train[i] for i in order]
-    return Documents(*(_split(part, topics) for part in (train[HELD_OUT:], train[:HELD_OUT], test)), topics)
+    return Documents(*_splits([train[HELD_OUT:], train[:HELD_OUT], test], topics), topics=topics)
 
 
 def _read(path: Path) -> list[tuple[str, str]]:
@@ -84,9 +84,12 @@ def _read(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _split(part: Sequence[tuple[str, str]], topics: Sequence[str]) -> Split:
+def _splits(parts: Sequence[Sequence[tuple[str, str]]], topics: Sequence[str]) -> tuple[Split, Split, Split]:
     numbers = {topic: number for number, topic in enumerate(topics)}
-    return Split([text for _, text in part], torch.tensor([numbers[topic] for topic, _ in part]))
+    train, held_out, test = (
+        Split([text for _, text in part], torch.tensor([numbers[topic] for topic, _ in part])) for part in parts
+    )
+    return train, held_out, test
 
 
 def minilm() -> tuple[Any, Any]:

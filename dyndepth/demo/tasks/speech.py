@@ -20,6 +20,7 @@ from dyndepth.calibration import calibrate_samples
 from dyndepth.demo.tasks import espeak, speech_model
 from dyndepth.demo.tasks.measure import Inputs, Problem, run_and_write
 from dyndepth.encoders import DynamicEncoder
+from dyndepth.encoders.ctc import greedy
 from dyndepth.recipes import asr
 
 RISK, CONFIDENCE = 0.1, 0.95
@@ -40,7 +41,7 @@ def spoken(part: str, count: int) -> tuple[list[str], list[NDArray[np.float32]]]
 
 def text_of(logits: Tensor) -> str:
     """What one sample's logits [frames, symbols] say, by the best path."""
-    symbols = asr.greedy(logits, torch.tensor([len(logits)]))[0]
+    symbols = greedy(logits, torch.tensor([len(logits)]))[0]
     return "".join(speech_model.VOCABULARY[symbol] for symbol in symbols)
 
 

@@ -32,7 +32,8 @@ class LogMel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         bins = 512
-        mel = torch.linspace(*(2595 * math.log10(1 + f / 700) for f in (60.0, RATE / 2)), MELS + 2)
+        low, high = (2595 * math.log10(1 + f / 700) for f in (60.0, RATE / 2))
+        mel = torch.linspace(low, high, MELS + 2)
         edges = 700 * (10 ** (mel / 2595) - 1)
         f = torch.linspace(0, RATE / 2, bins // 2 + 1)[:, None]
         rising, falling = (f - edges[:-2]) / (edges[1:-1] - edges[:-2]), (edges[2:] - f) / (edges[2:] - edges[1:-1])
@@ -52,15 +53,15 @@ def build(layers: int = LAYERS) -> Any:
     """The model with random weights, in eval mode."""
     from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
-    config = Wav2Vec2ConformerConfig(
-        vocab_size=len(VOCABULARY), hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=4,
-        intermediate_size=2 * WIDTH, hidden_act="swish", conv_depthwise_kernel_size=15, max_source_positions=512,
+    options: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY), "hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "intermediate_size": 2 * WIDTH, "hidden_act": "swish", "conv_depthwise_kernel_size": 15, "max_source_positions": 512,
         # The front end as one convolution would be: this is what lengths are computed from.
-        conv_dim=[STACK * MELS], conv_kernel=[WINDOW + (STACK - 1) * HOP], conv_stride=[STACK * HOP],
-        num_feat_extract_layers=1, feat_extract_norm="layer", num_conv_pos_embeddings=1,
-        num_conv_pos_embedding_groups=WIDTH, mask_time_prob=0.0, layerdrop=0.0, pad_token_id=0, ctc_zero_infinity=True,
-    )  # fmt: skip
-    model = Wav2Vec2ConformerForCTC(config)
+        "conv_dim": [STACK * MELS], "conv_kernel": [WINDOW + (STACK - 1) * HOP], "conv_stride": [STACK * HOP],
+        "feat_extract_norm": "layer", "num_conv_pos_embeddings": 1, "num_conv_pos_embedding_groups": WIDTH,
+        "mask_time_prob": 0.0, "layerdrop": 0.0, "pad_token_id": 0, "ctc_zero_infinity": True,
+    }  # fmt: skip
+    model: Any = Wav2Vec2ConformerForCTC(Wav2Vec2ConformerConfig(**options))
     model.wav2vec2_conformer.feature_extractor = LogMel()
     return model.eval()
 
