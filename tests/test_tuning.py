@@ -16,13 +16,11 @@ from dyndepth.cli import app
 from dyndepth.cli.tune import DEVICES
 from dyndepth.errors import BackendError
 from dyndepth.plan import Sizes
-from dyndepth.tuning import Problem, gpu, problems, search
+from dyndepth.tuning import OPS, Problem, gpu, problems, search
 
 launch: Any = importlib.import_module("dyndepth.kernels.launch")
 tables: Any = importlib.import_module("dyndepth.kernels.tables")
-SHIPPED = ("sm_80", "sm_90", "sm_100")
-#: Ops that shipped tables speak of; the rest of OPS goes by the rules.
-LISTED = ("project_qkv", "backfill_kv", "ragged_attention", "ragged_linear")
+SHIPPED = ("sm_80", "sm_90", "sm_100", "gfx942")
 START = tables.Tiles(16, 64, 64, 4, 4)
 
 
@@ -48,7 +46,7 @@ def test_keys_have_buckets_of_rows_and_no_batch_size() -> None:
     assert "float32" in str(launch.key_of("ragged_linear", h100, 4, (4096, 4096, 1), 1))
 
 
-@pytest.mark.parametrize("op", LISTED)
+@pytest.mark.parametrize("op", OPS)
 def test_a_measured_entry_beats_a_shipped_one_and_both_the_rules(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = next(each for each in problems(Sizes.known("Llama-3-8B"), [16]) if each.op == op)
     device = _device("sm_90")
@@ -156,8 +154,6 @@ def test_shipped_tables(architecture: str) -> None:
         assert "seconds" not in entry
     for name in ("SmolLM2-135M", "Llama-3-8B", "Qwen3-8B"):
         for problem in problems(Sizes.known(name), [16, 64]):
-            if problem.op not in LISTED:
-                continue
             assert problem.chosen(device)[1] == tables.STATIC
             entry = found["entries"][str(problem.key(device))]
             if problem.op == "ragged_linear":
@@ -198,7 +194,7 @@ def test_the_command_line_prints_choices_and_refuses() -> None:
     assert shown.exit_code == 0, shown.output
     rows = json.loads(shown.output)
     assert {row["op"] for row in rows} == {"project_qkv", "backfill_kv", "ragged_attention", "ragged_linear", "exit_stats"}
-    assert {row["source"] for row in rows if row["op"] in LISTED} == {tables.STATIC}
+    assert {row["source"] for row in rows} == {tables.STATIC}
     assert "128 x" in run(app, ["info", "--launch", "sm_90", "--rows", "256"]).output
     assert "--launch knows sm_80" in str(run(app, ["info", "--launch", "sm_1"]).exception)
     assert "ops are project_qkv" in str(run(app, ["tune", "Llama-3-8B", "--ops", "fold"]).exception)
