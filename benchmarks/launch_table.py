@@ -8,7 +8,10 @@ compiled for as long as they are less so. Entries carry what the compiler said o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from static_report import TARGETS, offline
 
 from dyndepth.plan.passes import Sizes
-from dyndepth.tuning import Problem, problems, search
+from dyndepth.tuning import OPS, Problem, problems, search
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODELS = ("SmolLM2-135M", "Llama-3-8B", "Qwen3-8B")
@@ -70,16 +73,29 @@ def entries(target: str, wanted: list[Problem]) -> dict[str, dict[str, Any]]:
     return made
 
 
+@contextlib.contextmanager
+def without_tables() -> Iterator[None]:
+    """Inside, rules alone choose: a table must not be made from itself."""
+    before = os.environ.get("DYNDEPTH_LAUNCH")
+    os.environ["DYNDEPTH_LAUNCH"] = "rules"
+    try:
+        yield
+    finally:
+        os.environ.pop("DYNDEPTH_LAUNCH")
+        if before is not None:
+            os.environ["DYNDEPTH_LAUNCH"] = before
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="*", default=list(ARCHITECTURES), choices=list(TARGETS))
+    parser.add_argument("--ops", nargs="*", default=list(OPS), choices=OPS, help="entries to make anew; the others stay")
     wish = parser.parse_args()
-    wanted = [problem for name in MODELS for problem in problems(Sizes.known(name), ROWS)]
+    wanted = [problem for name in MODELS for problem in problems(Sizes.known(name), ROWS) if problem.op in wish.ops]
     for target in wish.targets:
         file: Path = tables.path(target, tables.STATIC)
-        file.unlink(missing_ok=True)
-        tables.table.cache_clear()
-        made = entries(target, wanted)
+        with without_tables():
+            made = entries(target, wanted)
         tables.write(file, target, tables.STATIC, made)
         changed = [key for key, entry in made.items() if not entry["rule"]]
         print(f"{target}: {len(made)} entries; other than the rules: {', '.join(changed) or 'none'}")

@@ -16,7 +16,7 @@ from dyndepth.cli import app
 from dyndepth.cli.tune import DEVICES
 from dyndepth.errors import BackendError
 from dyndepth.plan import Sizes
-from dyndepth.tuning import Problem, gpu, problems, search
+from dyndepth.tuning import OPS, Problem, gpu, problems, search
 
 launch: Any = importlib.import_module("dyndepth.kernels.launch")
 tables: Any = importlib.import_module("dyndepth.kernels.tables")
@@ -46,7 +46,7 @@ def test_keys_have_buckets_of_rows_and_no_batch_size() -> None:
     assert "float32" in str(launch.key_of("ragged_linear", h100, 4, (4096, 4096, 1), 1))
 
 
-@pytest.mark.parametrize("op", ["project_qkv", "ragged_attention", "ragged_linear", "exit_stats", "backfill_kv"])
+@pytest.mark.parametrize("op", OPS)
 def test_a_measured_entry_beats_a_shipped_one_and_both_the_rules(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = next(each for each in problems(Sizes.known("Llama-3-8B"), [16]) if each.op == op)
     device = _device("sm_90")
@@ -158,6 +158,28 @@ def test_shipped_tables(architecture: str) -> None:
             entry = found["entries"][str(problem.key(device))]
             if problem.op == "ragged_linear":
                 assert (entry["spilled"], entry["matrix"] > 0, entry["load"] >= 16) == (0, True, True)
+
+
+def test_problems_are_the_launches_of_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key and rule of a problem are those that the op's own host function asks tables with."""
+
+    class AskedError(Exception):
+        pass
+
+    def ask(*asked: Any) -> None:
+        raise AskedError(*asked)
+
+    device = _device("sm_90")
+    monkeypatch.setattr(launch, "chosen", ask)
+    monkeypatch.setattr(launch.Device, "of", staticmethod(lambda tensor: device))
+    for name in ("SmolLM2-135M", "Qwen3-8B"):
+        for problem in problems(Sizes.known(name), [16, 64]):
+            with pytest.raises(AskedError) as asked:
+                problem.call("meta", launch.torch.bfloat16)()
+            with pytest.raises(AskedError) as said:
+                problem.config(device)
+            assert asked.value.args == said.value.args, problem
+            assert asked.value.args[0] == problem.key(device)
 
 
 def test_problems_are_buckets_once() -> None:

@@ -34,7 +34,8 @@ class Problem:
             outputs, width, weights = self.sizes
             return launch.ragged_linear(self.rows, outputs, width, weights > 1, device, itemsize)
         if self.op == "exit_stats":
-            return launch.exit_stats(self.rows, *self.sizes, device, itemsize)
+            words, width = self.sizes
+            return launch.exit_stats(self.rows, width, words, device, itemsize)
         if self.op == "ragged_attention":
             return launch.ragged_attention(self.rows, *self.sizes, _CONTEXT, device, itemsize)
         heads, head_dim, width, normed = self._projected()
