@@ -93,7 +93,7 @@ class Engine:
         longest_wait: int = 32,
         pending: int = DEFAULT_PENDING,
         chunk: int = DEFAULT_CHUNK,
-        graphs: bool | str = "auto",
+        graphs: bool | str = False,
     ) -> None:
         for name, value in (("slots", slots), ("longest", longest), ("longest_wait", longest_wait)):
             if not isinstance(value, int) or value < 1:

@@ -49,8 +49,8 @@ class Generate:
         observe: called with dyndepth.runtime.observe.Observed for every pass that finds out what the full model says of tokens
             that exits judged (`kv="recompute"`, `"release"`, or verification): for thresholds that adapt. It costs an
             exit head per judged row.
-        graphs: replay decode passes as CUDA graphs (docs/gpu.md). `"auto"`: on CUDA devices, where K,V policy and modules are
-            known to allow it; True: or raise with the reason; False: never.
+        graphs: replay decode passes as CUDA graphs (docs/gpu.md), which no hardware has shown yet, so False by default.
+            `"auto"`: on CUDA devices, where K,V policy and modules are known to allow it; True: or raise with the reason.
         generator: torch.Generator for sampling.
 
     Returns transformers' output; with `return_dict_in_generate=True` a `DynamicDepthOutput`, which adds `exit_layers`,
@@ -78,7 +78,7 @@ class Generate:
         rollback: float | None = None,
         confidence: float | Confidence | None = None,
         observe: Observer | None = None,
-        graphs: bool | str = "auto",
+        graphs: bool | str = False,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
         token_streamer: Any = None,

@@ -52,7 +52,7 @@ def decode(
     rollback: float | None = None,
     confidence: float | Confidence | None = None,
     observe: Observer | None = None,
-    graphs: bool | str = "auto",
+    graphs: bool | str = False,
     generator: torch.Generator | None = None,
     streamer: Any = None,
     **model_kwargs: Any,
