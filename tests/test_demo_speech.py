@@ -92,8 +92,10 @@ def test_without_espeak_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 
 @speaks
 def test_unknown_voices_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="could not say 'a' as no-such-voice"):
-        espeak.clean(espeak.Utterance("a", "no-such-voice", 150, 50, 10.0, 3))
+    """espeak-ng would speak in another voice without a word."""
+    for voice, missing in (("no-such-voice", "no-such-voice"), ("en-us+zz", "zz")):
+        with pytest.raises(ArgumentError, match=f"espeak-ng has no voice '{missing}'"):
+            espeak.clean(espeak.Utterance("a", voice, 150, 50, 10.0, 3))
 
 
 @speaks

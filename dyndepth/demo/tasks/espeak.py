@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import re
 import shutil
 import subprocess
 import wave
@@ -79,9 +81,22 @@ def require() -> None:
         raise ArgumentError("the speech demo needs espeak-ng to speak: apt-get install espeak-ng (brew install espeak-ng)")
 
 
+@functools.cache
+def _voices() -> frozenset[str]:
+    """Languages and variants that are installed: espeak-ng itself says nothing of an unknown one and takes another."""
+    listed = [
+        subprocess.run(["espeak-ng", f"--voices={kind}"], capture_output=True, timeout=_LONGEST_S, check=True).stdout.decode()
+        for kind in ("en", "variant")
+    ]
+    return frozenset([*(line.split()[1] for line in listed[0].splitlines()[1:]), *re.findall(r"!v/(\S+)", listed[1])])
+
+
 def clean(utterance: Utterance) -> NDArray[np.float32]:
     """fp32 [samples] at 16 kHz, without noise."""
     require()
+    missing = [part for part in utterance.voice.split("+") if part not in _voices()]
+    if missing:
+        raise ArgumentError(f"espeak-ng has no voice {missing[0]!r}, wanted for {utterance.voice}")
     command = [
         "espeak-ng",
         "--stdout",
