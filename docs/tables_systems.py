@@ -1,4 +1,4 @@
-"""Renderers of the tables of docs/split.md, docs/utilities.md and docs/recipes/mue.md, part of tables.py."""
+"""Renderer of the table of docs/split.md, part of tables.py."""
 
 from __future__ import annotations
 
@@ -25,38 +25,7 @@ def split(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-def mue(results: Path) -> str:
-    """What benchmarks/mue.py found: thresholds chosen for two shares of full depth's accuracy, on other pictures."""
-    found = _load(results / "mue.json")
-    lines = _header("thresholds", "image", "text", "decoder", "exact answers", "image layers run", "text", "decoder")
-    for row in found["rows"]:
-        limits = ["–" if value is None else f"{value:g}" for value in row["thresholds"].values()]
-        work = [f"{row['work'][name]:.0%}" for name in ("image", "text", "decoder")]
-        lines.append(f"| {row['system']} | {' | '.join(limits)} | {row['accuracy']:.1%} | {' | '.join(work)} |")
-    text = (
-        f"`benchmarks/mue.py`: {found['questions']} questions on pictures that neither training nor the choice of thresholds "
-        f"saw; {found['layers']} layers each."
-    )
-    return "\n".join([*lines, "", text, ""])
-
-
-def taocache(results: Path) -> str:
-    """What benchmarks/taocache.py found: model calls against the distance from the pictures of all steps."""
-    found = _load(results / "taocache.json")
-    lines = _header("threshold", "start", "most", "model calls per prompt", "fewest–most", "PSNR", "PSNR, as many plain steps")
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['threshold']:g} | {row['start']:g} | {row['most']} | {row['model_calls']:.1f} of {found['steps']} "
-            f"| {row['fewest']}–{row['most_calls']} | {row['psnr']:.1f} dB | {row['psnr_fewer_steps']:.1f} dB |"
-        )
-    text = (
-        f"`benchmarks/taocache.py`: a DiT of four layers on 8 × 8 digits, DDIM, {found['prompts']} prompts; PSNR against the "
-        "pictures of all steps from the same noise."
-    )
-    return "\n".join([*lines, "", text, ""])
-
-
-TABLES = {"split": split, "mue": mue, "taocache": taocache}
+TABLES = {"split": split}
 
 
 def _header(*names: str) -> list[str]:

@@ -29,7 +29,7 @@ from dyndepth.split import GlooLink, SplitServer, TcpLink
 LAYERS, WIDTH, CLASSES, BOUNDARY = 5, 24, 3, 3
 #: Name -> threshold at which some samples leave at every exit, some below and some above the boundary.
 THRESHOLDS = {"patience": 1.0, "entropy": -0.3, "saturation": 0.3, "q_exit": 0.6, "ponder": 0.0, "depth": 0.0, "other": -0.3}
-SECONDS = 60.0
+SECONDS = 300.0
 
 
 def _criterion(name: str) -> Criterion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import struct
 import subprocess
@@ -17,14 +18,15 @@ from typing import Any
 
 import pytest
 import torch
-from split_worker import BOUNDARY, CLASSES, LAYERS, SECONDS, WIDTH, encoder, inputs
+from split_worker import BOUNDARY, LAYERS, SECONDS, WIDTH, encoder, inputs
 from torch import Tensor
 
 from dyndepth.encoders import Samples
 from dyndepth.errors import ArgumentError, SplitError
 from dyndepth.split import GlooLink, Limits, Link, SplitEncoder, SplitServer, TcpLink
 from dyndepth.split import frames as framing
-from dyndepth.split.frames import HEADER, Frame, Kind
+from dyndepth.split.frames import Frame, Kind
+from dyndepth.split.here import identity
 
 LENGTHS = [9, 2, 5, 9, 1, 5, 7, 3, 4, 6, 8, 2]
 NAMES = ("patience", "entropy", "saturation", "q_exit", "ponder", "depth")
@@ -305,8 +307,6 @@ def _with(name: str, change: Callable[[Tensor], Tensor]) -> Change:
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused_and_the_link_goes_on(change: Change, message: str) -> None:
-    import re
-
     tensors = _sent()
     wrong = {**tensors}
     change(wrong)
@@ -332,8 +332,6 @@ class _Served:
 
 
 def _identity() -> bytes:
-    from dyndepth.split.here import identity
-
     return identity(encoder("patience"), BOUNDARY)
 
 
@@ -360,8 +358,6 @@ def test_one_long_sample_among_many_short_ones_is_not_padded_out_of_memory() -> 
     tensors["ids"], tensors["lengths"] = torch.arange(n), torch.tensor([500] + [1] * (n - 1))
     tensors["hidden"] = torch.zeros(500 + n - 1, WIDTH)
     link, other, _ = _pair()
-    from dyndepth.split.here import identity
-
     framing.send(link, Frame(Kind.HELLO, 0, identity(encoder("entropy"), BOUNDARY)), 1.0)
     small = Limits(payload_bytes=200_000)
     server = SplitServer(encoder("entropy", layout="padded"), BOUNDARY, other, limits=small)
@@ -429,5 +425,3 @@ def test_what_criteria_carry_is_known_beforehand() -> None:
         samples, _ = whole.advance(whole.begin(**inputs(LENGTHS)), BOUNDARY)
         found = {key: (value.dtype, tuple(value.shape[1:])) for key, value in samples.carried.items()}
         assert whole.carried_at(BOUNDARY) == found, name
-    assert whole.exits.model.vocab_size == CLASSES
-    assert HEADER == 32

@@ -26,7 +26,7 @@ from dyndepth.encoders import LinearHead, SampleExit, SampleExits, facts_of
 from dyndepth.exits import TopProbability
 from dyndepth.split import WIRES, GlooLink, SplitEncoder, SplitServer
 
-LAYERS, WIDTH, BOUNDARY, THRESHOLD, BATCH, STEPS = 6, 64, 3, 0.99, 32, 400
+LAYERS, WIDTH, BOUNDARY, THRESHOLD, BATCH, STEPS = 6, 64, 3, 0.9, 32, 400
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
