@@ -53,8 +53,9 @@ class Band(nn.Module):
             raise ExitsError(f"{name}: wanted adapters of {resume - leave} layers, got {jump.up.shape[0]}")
         if kv is not None and kv.weight.shape[0] != resume - leave:
             raise ExitsError(f"{name}: wanted K,V maps of {resume - leave} layers, got {kv.weight.shape[0]}")
-        if any(not 1 <= boundary < leave for boundary in (criterion.history if criterion is not None else ())):
-            raise ExitsError(f"{name}: a router's history names boundaries in [1, {leave}), got {list(criterion.history)}")
+        history = () if criterion is None else criterion.history
+        if any(not 1 <= boundary < leave for boundary in history):
+            raise ExitsError(f"{name}: a router's history names boundaries in [1, {leave}), got {list(history)}")
         if decay is not None and criterion is not None and (not criterion.scored or criterion.most != 1):
             raise ExitsError(f"{name}: decay is made for scores in [0, 1], which criterion {criterion.kind} does not give")
         self.leave = leave
