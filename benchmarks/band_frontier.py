@@ -150,8 +150,7 @@ class Bench:
         for kept in (folder / "bands").glob("band-*-linear"):  # trained by KL (make jump-maps)
             band = Exits.from_pretrained(kept).bands[0]
             bands[band.leave, band.resume] = band
-        fit, tune, test = samples
-        return cls(folder, model, report, corpus, bands, readouts, fit, tune, test)
+        return cls(folder, model, report, corpus, bands, readouts, samples[0], samples[1], samples[2])
 
     def run(self, only: Sequence[str]) -> None:
         words = frequent(self.fit.answers[self.fit.judged], _WORDS)
@@ -260,8 +259,9 @@ class Bench:
         """Per wanted agreement the set that grows greedily for it, at the price expected to meet it; and what they make."""
         candidates, chances = [self.group.candidates[i] for i in mine], [self._chances(confidence)[i] for i in mine]
         offsets = self._offsets(mine) if confidence == ROUTER else None
-        full = {"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}
-        points: list[dict[str, Any]] = [full]
+        points: list[dict[str, Any]] = [
+            {"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}
+        ]
         with self.report.stage(f"{family}: {confidence}", len(SHARES)) as advance:
             for share in sorted(SHARES):
                 grown = greedy(candidates, chances, share, _MOST, offsets)
