@@ -59,7 +59,8 @@ def encoder_depth(results: Path) -> str:
     for row in found["rows"]:
         for cell in row["cells"]:
             lines.append(
-                f"| {row['model']} | {row['dtype']} | {row['layout']} | {row['batch']} | {row['rounds']} | {', '.join(map(str, cell['exits']))} "
+                f"| {row['model']} | {row['dtype']} | {row['layout']} | {row['batch']} | {row['rounds']} "
+                f"| {', '.join(map(str, cell['exits']))} "
                 f"| {cell['rate']:.0%} | {cell['samples_x_layers']:.1%} | {row['full_s'] * 1e3:.0f} "
                 f"| {cell['saved_s'] * 1e3:.0f} | {cell['perfect_s'] * 1e3:.0f} | {cell['efficiency']:.0%} "
                 f"({cell['efficiency_p25']:.0%}–{cell['efficiency_p75']:.0%}) | {cell['nobody_s'] / cell['from_s'] - 1:+.1%} |"
