@@ -5,13 +5,18 @@ perfect machine's stretch of layers takes what it was measured to take with that
 of (time of a layer with all samples - time with those that are left). Not part of it, and therefore counted against us: moving
 samples, heads of those that leave, deciding, and everything between layers. Models have random weights: time does not see them.
 
-    PYTHONPATH=benchmarks python benchmarks/encoder_depth_efficiency.py build [--batches 32,128] [--rounds 5] [--models vit]
+Both passes are timed from the last layer below the first exit: what runs below it is the same, and would only add noise.
+
+    PYTHONPATH=benchmarks python benchmarks/encoder_depth_efficiency.py build [--batches 32,128] [--rounds 15] [--models vit]
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +33,11 @@ from dyndepth.files import replacing
 
 #: (exits as shares of the depth, share of the live samples that leaves at each).
 SCENARIOS = (((2 / 3,), 0.25), ((2 / 3,), 0.5), ((1 / 3, 2 / 3), 0.25), ((1 / 3, 2 / 3), 0.5))
+
+#: Runs shorter than this are repeated within a block.
+BLOCK_S = 0.2
+#: mallopt's names for these numbers.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def vit(layers: int = 12) -> Any:
@@ -89,15 +99,28 @@ def drawn(depth: int, shares: tuple[float, ...], rate: float, batch: int) -> tup
     return leaves, where
 
 
-def interleaved(runs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of every run, in turn, after one round that does not count."""
+def keep_memory() -> bool:
+    """Tell glibc to keep freed memory; False where there is no glibc.
+
+    It gives large tensors back to the system otherwise and faults them in again, a fifth of a pass at batch 128, and how
+    much depends on what ran before.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def interleaved(runs: dict[Any, Callable[[], Any]], rounds: int, times: int) -> dict[Any, list[float]]:
+    """Seconds of every run, `times` in a row, in another order every round, after one round that does not count."""
     found: dict[Any, list[float]] = {key: [] for key in runs}
+    shuffled = random.Random(0)
     for number in range(rounds + 1):
-        for key, run in runs.items():
+        for key in shuffled.sample(list(runs), len(runs)):
+            run = runs[key]
             begin = time.perf_counter()
-            run()
+            for _ in range(times):
+                run()
             if number:
-                found[key].append(time.perf_counter() - begin)
+                found[key].append((time.perf_counter() - begin) / times)
     return found
 
 
@@ -116,46 +139,50 @@ def measure(name: str, batch: int, layout: str, rounds: int, dtype: torch.dtype)
         leaves, where = drawn(plain.depth, shares, rate, batch)
         points = [SampleExit(at, LinearHead(facts.width, facts.vocab_size), FixedDepth()) for at in leaves]
         encoder = DynamicEncoder(model, SampleExits(points, facts), layout=layout)
-        runs["dynamic", number] = lambda encoder=encoder, where=where: encoder(**inputs, depth=where)
         closed = torch.full_like(where, -1)
-        runs["nobody", number] = lambda encoder=encoder, closed=closed: encoder(**inputs, depth=closed)
+        below, _ = plain.advance(plain.begin(**inputs), leaves[0] - 1)
+        runs["full", number] = functools.partial(_upwards, plain, below, None)
+        runs["dynamic", number] = functools.partial(_upwards, encoder, below, where)
+        runs["nobody", number] = functools.partial(_upwards, encoder, below, closed)
         # Layers above each exit, all samples against those that are left: what the perfect machine saves.
-        ends = [*leaves[1:], plain.depth]
-        for leave, end in zip(leaves, ends, strict=True):
-            left = ((where < 0) | (where > leave)).nonzero()[:, 0]
-            for who, rows in (("all", torch.arange(batch)), ("left", left)):
-                samples = _taken(plain, inputs, rows)
-                runs["layers", number, leave, who] = lambda s=samples, a=leave, b=end: _layers(plain, s, a, b)
-        run = encoder(**inputs, depth=where).work
-        cells.append({"exits": leaves, "rate": rate, "samples_x_layers": run.fraction})
-    raw = interleaved(runs, rounds)
+        for leave, end in zip(leaves, [*leaves[1:], plain.depth], strict=True):
+            gone = (where >= 0) & (where <= leave)
+            for who, samples in (("all", below), ("left", below.split(gone[below.ids]))):
+                runs["layers", number, leave, who] = functools.partial(_layers, plain, samples, leave, end)
+        work = encoder(**inputs, depth=where).work
+        cells.append({"exits": leaves, "rate": rate, "samples_x_layers": work.fraction})
+    begin = time.perf_counter()
+    plain(**inputs)
+    raw = interleaved(runs, rounds, max(1, round(BLOCK_S / (time.perf_counter() - begin))))
     seconds = {key: statistics.median(taken) for key, taken in raw.items()}
     for number, cell in enumerate(cells):
-        perfect = sum(
-            seconds["layers", number, leave, "all"] - seconds["layers", number, leave, "left"] for leave in cell["exits"]
+        perfect = _perfect(seconds, number, cell["exits"])
+        saved = seconds["full", number] - seconds["dynamic", number]
+        by_round = [{key: taken[at] for key, taken in raw.items()} for at in range(rounds)]
+        spread = sorted(
+            (one["full", number] - one["dynamic", number]) / _perfect(one, number, cell["exits"]) for one in by_round
         )
-        spread = []
-        for at in range(rounds):
-            ideal = sum(
-                raw["layers", number, leave, "all"][at] - raw["layers", number, leave, "left"][at] for leave in cell["exits"]
-            )
-            spread.append((raw["full"][at] - raw["dynamic", number][at]) / ideal if ideal > 0 else float("nan"))
-        saved = seconds["full"] - seconds["dynamic", number]
         cell |= {
-            "dynamic_s": seconds["dynamic", number], "nobody_s": seconds["nobody", number], "saved_s": saved,
-            "perfect_s": perfect, "efficiency": saved / perfect, "efficiency_min": min(spread), "efficiency_max": max(spread),
+            "dynamic_s": seconds["dynamic", number], "from_s": seconds["full", number], "nobody_s": seconds["nobody", number],
+            "saved_s": saved, "perfect_s": perfect, "efficiency": saved / perfect,
+            "efficiency_p25": spread[rounds // 4], "efficiency_p75": spread[(3 * rounds) // 4],
         }  # fmt: skip
     return {
         "model": name, "batch": batch, "layout": layout, "full_s": seconds["full"],
-        "transformers_s": seconds["transformers"], "cells": cells,
+        "transformers_s": seconds["transformers"], "rounds": rounds, "cells": cells,
     }  # fmt: skip
 
 
-def _taken(encoder: DynamicEncoder, inputs: dict[str, Tensor], rows: Tensor) -> Samples:
-    """Those samples (the caller's numbers) as they stand in a batch at boundary 0: shortest first."""
-    samples = encoder.begin(**inputs)
-    kept = torch.isin(samples.ids, rows)
-    return samples.split(~kept)
+def _perfect(seconds: dict[Any, float], number: int, exits: list[int]) -> float:
+    """Above each exit, time with all samples less time with those that are left."""
+    return sum(seconds["layers", number, at, "all"] - seconds["layers", number, at, "left"] for at in exits)
+
+
+def _upwards(encoder: DynamicEncoder, samples: Samples, depth: Tensor | None) -> None:
+    """The rest of a pass, answers included."""
+    samples, _ = encoder.advance(samples, depth=depth)
+    if samples.count:
+        encoder.finish(samples)
 
 
 def _layers(encoder: DynamicEncoder, samples: Samples, first: int, last: int) -> None:
@@ -168,14 +195,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[32, 128])
     parser.add_argument("--models", type=lambda text: text.split(","), default=["vit", "minilm"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     wish = parser.parse_args()
+    kept = keep_memory()
     path = wish.folder / "encoder_depth_efficiency.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     found["machine"] = info.collect()
-    found["settings"] = {"rounds": wish.rounds, "threads": torch.get_num_threads()}
-    layouts = {"vit": ["padded"], "minilm": ["packed", "padded"]}
+    found["settings"] = {"threads": torch.get_num_threads(), "memory_kept": kept}
+    layouts = {"vit": ["padded"], "minilm": ["packed"]}
     for name in wish.models:
         for layout in layouts[name]:
             for batch in wish.batches:
@@ -186,8 +214,8 @@ def main() -> None:
                 for cell in row["cells"]:
                     print(f"  exits {cell['exits']} rate {cell['rate']}: work {cell['samples_x_layers']:.1%}, saved "
                           f"{cell['saved_s'] * 1e3:.1f} of {cell['perfect_s'] * 1e3:.1f} ms: {cell['efficiency']:.1%} "
-                          f"({cell['efficiency_min']:.0%}-{cell['efficiency_max']:.0%}), nobody leaves "
-                          f"{cell['nobody_s'] / row['full_s'] - 1:+.1%}", flush=True)  # fmt: skip
+                          f"({cell['efficiency_p25']:.0%}-{cell['efficiency_p75']:.0%}), nobody leaves "
+                          f"{cell['nobody_s'] / cell['from_s'] - 1:+.1%}", flush=True)  # fmt: skip
                 with replacing(path) as temporary:
                     temporary.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -72,8 +72,8 @@ def perceiver_model(folder: Path, count: int) -> dyn_perceiver.DynPerceiver:
     if not (folder / "perceiver" / "exits.json").exists():
         torch.manual_seed(2)
         config = dyn_perceiver.PerceiverConfig(
-            classes=digits.CLASSES, images=1, channels=(16, 24, 32, 48, 64), latents=16, stem=1, strides=(1, 1, 2, 2),
-            blocks=(1, 1, 1, 1), depths=(1, 1, 2, 1), heads=(1, 2, 4, 4), grid=4,
+            classes=digits.CLASSES, images=1, channels=(16, 24, 32, 64, 96), latents=16, stem=1, strides=(1, 2, 1, 1),
+            blocks=(1, 1, 2, 3), depths=(1, 1, 1, 2), heads=(1, 2, 4, 4), grid=4,
         )  # fmt: skip
         model = dyn_perceiver.DynPerceiver(config)
         dyn_perceiver.train(model, epochs, count=count, rate=2e-3, ema=0.99, advance=lambda: print(".", end="", flush=True))

@@ -53,19 +53,20 @@ def encoder_depth(results: Path) -> str:
     """What `make encoder-depth` found: time saved against a perfect machine's saving."""
     found = _load(results / "encoder_depth_efficiency.json")
     lines = _header(
-        "model", "dtype", "layout", "batch", "exits", "of live samples", "samples × layers", "full, ms", "saved, ms",
-        "perfect, ms", "depth efficiency (min–max)", "exits nobody takes",
+        "model", "dtype", "layout", "batch", "rounds", "exits", "of live samples", "samples × layers", "full, ms", "saved, ms",
+        "perfect, ms", "depth efficiency (p25–p75)", "exits nobody takes",
     )  # fmt: skip
     for row in found["rows"]:
         for cell in row["cells"]:
             lines.append(
-                f"| {row['model']} | {row['dtype']} | {row['layout']} | {row['batch']} | {', '.join(map(str, cell['exits']))} "
+                f"| {row['model']} | {row['dtype']} | {row['layout']} | {row['batch']} | {row['rounds']} "
+                f"| {', '.join(map(str, cell['exits']))} "
                 f"| {cell['rate']:.0%} | {cell['samples_x_layers']:.1%} | {row['full_s'] * 1e3:.0f} "
                 f"| {cell['saved_s'] * 1e3:.0f} | {cell['perfect_s'] * 1e3:.0f} | {cell['efficiency']:.0%} "
-                f"({cell['efficiency_min']:.0%}–{cell['efficiency_max']:.0%}) | {cell['nobody_s'] / row['full_s'] - 1:+.1%} |"
+                f"({cell['efficiency_p25']:.0%}–{cell['efficiency_p75']:.0%}) | {cell['nobody_s'] / cell['from_s'] - 1:+.1%} |"
             )
     settings = found["settings"]
-    text = f"{settings['threads']} threads, medians of {settings['rounds']} rounds in turn. {_machine(found)}"
+    text = f"{settings['threads']} threads, medians over rounds in random order. {_machine(found)}"
     return "\n".join([*lines, "", text, ""])
 
 

@@ -127,6 +127,12 @@ class Samples:
         """Those that run on, in their order; `leaves` is bool [n] on the CPU. Moves are exact."""
         if not bool(leaves.any()):
             return self
+        if bool(leaves.all()):
+            none = self.hidden[:0] if self.packed else self.hidden[:0, :1]
+            parts = [{name: value[:0] for name, value in found.items()} for found in (self.carried, self.inputs)]
+            return replace(
+                self, hidden=none, lengths=self.lengths[:0], ids=self.ids[:0], carried=parts[0], inputs=parts[1]
+            )  # fmt: skip
         state = leaves.to(torch.int8)
         device = self.hidden.device
         on_device = state.to(device)
@@ -142,8 +148,7 @@ class Samples:
             moved, _, _ = compact_rows(on_device, payloads)
         else:
             (hidden, *moved), _, _ = compact_rows(on_device, [self.hidden, *payloads])
-            longest = int(lengths.max()) if live else 1
-            hidden = hidden[:live, :longest]
+            hidden = hidden[:live, : int(lengths.max())]
         values = dict(zip(names, (m[:live] for m in moved), strict=True))
         return replace(
             self,

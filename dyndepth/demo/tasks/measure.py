@@ -194,7 +194,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
         result.add_row(
             str(row.batch),
             f"{row.system}, {row.mode}" if row.system == "transformers" else row.mode,
-            f"{row.samples_per_s_median:.1f}",
+            f"{row.samples_per_s_median:.0f}" if row.samples_per_s_median >= 100 else f"{row.samples_per_s_median:.1f}",
             f"{row.samples_per_s_p10:.0f}-{row.samples_per_s_p90:.0f}",
             f"{row.samples_x_layers:.1%}",
             f"{row.quality:.1%}",

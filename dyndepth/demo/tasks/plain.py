@@ -42,7 +42,7 @@ def together(encoder: DynamicEncoder, inputs: Mapping[str, Tensor]) -> tuple[lis
         if bool(point.criterion.leaves(view, threshold).all()):
             return _apart(samples, answers, encoder.answers_per_token(point.head)), layer + 1
         carried, previous = view.carried, pooled
-    return _apart(samples, encoder.final_answers(samples), encoder.per_token), encoder.depth
+    return _apart(samples, encoder.final_answers(samples), bool(encoder.per_token)), encoder.depth
 
 
 def _view(
