@@ -132,19 +132,24 @@ class QExit(SampleCriterion):
         return {} if not isinstance(self.module, LambdaHead) else {"width": self.module.width, "inner": self.module.inner}
 
 
+#: The caller's numbers of the samples, carried where criteria draw.
+NUMBER = "number"
+
+
 @dataclass(frozen=True)
 class PonderDraw(QExit):
     """PonderNet's baseline (Banino et al. 2021): leaves with probability lambda_i, drawn anew at every exit.
 
-    The draw is a function of `seed`, the caller's number of the sample and the boundary, so that it depends neither on the
-    batch nor on who left before. The score is lambda minus the draw; the threshold is 0.
+    The draw is a function of `seed`, the sample's number (`numbers=` of the call; its place in the call without) and the
+    boundary, so that it does not depend on who left before, and with numbers not on the batch. The score is lambda minus the
+    draw; the threshold is 0.
     """
 
     kind: ClassVar[str] = "ponder_draw"
     seed: int = 0
 
     def score(self, view: View) -> Tensor:
-        return self.lam(view) - draw(view.seq, view.leave, self.seed)
+        return self.lam(view) - draw(view.carried.get(NUMBER, view.seq), view.leave, self.seed)
 
 
 def draw(ids: Tensor, boundary: int, seed: int) -> Tensor:

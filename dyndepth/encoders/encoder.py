@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyndepth.encoders.criteria import SampleView
+from dyndepth.encoders.criteria import NUMBER, PonderDraw, SampleView
 from dyndepth.encoders.exits import SampleExit, SampleExits, check_answers, prepared
 from dyndepth.encoders.facts import check_facts
 from dyndepth.encoders.family import bind, pack
 from dyndepth.encoders.heads import SampleHead
 from dyndepth.encoders.samples import Samples
 from dyndepth.errors import ArgumentError, ExitsError
+from dyndepth.exits.criteria import FixedDepth
 from dyndepth.ops import ExitStats, exit_stats
 from dyndepth.ops.exit_stats import stats_of_logits
 from dyndepth.runtime.session import Work
@@ -82,6 +83,7 @@ class DynamicEncoder:
         self._by_mode = [
             part for part in self._exits.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm | nn.Dropout)
         ]
+        self._draws = any(isinstance(point.criterion, PonderDraw) for point in self._exits)
         self._last_previous = max((e.leave for e in self._exits if e.criterion.needs_previous), default=0)
 
     @property
@@ -95,18 +97,21 @@ class DynamicEncoder:
         return sorted(self._at)
 
     @torch.no_grad()
-    def __call__(self, *, labels: Tensor | None = None, depth: Tensor | None = None, **inputs: Any) -> Any:
+    def __call__(
+        self, *, labels: Tensor | None = None, depth: Tensor | None = None, numbers: Tensor | None = None, **inputs: Any
+    ) -> Any:
         """Logits of a batch, in the caller's order.
 
         Args:
             labels: as transformers' classifiers take them; adds `loss` (not for CTC).
             depth: int64 [n], the boundary where each sample leaves under the criterion `fixed_depth`; -1 for the top.
+            numbers: int64 [n], by which criteria that draw know a sample; its place in the call without.
             **inputs: what the model takes (`input_ids`, `attention_mask`, ...; `pixel_values`; `input_values`).
         """
-        samples = self.begin(**inputs)
+        samples = self.begin(numbers=numbers, **inputs)
         n = samples.count
-        if depth is not None and (depth.dim() != 1 or len(depth) != n):
-            raise ArgumentError(f"DynamicEncoder: depth must be int64 [{n}], got {list(depth.shape)}")
+        if depth is not None:
+            self._check_depth(depth, n)
         work = Work([0] * self.depth, n)
         samples, departures = self.advance(samples, work=work, depth=depth)
         if samples.count:
@@ -116,13 +121,35 @@ class DynamicEncoder:
     # The parts of a pass: streams and split computing put them together in other ways.
 
     @torch.no_grad()
-    def begin(self, **inputs: Any) -> Samples:
-        """The embedded batch at boundary 0."""
+    def begin(self, *, numbers: Tensor | None = None, **inputs: Any) -> Samples:
+        """The embedded batch at boundary 0; `numbers` as in a call."""
         if self.model.training:
             raise ArgumentError("DynamicEncoder: the model must be in eval mode, got training mode (call model.eval())")
         if any(part.training for part in self._by_mode):
             raise ArgumentError("DynamicEncoder: the exits must be in eval mode, got training mode (call exits.eval())")
-        return pack(self.family.embed(**self.family.given(inputs)), packed_layout=self.packed)
+        samples = pack(self.family.embed(**self.family.given(inputs)), packed_layout=self.packed)
+        if numbers is not None and (numbers.dtype != torch.int64 or tuple(numbers.shape) != (samples.count,)):
+            raise ArgumentError(
+                f"DynamicEncoder: numbers must be int64 [{samples.count}], got {numbers.dtype} {list(numbers.shape)}"
+            )
+        if self._draws:
+            known = samples.ids if numbers is None else numbers.cpu()[samples.ids]
+            samples.carried[NUMBER] = known.to(samples.hidden.device)
+        return samples
+
+    def _check_depth(self, depth: Tensor, n: int) -> None:
+        if depth.dim() != 1 or len(depth) != n:
+            raise ArgumentError(f"DynamicEncoder: depth must be int64 [{n}], got {list(depth.shape)}")
+        allowed = {
+            -1,
+            self.depth,
+            *(leave for leave, (_, point) in self._at.items() if isinstance(point.criterion, FixedDepth)),
+        }
+        wrong = sorted(set(depth.tolist()) - allowed)
+        if wrong:
+            raise ArgumentError(
+                f"DynamicEncoder: depth must be among {sorted(allowed)} (exits of fixed depth, or the top), got {wrong}"
+            )
 
     @torch.no_grad()
     def advance(
@@ -208,7 +235,7 @@ class DynamicEncoder:
         Found by asking them: the exits judge a sample of zeros; no layer runs.
         """
         some = next(iter(self.model.parameters()))
-        carried: dict[str, Tensor] = {}
+        carried: dict[str, Tensor] = {NUMBER: torch.zeros(1, dtype=torch.int64, device=some.device)} if self._draws else {}
         for leave in self.boundaries:
             if leave > boundary:
                 break
