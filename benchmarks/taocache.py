@@ -22,7 +22,7 @@ from torch import Tensor
 from dyndepth.utilities import TaoCache, calibrate_tao
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from tiny_dit import Ddim, TinyDiT
+from tiny_dit import Ddim, TinyDiT  # type: ignore[import-not-found]
 
 STEPS, TRAINING, BATCH, PROMPTS = 40, 4000, 64, 100
 SETTINGS = ((0.98, 0.5, 1), (0.95, 0.5, 1), (0.95, 0.5, 2), (0.9, 0.5, 2), (0.9, 0.25, 3))

@@ -153,7 +153,7 @@ def ragged_linear(rows: int, outputs: int, width: int, gated: bool, device: Devi
         block_columns = max(16, block_rows // 2, columns // weights)
         if bucket // block_rows * ceil_div(outputs, block_columns) >= wanted:
             break
-    # A cache line of every row at a time, whatever the number of rows: so are sums in the same order.
+    # A cache line of every row at a time. Tables may choose another per bucket of rows: sums are in one order within a bucket.
     line = min(128 // itemsize, power_of_two(width, 16))
     # Few rows: one weight needs a deeper pipeline to have as many bytes under way as two. CDNA pays for depth in scalar
     # registers: beyond this they spill.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -95,16 +97,35 @@ def table(architecture: str, source: str) -> dict[str, Tiles]:
         return {}
     names = [each.name for each in fields(Tiles)]
     try:
-        found = json.loads(file.read_text())["entries"]
-        return {key: Tiles(**{name: int(entry[name]) for name in names}) for key, entry in found.items()}
-    except (ValueError, KeyError, TypeError) as error:
+        whole = json.loads(file.read_text())
+        if source == MEASURED and whole.get("made_with") != stamp():
+            return {}  # of another Triton or other kernels: rules are safer than tiles that may not fit any more
+        entries = {key: Tiles(**{name: int(entry[name]) for name in names}) for key, entry in whole["entries"].items()}
+        for key, tiles in entries.items():
+            sizes = asdict(tiles)
+            if sizes.pop("num_stages") < 1 or any(size < 1 or size & (size - 1) for size in sizes.values()):
+                raise ValueError(f"{key}: sizes must be powers of two, got {tiles}")
+        return entries
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no launch table ({error}); remove it, or write it anew with `dyndepth tune`") from error
+
+
+@functools.cache
+def stamp() -> str:
+    """What measured tiles depend on: Triton's version and the kernels' source."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    return f"triton {importlib.metadata.version('triton')}, kernels {digest}"
 
 
 def write(file: Path, architecture: str, source: str, entries: dict[str, dict[str, Any]]) -> None:
     """Adds entries (tiles by their names, and whatever was found with them) to a table; a kill leaves the old one whole."""
-    old: dict[str, Any] = json.loads(file.read_text())["entries"] if file.exists() else {}
-    text = {"architecture": architecture, "source": source, "entries": dict(sorted((old | entries).items()))}
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    text: dict[str, Any] = {"architecture": architecture, "source": source}
+    if source == MEASURED:
+        text["made_with"] = stamp()
+    old = known.get("entries", {}) if source != MEASURED or known.get("made_with") == text["made_with"] else {}
+    text["entries"] = dict(sorted((old | entries).items()))
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(text, indent=1) + "\n")
     table.cache_clear()

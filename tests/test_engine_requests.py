@@ -143,6 +143,24 @@ def test_preemption_forgets_drafts_and_changes_no_token(name: str) -> None:
     assert engine.session.pages.free == engine.session.pages.total
 
 
+def test_preemption_changes_no_drawn_token() -> None:
+    """Drafts that are dropped are drawn again as they were: a sampled request does not know who runs beside it."""
+
+    def run(pages: int | None) -> tuple[list[list[int]], int]:
+        engine = _engine("always", pages=pages, longest=40, page_size=1)
+        requests = [
+            engine.add_request(Request(_prompt(n), max_new_tokens=16, sample=True, seed=n, mode="lossless", drafts=5))
+            for n in range(5)
+        ]
+        list(engine.stream())
+        return [request.tokens for request in requests], engine.counts.preempted
+
+    (alone, none), (crowded, some) = run(None), run(40)
+    assert none == 0
+    assert some > 3
+    assert crowded == alone
+
+
 @pytest.mark.parametrize("new", [1, 2, 4])
 def test_nothing_is_drafted_past_the_end(new: int) -> None:
     """The last token is the full model's to say."""
@@ -213,6 +231,22 @@ def test_requests_may_name_their_depth() -> None:
         if depth is not None:
             assert set(request.exit_layers) == {depth}
     assert {4, 6} <= {layer for request in requests if request.depth is None for layer in request.exit_layers}
+
+
+def test_a_named_depth_holds_however_many_tokens_wait() -> None:
+    """Under `recompute` nothing is owed to a request none of whose rows goes deeper than the exit that it names."""
+    model = tiny_models.shared("llama")
+    exits = tiny_exits.exits_of(model, tiny_exits.band(model, 4, 6, head="norm"))
+    engine = _engine(exits=exits, kv="recompute", pending=3, slots=2)
+    request = engine.add_request(_request(0, 14, "dynamic", depth=4))
+    list(engine.stream())
+    assert set(request.exit_layers) == {4}
+    out = model.generate(
+        _prompt(0)[None], custom_generate=dyndepth.generate, exits=exits, kv="recompute", pending=3, depth=4, max_new_tokens=14,
+        do_sample=False, eos_token_id=list(ENDS), return_dict_in_generate=True,
+    )  # fmt: skip
+    assert set(out.exit_layers[0].tolist()) <= {4, -1}
+    assert request.tokens == out.sequences[0, len(_prompt(0)) :].tolist()
 
 
 @pytest.mark.parametrize("chunk", [1, 5])

@@ -216,3 +216,14 @@ def test_conditions_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_graphs.no_conditions.cache_clear()
     assert "has no CUDAGraph.begin_capture_to_if_node" in (cuda_graphs.no_conditions(0) or "")
     cuda_graphs.no_conditions.cache_clear()
+
+
+def test_a_pool_made_in_inference_mode_serves_outside_it() -> None:
+    tokens = torch.tensor([[5, 9]])
+    wanted, pooled = (_session("llama", None, None, [8, 8]) for _ in range(2))
+    pooled.graphs = _pooled(pooled)
+    for step, inference in enumerate([True, False, True]):
+        with torch.inference_mode(inference):
+            found = pooled.run([0, 1], [step, step], tokens=tokens[0], may_leave=True)
+        want = wanted.run([0, 1], [step, step], tokens=tokens[0], may_leave=True)
+        torch.testing.assert_close(found.ready, want.ready)

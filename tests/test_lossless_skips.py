@@ -219,6 +219,8 @@ def test_a_threshold_that_follows_what_holds() -> None:
             {"kv": "recompute"},
             "in the layers they skip and may not be recompute or release",
         ),
+        ({"prompt": "dynamic"}, "prompt must be 'full' with mode='lossless'"),
+        ({"graphs": True}, "graphs=True: drafts that skip layers"),
         ({"mode": "dynamic", "kv": "none", "confidence": 0.5}, "confidence stops drafting, which mode='dynamic' does not do"),
     ],
 )

@@ -91,7 +91,7 @@ def test_grids_follow_from_the_tiles_of_a_table() -> None:
 def test_a_broken_table_is_named(text: str) -> None:
     file = tables.path("sm_86", tables.MEASURED)
     file.parent.mkdir(parents=True)
-    file.write_text(text)
+    file.write_text(text.replace('{"entries"', f'{{"made_with": "{tables.stamp()}", "entries"'))
     problem = problems(Sizes.known("Llama-3-8B"), [16])[0]
     with pytest.raises(ValueError, match=r"launch/sm_86.json is no launch table .*`dyndepth tune`"):
         problem.config(_device("sm_86"))
@@ -205,3 +205,18 @@ def test_the_command_line_prints_choices_and_refuses() -> None:
 def test_tuning_without_a_gpu_says_so() -> None:
     with pytest.raises(BackendError, match="tune: torch sees no GPU, and launches are timed on one"):
         next(gpu.tune([Problem("exit_stats", "", 16, (128, 64))], launch.torch.bfloat16))
+
+
+def test_a_measured_table_of_other_kernels_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another Triton, or kernels that have changed: rules are safer than tiles that may not fit any more."""
+    file = tables.path("sm_90", tables.MEASURED)
+    tables.write(file, "sm_90", tables.MEASURED, {"a": tables.entry(tables.Tiles(16, 32, 64, 4, 3))})
+    assert "a" in tables.table("sm_90", tables.MEASURED)
+    monkeypatch.setattr(tables, "stamp", lambda: "triton 99")
+    tables.table.cache_clear()
+    assert tables.table("sm_90", tables.MEASURED) == {}
+    tables.write(file, "sm_90", tables.MEASURED, {"b": tables.entry(tables.Tiles(16, 32, 64, 4, 3))})
+    assert list(tables.table("sm_90", tables.MEASURED)) == ["b"]
+    tables.write(file, "sm_90", tables.MEASURED, {"c": tables.entry(tables.Tiles(16, 48, 64, 4, 3))})
+    with pytest.raises(ValueError, match="powers of two"):
+        tables.table("sm_90", tables.MEASURED)

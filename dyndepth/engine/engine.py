@@ -227,8 +227,11 @@ class Engine:
         return self._tokens(makers, rows, parked, result)
 
     def _may_leave(self, request: Request) -> bool:
-        """Under `recompute`: few enough of its tokens wait."""
-        return request.may_draft if request.lossless else request.early < self.session.pending
+        """Under `recompute`: few enough of its tokens wait, or it names an exit, so that none of its rows will want them."""
+        if request.lossless:
+            return request.may_draft
+        named = request.depth is not None and request.depth < self.model.depth
+        return named or request.early < self.session.pending
 
     @staticmethod
     def _behind(taken: Parked, fresh: int) -> dict[int, list[int]]:
@@ -404,4 +407,5 @@ class Engine:
         del self._running[request.slot]
         self.session.pages.release(request.slot)
         self._parked = self._parked.where(self._parked.seq != request.slot)
-        request.slot, request.unverified = -1, []
+        request.slot = -1
+        request.forget()

@@ -101,6 +101,15 @@ class Request:
         except TypeError:
             raise ArgumentError(f"Request: ends must be an id or several, got {self.ends!r}") from None
         self._generator = torch.Generator().manual_seed(self.seed) if self.sample else None
+        #: Of the generator before the first of the unverified drafts.
+        self._before = None if self._generator is None else self._generator.get_state()
+
+    def forget(self) -> None:
+        """Drop the unverified drafts; they will be drawn again as they were."""
+        if self.unverified and self._generator is not None:
+            assert self._before is not None
+            self._generator.set_state(self._before)
+        self.unverified = []
 
     @property
     def ids(self) -> Tensor:
@@ -145,6 +154,8 @@ class Request:
         if self.plain:
             self.unverified.append(Draft(best, at, None))
             return
+        if not self.unverified and self._generator is not None:
+            self._before = self._generator.get_state()
         token, chances = self._drawn(self._scores(logits, len(self.unverified)))
         self.unverified.append(Draft(token, at, chances))
 

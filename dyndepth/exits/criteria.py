@@ -124,6 +124,11 @@ class PromptRouter(RouterScore):
     def __post_init__(self) -> None:
         if self.router is not None and (self.router.stats_weight is not None or self.router.cosine_weight is not None):
             raise ExitsError("criterion prompt_router: the router may look at the residual alone, without cosine or statistics")
+        if self.router is not None and self.router.history:
+            raise ExitsError(
+                "criterion prompt_router: prompts skip nothing while they decide, so the router may have no history, got "
+                f"{list(self.router.history)}"
+            )
 
     def score(self, view: View) -> Tensor:
         if view.votes is None:

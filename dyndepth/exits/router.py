@@ -78,19 +78,6 @@ class Router(nn.Module):
             live=live,
         )  # fmt: skip
 
-    def shifted(self, threshold: float | Tensor, skipped: Tensor) -> Tensor:
-        """float32 [n]: thresholds for the score without history that decide as `threshold` (one, or [n]) does with it.
-
-        What a linear router adds for a history is a constant of the logit, so a row's history is nothing but a threshold of
-        its own: judging costs what it costs without.
-        """
-        assert self.history_weight is not None
-        assert not self.silu
-        offset = skipped.double() @ (self.weight2.double() @ self.history_weight.double())
-        wanted = torch.as_tensor(threshold, dtype=torch.float64, device=skipped.device).expand(offset.shape)
-        inside = (wanted > 0) & (wanted < 1)  # beyond, every row leaves or none does
-        return torch.where(inside, torch.sigmoid(torch.logit(wanted.clamp(0, 1)) - offset), wanted).float()
-
 
 def _frozen(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(*shape), requires_grad=False)

@@ -294,11 +294,8 @@ class _Pass:
                 # A request that names its depth is not judged by anything else; the others are judged as they always are.
                 asked = plan.depth[rows.seq[:live].long()]
                 here = (asked == band.leave) & (band.resume == plan.model.depth)
-                named = torch.where(here, -math.inf, math.inf)
+                named = torch.full_like(asked, math.inf, dtype=torch.float32).masked_fill(here, -math.inf)
                 threshold = torch.where(asked >= 0, named, band.thresholds(rows.step[:live]))
-            router = band.router
-            if router is not None and router.history:
-                threshold = router.shifted(threshold, plan.skipped(rows.carried[TAKEN][:live], router.history))
             _, state, ready = judge(hidden, threshold, rows.may_leave[:live], len(rows))
             if plan.previous_wanted:
                 rows.carry("previous", hidden)

@@ -60,6 +60,8 @@ def decode(
     """Greedy search or sampling with dynamic depth; arguments are prepared by transformers (see `dyndepth.generate`)."""
     _refuse(generation_config, model_kwargs, prompt)
     verified = _verified(mode, drafts, rollback, exits, kv, bool(generation_config.do_sample))
+    if graphs is True and verified and exits is not None and drafts_from(exits) is not None:
+        raise ArgumentError("generate: graphs=True: drafts that skip layers keep residuals, which graphs do not; use 'auto'")
     if confidence is not None and not verified:
         raise ArgumentError(f"generate: confidence stops drafting, which mode={mode!r} does not do")
     model = bind(causal_lm)
@@ -86,6 +88,8 @@ def decode(
     prompt_work, work = session.work(), session.work()
     if prompt == "dynamic" and session.kv_policy == "recompute":
         raise ArgumentError("generate: prompt must be 'full' with kv='recompute' (prompt rows run together), got 'dynamic'")
+    if prompt == "dynamic" and verified:
+        raise ArgumentError(f"generate: prompt must be 'full' with mode={mode!r}, which verifies no prompt, got 'dynamic'")
     if prompt == "dynamic" and session.plan.votes:
         raise ArgumentError("generate: prompt must be 'full' with bands that prompts decide (prompt_router), got 'dynamic'")
     # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
@@ -215,6 +219,10 @@ class _Loop(Decoding):
             # A sequence with too many tokens parked takes them to the top with its next one.
             waiting = torch.from_numpy(parked.counts(batch))[running]
             source["may_leave"] = waiting < self.session.pending
+            if self.session.plan.depth is not None:
+                # None of its rows ever goes deeper than the exit it names, so nothing that waits will be wanted.
+                asked = self.session.plan.depth.cpu()[running]
+                source["may_leave"] |= (asked >= 0) & (asked < self.model.depth)
         result = self.session.run(running, positions, step=steps, parked=parked, **source)
         self.work.add(result, count)
         went = torch.stack([result.exit_layer.long(), result.layers_run.long(), result.bands_taken]).cpu()

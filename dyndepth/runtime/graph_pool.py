@@ -97,12 +97,15 @@ class GraphPool:
             tokens: int64 [n] on any device; the others [n] on the host, one entry per row.
             reach: positions that the rotary tables are for: no row is past it.
         """
+        # What lives longer than a call must be writable outside inference mode too.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._run(tokens, (seq, pos, pages.slots_of(seq, pos), step, may_leave), self._ready(pages, reach, cos, sin))
+
+    def _run(self, tokens: Tensor, given: tuple[Indices | NDArray[np.int32], ...], context: Context) -> GraphResult:
         count = tokens.shape[0]
-        context = self._ready(pages, reach, cos, sin)
         bucket = self._bucket(row_bucket(count, self.most))
         numbers = np.empty(bucket.numbers.shape[0], dtype=np.int32)
         facts = numbers[:-1].reshape(_FACTS, bucket.rows)
-        given: tuple[Indices | NDArray[np.int32], ...] = (seq, pos, pages.slots_of(seq, pos), step, may_leave)
         for place, (values, padding) in enumerate(zip(given, _PADDING, strict=True)):
             facts[place, :count], facts[place, count:] = values, padding
         numbers[-1] = count

@@ -73,7 +73,8 @@ class Plan:
     def skipped(self, taken: Tensor, boundaries: Sequence[int]) -> Tensor:
         """float32 [n, k] from bits (int64 [n], bit i for the i-th band): 1 where the row took the band of each boundary."""
         known = [self.numbers.get(boundary, 62) for boundary in boundaries]  # at most 62 bands: that bit is never set
-        return ((taken[:, None] >> torch.tensor(known, device=taken.device)) & 1).float()
+        # No tensor is made of the numbers: on a GPU that would be a copy from the host, which a graph cannot hold.
+        return torch.stack([(taken >> bit) & 1 for bit in known], 1).float()
 
     def closed(self, band: Band) -> bool:
         """No row can leave here, and judging it would tell later boundaries nothing."""
