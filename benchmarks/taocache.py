@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from tiny_dit import Ddim, TinyDiT
 
 STEPS, TRAINING, BATCH, PROMPTS = 40, 4000, 64, 100
-SETTINGS = ((0.98, 0.5, 1), (0.95, 0.5, 1), (0.95, 0.5, 2), (0.9, 0.5, 2), (0.9, 0.25, 3))
+SETTINGS = ((0.85, 0.5, 1), (0.8, 0.5, 1), (0.75, 0.5, 1), (0.75, 0.5, 2), (0.5, 0.25, 2))
 
 
 def train(folder: Path) -> Any:
