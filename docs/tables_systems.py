@@ -1,4 +1,4 @@
-"""Renderer of the table of docs/split.md, part of tables.py."""
+"""Renderers of the tables of docs/split.md and docs/utilities.md, part of tables.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,25 @@ def split(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-TABLES = {"split": split}
+def taocache(results: Path) -> str:
+    """What benchmarks/taocache.py found: model calls against the distance from the pictures of all steps."""
+    found = _load(results / "taocache.json")
+    lines = _header("threshold", "start", "most", "model calls per prompt", "fewest–most", "PSNR", "PSNR, as many plain steps")
+    for row in found["rows"]:
+        all_steps = round(row["model_calls"]) == found["steps"]
+        plain = "all steps" if all_steps else f"{row['psnr_fewer_steps']:.1f} dB"
+        lines.append(
+            f"| {row['threshold']:g} | {row['start']:g} | {row['most']} | {row['model_calls']:.1f} of {found['steps']} "
+            f"| {row['fewest']}–{row['most_calls']} | {row['psnr']:.1f} dB | {plain} |"
+        )
+    text = (
+        f"`benchmarks/taocache.py`: a DiT of four layers on 8 × 8 digits, DDIM, {found['prompts']} prompts; PSNR against the "
+        "pictures of all steps from the same noise."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES = {"split": split, "taocache": taocache}
 
 
 def _header(*names: str) -> list[str]:

@@ -37,6 +37,7 @@ class TinyDiT(nn.Module):
         super().__init__()
         self.patch, self.width, self.side = patch, width, size // patch
         self.embed = nn.Conv2d(1, width, patch, patch)
+        self.position: Tensor
         self.register_buffer("position", torch.randn(1, self.side**2, width) * 0.02)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes, width)
