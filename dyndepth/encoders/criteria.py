@@ -149,7 +149,9 @@ class PonderDraw(QExit):
 
 def draw(ids: Tensor, boundary: int, seed: int) -> Tensor:
     """Uniform fp32 [n] in [0, 1) from whole numbers: splitmix64's finaliser (Steele, Lea and Flood 2014)."""
-    mixed = ids.long() * 0x1E3779B97F4A7C15 + boundary * 0x3F58476D1CE4E5B9 + seed
+    # Python's whole numbers do not wrap as int64 does.
+    offset = (boundary * 0x3F58476D1CE4E5B9 + seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    mixed = ids.long() * 0x1E3779B97F4A7C15 + offset
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ _shifted(mixed, shift)) * factor
     mixed = mixed ^ _shifted(mixed, 31)
