@@ -216,7 +216,7 @@ ABOUT = {
     "PALBERT": (
         "the posterior's quantile",
         "one classifier, one lambda head",
-        "MiniLM; no layer embedding in the lambda head; prior of rate 0.2, for 6 layers",
+        "MiniLM; no layer embedding; prior of rate 0.2",
     ),
     "JEI-DNN": ("gates that learn with their exits", "frozen model, linear modules", "AdamW, not SGD; text, not images"),
     "COST-EFF": (
