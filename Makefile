@@ -8,7 +8,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	static-report text-exits encoder-text compare depth-efficiency kernel-ratios policies soak wheel clean
+	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency \
+	kernel-ratios policies text-exits encoder-text soak demo-image encoder-image encoder-depth wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -21,7 +22,7 @@ test: $(VENV)/.built
 
 # The Triton kernels on the CPU. A process of its own: Triton decides between compiler and interpreter when it is imported.
 test-interpreted: $(VENV)/.built
-	TRITON_INTERPRET=1 $(BIN)/pytest $(OPS:%=tests/test_%.py) tests/test_ragged_linear_live.py -k triton
+	TRITON_INTERPRET=1 $(BIN)/pytest $(OPS:%=tests/test_%.py) tests/test_ragged_linear_live.py tests/test_launches.py -k triton
 
 # The kernels' versions for processors without matrix tiles, without AVX-512, without AVX2: the same tests, a process each.
 test-simd: $(VENV)/.built
@@ -55,6 +56,11 @@ exit-heads: $(VENV)/.built
 kv-maps: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kv_maps.py build/kv-maps
 
+# Four more in the folder of exit-heads, whose corpus, teacher cache and heads they take; they resume, a quarter of an hour each:
+# agreement by rows shown; kinds of jump; the frontier of exits, bands and both (after jump-maps); regression by attention.
+head-tokens jump-maps band-frontier kv-weighting: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/$(subst -,_,$@).py build/exit-heads
+
 # Makes the exits that the demo ships; hours on two cores, and it resumes in build/demo-exits.
 demo-exits: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/demo_exits.py build/demo-exits
@@ -75,6 +81,18 @@ policies: $(VENV)/.built
 # Three kernels against what one would write without them; a minute.
 kernel-ratios: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kernel_ratios.py build
+
+# An encoder whose whole samples leave early, on images: trains a small ViT once, then two minutes.
+demo-image: $(VENV)/.built
+	$(BIN)/dyndepth demo --task image --folder build
+
+# Three ways to leave a vision model early on digits: accuracy against speed; minutes, and training resumes in build/encoder-image.
+encoder-image: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_image.py build/encoder-image
+
+# Time saved by samples that leave encoders at random, against a machine that saves all of it; minutes.
+encoder-depth: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_depth_efficiency.py build
 
 # Requests join and leave for half an hour: memory flat, no page lost, the same tokens as in the first minute.
 soak: $(VENV)/.built
@@ -98,6 +116,18 @@ results: demo bench
 	cp build/demo.json build/demo.png build/bench.json docs/results/
 	$(BIN)/dyndepth info --json > docs/results/machine.json
 	$(BIN)/python docs/tables.py
+
+# Tile sizes of Triton's launches, per architecture, from compiling without a GPU; about ten minutes.
+launch-table: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/launch_table.py
+
+# The CUDA C++ sources by nvcc and by NVRTC, both from packages (200 MB) in an environment of their own; no GPU, a minute.
+CUDA_PACKAGES := nvidia-cuda-nvcc==13.5.37 nvidia-cuda-crt==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-runtime==13.5.37 \
+	nvidia-cuda-nvrtc==13.5.37
+nvcc-check: $(VENV)/.built
+	test -d build/nvcc || $(PYTHON) -m venv build/nvcc
+	build/nvcc/bin/python -m pip install --quiet --disable-pip-version-check $(CUDA_PACKAGES)
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/nvcc_check.py build/nvcc
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

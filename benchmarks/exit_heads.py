@@ -66,7 +66,7 @@ def main(folder: Path, only: list[str]) -> None:
             if only and kind not in only:
                 continue
             config = TrainConfig.of({"exits": EXITS, "tokens": TRAIN_ROWS, "lr": 1e-3, **settings})
-            student, before, rate = _trained(bound, batches, config, folder / kind.replace(", ", "-").replace(" ", "-"), report)
+            student, before, rate = trained(bound, batches, config, folder / kind.replace(", ", "-").replace(" ", "-"), report)
             rows += _quality(kind, bound, student, batches[TEST], before, rate)
             if kind in ("translator", "block"):
                 found[kind] = _frontier(bound, student, batches)
@@ -96,7 +96,7 @@ def load_or_collect(folder: Path, model: Any, tokenizer: Any, report: Progress) 
     return corpus
 
 
-def _trained(
+def trained(
     model: Model, batches: dict[str, Batches], config: TrainConfig, folder: Path, report: Progress
 ) -> tuple[Student, dict[int, float], float]:
     """The student with its best weights, its agreement before any step, and the rows per second it learned at."""

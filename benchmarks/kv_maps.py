@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
         total = len(tests) * len(SHARES) * (len(EXITS) * 3 + len(TUNED))
         with report.stage("measuring", total) as advance:
             for kind, pieces in tests.items():
-                full = _ready(model, pieces, None, None)
+                full = ready(model, pieces, None, None)
                 for leave in EXITS:
                     for share in SHARES:
                         for name in ("propagate", *maps):
@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
                             exits = Exits([with_criterion(band, Lottery(share))], facts)
                             policy = "propagate" if name == "propagate" else "predict"
                             rows.append({"text": kind, "exit": leave, "share": share, "policy": name,
-                                         **_compared(bound, full, _ready(model, pieces, exits, policy))})  # fmt: skip
+                                         **compared(bound, full, ready(model, pieces, exits, policy))})  # fmt: skip
                             advance(1)
     size = sum(p.numel() for p in model.parameters())
     result = {
@@ -157,11 +157,11 @@ def _tuned(
     return found
 
 
-def _ready(model: Any, pieces: Sequence[Piece], exits: Exits | None, policy: str | None) -> Any:
+def ready(model: Any, pieces: Sequence[Piece], exits: Exits | None, policy: str | None) -> Any:
     return score(model, [p.tokens for p in pieces], exits, start=[p.start for p in pieces], kv=policy)
 
 
-def _compared(model: Model, full: Any, other: Any) -> dict[str, float]:
+def compared(model: Model, full: Any, other: Any) -> dict[str, float]:
     """KL and agreement of the judged rows that stayed."""
     stayed = other.judged & (other.layers_run == model.depth)
     divergence, agrees, rows = 0.0, 0, int(stayed.sum())

@@ -1,10 +1,12 @@
 """`make policies`: K,V policies, lossless generation and re-batching on the demo's model, side by side in one run.
 
-Four parts. *Lossless*: greedy tokens of mode="lossless" against our own full depth in bfloat16 and against transformers in
+*Lossless*: greedy tokens of mode="lossless" against our own full depth in bfloat16 and against transformers in
 float32, token for token. *Speed*: tokens per second of every policy and of lossless generation, interleaved, beside full
 depth and transformers' own self-speculation (batch 1). *Quality*: a share of the tokens leaves by lot; agreement of the
 others with the full model and KL of their next-token distribution, per policy. *Engine*: requests over fewer slots, with
-rules that let rows wait; tokens per second and completion times. Writes policies.json and policies.png.
+rules that let rows wait; tokens per second and completion times. *Completion* (completion.py): the same for policies and
+lossless requests, 1 to 64 slots. *Skips* (draft_skips.py): drafts that leave out layers. Writes policies.json and policies.png;
+`--only` one part, `--cell` one batch size of speed or number of slots of completion, keeps the others.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import draft_skips
 import torch
+from completion import CELLS, completion
 from torch import Tensor
 
 from dyndepth import info
@@ -200,6 +204,14 @@ def engine(bench: Bench, requests: int, slots: int, tokens: int, repetitions: in
     return rows
 
 
+def skips(bench: Bench, known: dict[str, Any] | None, quick: bool) -> dict[str, Any]:
+    """The search, unless it is known (it counts, and counts do not change), and its best sets in time."""
+    found = (known or {}).get("search") or draft_skips.search(bench, 2 if quick else 8, 8 if quick else 32, 3 if quick else 12)
+    sizes = {len(each["layers"]): each["layers"] for each in found["sizes"]}
+    sets = [found["best"], *(sizes[size] for size in (4, 8) if size in sizes)]
+    return {"search": found, "timed": draft_skips.timed(bench, sets, (1,) if quick else (1, 16), 16 if quick else 64, 2)}
+
+
 def plot(path: Path, found: dict[str, Any]) -> None:
     import matplotlib
 
@@ -233,18 +245,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="a few prompts and tokens: minutes")
-    parser.add_argument("--only", choices=["lossless", "speed", "quality", "engine"], help="one part; the others are kept")
+    names = ["speed", "quality", "engine", "lossless", "completion", "skips"]
+    parser.add_argument("--only", choices=names, help="one part; the others are kept")
+    parser.add_argument("--cell", type=int, help="of speed this batch, of completion these slots; the others are kept")
     wish = parser.parse_args()
     require("matplotlib", "the picture needs matplotlib: pip install 'dyndepth[demo]'")
     path = wish.folder / "policies.json"
     found: dict[str, Any] = json.loads(path.read_text()) if wish.only and path.exists() else {}
     quick = wish.quick
     bench = Bench(torch.bfloat16)
+
+    def renewed(name: str, cells: Sequence[int], run: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Every cell, or the one that is asked for and the others as they were."""
+        known = found.get("speed" if name == "batch" else "completion", [])
+        rows = [row for row in known if wish.cell is not None and row[name] != wish.cell]
+        for cell in cells if wish.cell is None else (wish.cell,):
+            rows += run(cell)
+        return sorted(rows, key=lambda row: int(row[name]))
+
     parts: dict[str, Callable[[], Any]] = {
-        "speed": lambda: speed(bench, (1, 16) if quick else (1, 4, 16), 32 if quick else 64, 2 if quick else 3),
+        "speed": lambda: renewed(
+            "batch",
+            (1, 16) if quick else (1, 4, 16),
+            lambda batch: speed(bench, (batch,), 32 if quick else 64, 2 if quick else 3),
+        ),
         "quality": lambda: quality(bench, 8 if quick else 32, 32 if quick else 96),
         "engine": lambda: engine(bench, 16 if quick else 48, 16, 16 if quick else 48, 1 if quick else 2),
         "lossless": lambda: lossless(4 if quick else 32, 32 if quick else 128),
+        "completion": lambda: renewed(
+            "slots",
+            [slots for slots in CELLS if slots < 64 or not quick],
+            lambda slots: completion(bench, bench.at(DRAFTING), slots, 8 if quick else 32, quick=quick),
+        ),
+        "skips": lambda: skips(bench, found.get("skips"), quick),
     }
     found["machine"] = info.collect()
     found["settings"] = {"model": "SmolLM2-135M-Instruct", "threads": torch.get_num_threads(), "drafting": DRAFTING}

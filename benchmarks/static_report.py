@@ -9,6 +9,7 @@ precision without matrix instructions or loads operands in pieces of less than 1
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -16,11 +17,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from occupancy import occupancy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -82,33 +85,43 @@ def compiled(targets: list[str], ops: list[str], dtypes: list[torch.dtype]) -> l
     """One entry per target, op, case, dtype and kernel that the op's host function would launch."""
     rows: list[dict[str, Any]] = []
     now: dict[str, Any] = {}
-    run = JITFunction.run
 
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        entry = now | {"kernel": self.__name__.lstrip("_"), **facts(kernel, now["target"])}
+    def seen(name: str, found: dict[str, Any]) -> None:
+        entry = now | {"kernel": name, **found}
         if entry not in rows:
             rows.append(entry)
-        return kernel
 
-    JITFunction.run = compile_only
-    known = launch.Device.of
-    try:
-        for number, name in enumerate(targets):
-            target, processors, shared = TARGETS[name]
-            driver.set_active(Offline(target, number))
-            here = launch.Device(processors, shared, target.warp_size)
-            launch.Device.of = staticmethod(lambda tensor, here=here: here)
+    for name in targets:
+        with offline(name, seen):
             for op in ops:
                 host = getattr(importlib.import_module(f"dyndepth.kernels.{op}"), op)
                 for case in CASES[op]:
                     for dtype in dtypes if case.bench else ():
                         now = {"target": name, "op": op, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
                         host(**without_memory(case, dtype))
+    return rows
+
+
+@contextlib.contextmanager
+def offline(name: str, seen: Callable[[str, dict[str, Any]], None]) -> Iterator[Any]:
+    """Inside, launches of Triton kernels only compile, for a target; `seen` gets names and facts. Yields its launch.Device."""
+    run, known = JITFunction.run, launch.Device.of
+    target, processors, shared = TARGETS[name]
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        seen(self.__name__.lstrip("_"), held(name, facts(kernel, name)))
+        return kernel
+
+    JITFunction.run = compile_only
+    driver.set_active(Offline(target, list(TARGETS).index(name)))
+    here = launch.Device(processors, shared, target.warp_size, name)
+    launch.Device.of = staticmethod(lambda tensor: here)
+    try:
+        yield here
     finally:
         JITFunction.run = run
         launch.Device.of = known
-    return rows
 
 
 def without_memory(case: Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -146,6 +159,12 @@ def facts(kernel: Any, target: str) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
     numbers = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", text)}
     return found | {"registers": numbers["vgpr_count"], "spilled": numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]}
+
+
+def held(target: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The facts, and how many of a processor's warps may run it, and what keeps the others away."""
+    share, limiter = occupancy(target, found["warps"], found["registers"], found["shared"])
+    return found | {"occupancy": round(share, 4), "limiter": limiter}
 
 
 def smallest_load(code: str) -> int | None:

@@ -84,19 +84,40 @@ def static(results: Path) -> str:
     """What `make static-report` found: per kernel and target the worst over the bfloat16 cases."""
     rows = [row for row in _load(results / "static_report.json")["rows"] if row["dtype"] == "bfloat16"]
     targets = list(dict.fromkeys(row["target"] for row in rows))
-    worst: dict[tuple[str, str, str], tuple[int, int, int]] = {}
+    worst: dict[tuple[str, str, str], tuple[float, ...]] = {}
     for row in rows:
         key = row["op"], row["kernel"], row["target"]
-        found = row["registers"], row["shared"], row["spilled"]
-        worst[key] = tuple(map(max, worst.get(key, found), found))  # type: ignore[assignment]
+        found = row["registers"], row["shared"], row["spilled"], -row["occupancy"]
+        worst[key] = tuple(map(max, worst.get(key, found), found))
     lines = _header("op", "kernel", *targets)
     for op, kernel in dict.fromkeys((op, kernel) for op, kernel, _ in worst):
         cells = []
         for target in targets:
-            registers, shared, spilled = worst[op, kernel, target]
-            cells.append(f"{registers} · {shared / 1024:.0f}" + (f" · spills {spilled} B" if spilled else ""))
+            registers, shared, spilled, occupied = worst[op, kernel, target]
+            cells.append(f"{registers} · {shared / 1024:.0f} · {-occupied:.0%}" + (f" · spills {spilled} B" if spilled else ""))
         lines.append(f"| `{op}` | `{kernel}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Registers per thread · KiB of shared memory per program, the most over the cases.", ""])
+    text = (
+        "Registers per thread · KiB of shared memory per program, the most over the cases · warps that a processor holds at "
+        "once of all it could, the least over the cases."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def nvcc(results: Path) -> str:
+    """What `make nvcc-check` found, per kernel and target."""
+    found = _load(results / "nvcc_check.json")
+    targets = list(dict.fromkeys(row["target"] for row in found["rows"]))
+    cells: dict[str, dict[str, str]] = {}
+    for row in found["rows"]:
+        text = f"{row['registers']} · {row['shared']} · {row['occupancy']:.0%} ({row['limiter']})"
+        cells.setdefault(row["kernel"], {})[row["target"]] = text + (f" · spills {row['spilled']} B" if row["spilled"] else "")
+    lines = _header("kernel", *targets)
+    lines += [f"| `{kernel}` | {' | '.join(by[target] for target in targets)} |" for kernel, by in cells.items()]
+    text = (
+        f"nvcc {found['nvcc']}: registers per thread · bytes of shared memory per block · warps that a processor holds at once "
+        "of all it could, and what limits them."
+    )
+    return "\n".join([*lines, "", text, ""])
 
 
 def exit_heads(results: Path) -> str:
@@ -122,7 +143,8 @@ def exit_heads(results: Path) -> str:
     sizes = found["corpus"]
     text = (
         f"{found['model']}, {found['dtype']}; {found['rows_shown']} rows shown of {sizes['fit']} tokens, thresholds set on "
-        f"{sizes['tune']}, all figures from {sizes['test']} others. Milliseconds are the head alone, without judging."
+        f"{sizes['tune']}, all figures from {sizes['test']} others. Milliseconds are the head alone, without judging. "
+        f"{_TRAINING['floor'](results)}"
     )
     return "\n".join([*lines, "", text, ""])
 
@@ -143,17 +165,21 @@ def kv_maps(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
+_TRAINING = runpy.run_path(str(Path(__file__).with_name("tables_training.py")))
 TABLES: dict[str, Callable[[Path], str]] = {
-    **runpy.run_path(str(Path(__file__).with_name("tables_speed.py")))["TABLES"],
-    **runpy.run_path(str(Path(__file__).with_name("tables_roofline.py")))["TABLES"],
-    **runpy.run_path(str(Path(__file__).with_name("tables_encoders.py")))["TABLES"],
+    **_TRAINING["TABLES"],
     "demo": demo,
     "bench": bench,
     "calibration": calibration,
     "static": static,
+    "nvcc": nvcc,
     "exit_heads": exit_heads,
     "kv_maps": kv_maps,
 }
+
+
+for _page in sorted(Path(__file__).parent.glob("tables_*.py")):
+    TABLES |= runpy.run_path(str(_page))["TABLES"]
 
 
 def _header(*names: str) -> list[str]:

@@ -1,78 +1,56 @@
-"""Tables of encoders: what recipes reach on real text."""
+"""Renderers of the tables of docs/encoders.md, part of tables.py."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 
-def encoder_text(results: Path) -> str:
-    """What `make encoder-text` found: every setting of every system."""
-    found = _load(results)
-    lines = _header("system", "trained", "setting", "accuracy", "samples × layers", "mean layers")
+def encoder_layouts(results: Path) -> str:
+    """What benchmarks/encoder_layouts.py found: a pass packed, padded and by transformers."""
+    found = json.loads((results / "encoder_layouts.json").read_text(encoding="utf-8"))
+    names = ("dtype", "lengths", "batch", "padding", "packed, ms", "padded, ms", "transformers, ms")
+    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
     for row in found["rows"]:
-        trained = "with the model" if row["with_model"] else "exits alone"
-        setting = row["setting"]
-        if "bound" in row:
-            setting += f" (bound {row['bound']:.2f})"
-        if "products" in row:
-            setting += f", {row['products']:.0%} of the products"
-        lines.append(
-            f"| {row['system']} | {trained} | {setting} | {row['accuracy']:.1%} | {row['samples_x_layers']:.1%} "
-            f"| {row['mean_layers']:.2f} |"
-        )
-    sizes = found["documents"]
+        times = [f"{row[f'{name}_s'] * 1e3:.1f}" for name in ("packed", "padded", "transformers")]
+        lines.append(f"| {row['dtype']} | {row['lengths']} | {row['batch']} | {row['padding']:.0%} | {' | '.join(times)} |")
+    cpu = found["machine"]["cpu"]
     text = (
-        f"{found['model']}, {found['layers']} layers; {found['data']}, {found['topics']} topics, the first {found['tokens']} "
-        f"tokens of a document; {sizes['train']} documents train, {sizes['held_out']} set thresholds and stop training, "
-        f"{sizes['test']} of the published test set are answered, in batches of {found['batch']}."
+        f"Medians of {found['rounds']} rounds taken in turn, {found['threads']} threads, {cpu['name']} ({cpu['capability']})."
     )
     return "\n".join([*lines, "", text, ""])
 
 
-def encoder_text_systems(results: Path) -> str:
-    """System, what runs here, what differs, and the figure reached: at most a point is lost, for the least work."""
-    found = _load(results)
-    lines = _header("system", "what the paper adds", "what runs here", "what differs", "reached here")
-    for system, (adds, runs, differs) in found["about"].items():
-        reached = [
-            _reached(found["rows"], system, with_model)
-            for with_model in (False, True)
-            if any(row["system"] == system and row["with_model"] == with_model for row in found["rows"])
-        ]
-        if reached:
-            lines.append(f"| {system} | {adds} | {runs} | {differs} | {'; '.join(reached)} |")
-    text = "Accuracy at the share of samples × layers, of the setting that loses at most a point for the least work."
-    return "\n".join([*lines, "", text, ""])
-
-
-#: Whose full depth a system without a row of its own is held against: EERO and JEI-DNN share a model with DeeBERT.
-_REFERENCE = {"EERO": "DeeBERT", "JEI-DNN": "DeeBERT"}
-
-
-def _reached(rows: list[dict[str, Any]], system: str, with_model: bool) -> str:
-    own = [row for row in rows if row["with_model"] == with_model and row["system"] == system]
-    reference = _REFERENCE.get(system, system)
-    whole = next(
-        row["accuracy"]
-        for row in rows
-        if row["with_model"] == with_model and row["system"] == reference and row["setting"] == "full depth"
+def encoder_speech(results: Path) -> str:
+    """What benchmarks/encoder_speech.py found: exits by themselves, both criteria by threshold, speed by batch size."""
+    found = json.loads((results / "encoder_speech.json").read_text(encoding="utf-8"))
+    lines = _header("everybody leaves after", "WER", "CER")
+    for row in found["exits"]:
+        lines.append(f"| layer {row['leave']} of {found['layers']} | {row['wer']:.1%} | {row['cer']:.1%} |")
+    lines += ["", *_header("criterion", "threshold", "samples × layers", "WER", "CER", "same text as full depth")]
+    for row in found["sweep"]:
+        lines.append(
+            f"| {row['criterion']} | {row['threshold']:g} | {row['samples_x_layers']:.1%} | {row['wer']:.1%} | {row['cer']:.1%} "
+            f"| {row['same_text']:.1%} |"
+        )
+    lines += ["", *_header("criterion", "batch", "way", "phrases/s (p10–p90)", "samples × layers", "WER")]
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['criterion']} {row['threshold']:g} | {row['batch']} | {row['system']}, {row['mode']} "
+            f"| {row['samples_per_s_median']:.1f} ({row['samples_per_s_p10']:.1f}–{row['samples_per_s_p90']:.1f}) "
+            f"| {row['samples_x_layers']:.1%} | {row['quality']:.1%} |"
+        )
+    cpu = found["machine"]["cpu"]
+    text = (
+        f"{found['phrases']} phrases, {found['seconds_of_speech']:.0f} s of speech, {found['parameters'] / 1e6:.2f} M parameters; "
+        f"{found['threads']} threads, {cpu['name']} ({cpu['capability']}). Speed is at the freest threshold whose WER is at most "
+        f"{found['spare_wer']:.0%} above full depth's; transformers' batch reads padding, hence its WER."
     )
-    early = [row for row in own if row["setting"] != "full depth"]
-    near = [row for row in early if row["accuracy"] >= whole - 0.01]
-    best = min(near, key=lambda row: row["samples_x_layers"]) if near else max(early, key=lambda row: row["accuracy"])
-    how = "model trained" if with_model else "model frozen"
-    return f"{best['accuracy']:.1%} at {best['samples_x_layers']:.0%} ({best['setting']}; full depth {whole:.1%}; {how})"
+    return "\n".join([*lines, "", text, ""])
 
 
 def _header(*names: str) -> list[str]:
     return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
 
 
-def _load(results: Path) -> Any:
-    return json.loads((results / "encoder_text.json").read_text(encoding="utf-8"))
-
-
-TABLES: dict[str, Callable[[Path], str]] = {"encoder_text": encoder_text, "encoder_text_systems": encoder_text_systems}
+TABLES = {"encoder_layouts": encoder_layouts, "encoder_speech": encoder_speech}

@@ -143,6 +143,47 @@ def policies_engine(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
+def policies_completion(results: Path) -> str:
+    """What `make policies` found about requests over slots."""
+    found = _load(results / "policies.json")
+    lines = _header("slots", "", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "drafts accepted")
+    for row in found["completion"]:
+        work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
+        drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
+        lines.append(
+            f"| {row['slots']} | {row['system']} | {row['tokens_per_s']:.1f} | {row['p50_s']:.2f} | {row['p99_s']:.2f} "
+            f"| {work} | {drafts} |"
+        )
+    asked = {row["slots"]: row["requests"] for row in found["completion"]}
+    text = (
+        f"{', '.join(map(str, asked.values()))} requests of {found['completion'][0]['tokens']} tokens arrive at once over "
+        f"{', '.join(map(str, asked))} slots. {_policies(found)}"
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def policies_skips(results: Path) -> str:
+    """What `make policies` found about drafts that leave out layers."""
+    found = _load(results / "policies.json")["skips"]
+    lines = _header("layers that drafts leave out", "drafts accepted", "tokens per weight read, of full depth's")
+    for trial in found["search"]["sizes"]:
+        layers = ", ".join(map(str, trial["layers"]))
+        lines.append(f"| {layers} | {trial['accepted']} of {trial['drafted']} | {trial['gain']:.2f} |")
+    lines += ["", *_header("batch", "drafts", "tokens/s", "times full depth", "rows × layers", "drafts accepted")]
+    for row in found["timed"]:
+        drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
+        lines.append(
+            f"| {row['batch']} | {row['system']} | {row['tokens_per_s']:.1f} | {row['times_full']:.2f} "
+            f"| {row['rows_x_layers']:.1%} | {drafts} |"
+        )
+    asked = found["search"]
+    text = (
+        f"Best set of every size among {asked['trials']}, {asked['prompts']} prompts of {asked['tokens']} new tokens, "
+        f"{asked['drafts']} drafts. {_policies(_load(results / 'policies.json'))}"
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
 def _policies(found: dict[str, Any]) -> str:
     asked = found["settings"]
     return f"`make policies`: {asked['model']}, bfloat16, {asked['threads']} threads, in turn, medians. {_machine(found)}"
@@ -151,7 +192,7 @@ def _policies(found: dict[str, Any]) -> str:
 TABLES = {
     "kernel_ratios": kernel_ratios, "compare": compare, "depth_efficiency": depth_efficiency, "soak": soak,
     "policies_speed": policies_speed, "policies_lossless": policies_lossless, "policies_quality": policies_quality,
-    "policies_engine": policies_engine,
+    "policies_engine": policies_engine, "policies_completion": policies_completion, "policies_skips": policies_skips,
 }  # fmt: skip
 
 

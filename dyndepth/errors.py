@@ -31,3 +31,7 @@ class CacheError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on: a loss that is not finite, or a checkpoint of another run."""
+
+
+class SplitError(RuntimeError):
+    """The other side of a split encoder sent what cannot be used, said that something went wrong there, or was silent."""

@@ -1,5 +1,5 @@
 """Triton providers, installed as dyndepth.kernels: one file per op, named like the op, and launch.py.
 
-Row counts (`live`, sections) are read on the device; nothing here reads a tensor on the host. Only relative imports: the
-folder's name belongs to another package on PyPI.
+Row counts (`live`, sections) are read on the device; nothing here reads a tensor on the host. Imports from
+the folder are relative: its name belongs to another package on PyPI.
 """

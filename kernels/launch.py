@@ -1,7 +1,7 @@
 """Launch choice: pure functions from a problem to a frozen record. Printable, testable without a GPU.
 
 A batch size is never part of a choice, only buckets of row counts: an engine that pads to powers of two must not meet a new
-kernel at every step.
+kernel at every step. Rules come first; a table may overrule the tile sizes of a key (tables.py), grids follow from them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .tables import Key, Tiles, chosen
 
 #: Above this many rows the head product is compute-bound and the library's job.
 EXIT_STATS_HANDOVER = 128
@@ -32,6 +34,8 @@ class Device:
     shared_bytes: int = 232448
     #: Threads that run in step, one warp (wavefront): 32 on NVIDIA, 64 on CDNA.
     lanes: int = 32
+    #: sm_90, gfx942, ...: whose tables to ask. Empty: none, rules alone.
+    architecture: str = ""
 
     @staticmethod
     def of(tensor: Tensor) -> Device:
@@ -43,7 +47,8 @@ class Device:
 def _known(index: int) -> Device:
     facts = torch.cuda.get_device_properties(index)
     most = getattr(facts, "shared_memory_per_block_optin", 0) or getattr(facts, "shared_memory_per_block", 0)
-    return Device(facts.multi_processor_count, most or 49152, getattr(facts, "warp_size", 32))
+    name = getattr(facts, "gcnArchName", "").partition(":")[0] if torch.version.hip else f"sm_{facts.major}{facts.minor}"
+    return Device(facts.multi_processor_count, most or 49152, getattr(facts, "warp_size", 32), name)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,17 @@ def row_bucket(rows: int, most: int = 64) -> int:
     return min(most, power_of_two(rows, 16))
 
 
+def key_of(op: str, device: Device, itemsize: int, shape: tuple[int, ...], rows: int) -> Key:
+    """What tables know a launch by: of the rows the power of two from 16 to 1024 that holds them."""
+    bucket = min(RAGGED_LINEAR_GROUP, power_of_two(rows, 16))
+    return Key(op, device.architecture, "half" if itemsize < 4 else "float32", shape, bucket)
+
+
+def _config(grid: tuple[int, ...], tiles: Tiles, splits: int = 1) -> LaunchConfig:
+    sizes = (tiles.block_rows, tiles.block_columns, tiles.block_inner)
+    return LaunchConfig(grid, tiles.num_warps, tiles.num_stages, *sizes, splits)
+
+
 def exit_stats(rows: int, width: int, words: int, device: Device, itemsize: int = 2) -> LaunchConfig:
     """One program per block of words for all rows of a tile: the head is read once per tile of 64 rows."""
     block_rows = row_bucket(rows)
@@ -98,15 +114,10 @@ def exit_stats(rows: int, width: int, words: int, device: Device, itemsize: int 
     if ceil_div(words, block_columns) < 2 * device.processors:
         block_columns = max(32, block_columns // 2)
     inner, stages = fitting(device, itemsize, block_rows + block_columns, min(128, power_of_two(width, 16)), 4)
-    return LaunchConfig(
-        grid=(ceil_div(rows, block_rows), ceil_div(words, block_columns)),
-        # fp32 products run without tensor cores: their operands fill the registers of four warps.
-        num_warps=4 if block_columns <= 64 and itemsize < 4 else 8,
-        num_stages=stages,
-        block_rows=block_rows,
-        block_columns=block_columns,
-        block_inner=inner,
-    )
+    # fp32 products run without tensor cores: their operands fill the registers of four warps.
+    rule = Tiles(block_rows, block_columns, inner, 4 if block_columns <= 64 and itemsize < 4 else 8, stages)
+    tiles = chosen(key_of("exit_stats", device, itemsize, (words, width), rows), rule)
+    return _config((ceil_div(rows, tiles.block_rows), ceil_div(words, tiles.block_columns)), tiles)
 
 
 def projection(
@@ -121,14 +132,9 @@ def projection(
     while not whole_head and pairs > 16 and heads * ceil_div(half, pairs) < 2 * device.processors:
         pairs //= 2
     inner, stages = fitting(device, itemsize, block_rows + 2 * pairs, min(128, power_of_two(width, 16)), 4)
-    return LaunchConfig(
-        grid=(heads * ceil_div(half, pairs), ceil_div(rows, block_rows)),
-        num_warps=4 if itemsize < 4 else 8,  # as in exit_stats
-        num_stages=stages,
-        block_rows=block_rows,
-        block_columns=pairs,
-        block_inner=inner,
-    )
+    rule = Tiles(block_rows, pairs, inner, 4 if itemsize < 4 else 8, stages)  # warps as in exit_stats
+    tiles = chosen(key_of("projection", device, itemsize, (heads, half, width, int(whole_head)), rows), rule)
+    return _config((heads * ceil_div(half, tiles.block_columns), ceil_div(rows, tiles.block_rows)), tiles)
 
 
 def ragged_linear(rows: int, outputs: int, width: int, gated: bool, device: Device, itemsize: int = 2) -> LaunchConfig:
@@ -162,15 +168,10 @@ def ragged_linear(rows: int, outputs: int, width: int, gated: bool, device: Devi
         warps = max(1, min(warps, min(block_rows, block_columns) * inner * itemsize // (16 * device.lanes)))
     else:  # rows that begin anywhere are loaded by elements, which a pipeline or few warps would hold in registers
         warps = 8
-    tiles = ceil_div(rows, block_rows) * ceil_div(outputs, block_columns)
-    return LaunchConfig(
-        grid=(min(tiles, (1 if block_rows > 64 else 4) * device.processors),),
-        num_warps=warps,
-        num_stages=stages,
-        block_rows=block_rows,
-        block_columns=block_columns,
-        block_inner=inner,
-    )
+    rule = Tiles(block_rows, block_columns, inner, warps, stages)
+    tiles = chosen(key_of("ragged_linear", device, itemsize, (outputs, width, weights), rows), rule)
+    count = ceil_div(rows, tiles.block_rows) * ceil_div(outputs, tiles.block_columns)
+    return _config((min(count, (1 if tiles.block_rows > 64 else 4) * device.processors),), tiles)
 
 
 def ragged_attention(
@@ -182,18 +183,12 @@ def ragged_attention(
     """
     # Keys per step: K and V of a stage are what shared memory holds, and here the keys are what can shrink.
     block_columns, stages = fitting(device, itemsize, 2 * power_of_two(head_dim, 16), 64 if head_dim <= 128 else 32, 3)
-    most = max(1, ceil_div(reach, 4 * block_columns))
+    rule = Tiles(power_of_two(group, 16), block_columns, power_of_two(head_dim, 16), 4, stages)
+    tiles = chosen(key_of("ragged_attention", device, itemsize, (kv_heads, group, head_dim), rows), rule)
+    most = max(1, ceil_div(reach, 4 * tiles.block_columns))
     wanted = ceil_div(4 * device.processors, max(1, rows * kv_heads))
     splits = max(1, min(most, wanted, 64))
-    return LaunchConfig(
-        grid=(rows, kv_heads, splits),
-        num_warps=4,
-        num_stages=stages,
-        block_rows=power_of_two(group, 16),
-        block_columns=block_columns,
-        block_inner=power_of_two(head_dim, 16),
-        splits=splits,
-    )
+    return _config((rows, kv_heads, splits), tiles, splits)
 
 
 def router_score(rows: int, width: int, neurons: int) -> LaunchConfig:

@@ -33,6 +33,11 @@ def rms(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def jumped(band: Any, h: torch.Tensor) -> torch.Tensor:
+    """Residuals [n, d] where a band with a linear jump resumes."""
+    return h + rms(h) @ band.jump.weight.T + band.jump.bias
+
+
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [heads, head_dim]; cos, sin [head_dim]."""
     half = x.shape[-1] // 2
@@ -65,6 +70,7 @@ class Oracle:
         number, taken, ran, ready = 0, 0, 0, None
         carried: dict[str, torch.Tensor] = {}
         previous = None
+        self.skipped: set[int] = set()
         while number < depth:
             if number in bands and position >= self.start:
                 bit, band = bands[number]
@@ -73,11 +79,12 @@ class Oracle:
                 previous = h[0].clone()
                 if leaves:
                     taken |= 1 << bit
+                    self.skipped.add(band.leave)
                     self.fill(band, h[0], position)
                     if band.resume == depth:
                         ready = head_ready
                         break
-                    h = h if band.jump is None else (h[0] + rms(h[0]) @ band.jump.weight.T + band.jump.bias)[None]
+                    h = h if band.jump is None else jumped(band, h[0])[None]
                     number = band.resume
                     continue
             h = self.layer(number, h, position)
@@ -101,8 +108,9 @@ class Oracle:
 
         step = torch.tensor([position - self.start], dtype=torch.int32)
         view = View(
-            h, torch.zeros(1, dtype=torch.int32), step, previous, stats, None, band.leave, len(self.model.model.layers), carried
-        )
+            h, torch.zeros(1, dtype=torch.int32), step, previous, stats, None, band.leave, len(self.model.model.layers),
+            lambda boundaries: torch.tensor([[float(boundary in self.skipped) for boundary in boundaries]]), carried,
+        )  # fmt: skip
         return bool(band.criterion.leaves(view, band.thresholds(step)))
 
     def angles(self, number: int, position: int, h: torch.Tensor) -> Any:

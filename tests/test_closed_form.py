@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from dyndepth.closed_form.heads import frequent
 from dyndepth.closed_form.measure import Lottery, Sample, draw
 from dyndepth.closed_form.ridge import NormalEquations, solve_best
 from dyndepth.closed_form.router import _auc, fit_router
-from dyndepth.closed_form.search import Candidate, _walk, choose, label, thresholds
+from dyndepth.closed_form.search import Candidate, _walk, choose, expected_price, greedy, label, pareto, thresholds
 from dyndepth.closed_form.trace import trace
 from dyndepth.exits import Band, Exits
 from dyndepth.ops._math import rms_normalise
@@ -260,6 +261,98 @@ def _saving(bands: list[Candidate], chances: list[torch.Tensor], budget: float) 
         if loss <= budget:
             best = max(best, saved)
     return best
+
+
+@pytest.mark.parametrize("price", [0.05, 0.2, 0.5])
+def test_walking_with_routers_that_see_what_was_skipped(price: float) -> None:
+    """Against plain Python: a chance is shifted in its logit by what the row took, and then speaks of all of it."""
+    candidates, chances = _three()
+    offsets = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [-1.5, 0.0, 0.0]])
+    limits = thresholds(candidates, price)
+    loss = saved = 0.0
+    several = 0
+    for row in range(300):
+        away, taken, wrong = 0, [], 0.0
+        for i, band in enumerate(candidates):
+            if away > band.band.leave:
+                continue
+            saved -= band.judging
+            chance = float(chances[i][row])
+            shift = sum(float(offsets[i, j]) for j in taken)
+            chance = 1 / (1 + math.exp(-(math.log(chance / (1 - chance)) + shift)))
+            if chance >= limits[i]:
+                away = band.band.resume
+                wrong = 1 - chance
+                taken.append(i)
+                loss += band.harm
+                saved += band.saved
+        loss += wrong
+        several += len(taken) > 1
+    assert _walk(candidates, chances, limits, offsets) == pytest.approx((loss / 300, saved / 300), rel=1e-3)
+    assert several or price < 0.2, "rows must take two bands for this to test anything"
+
+
+def test_sets_grow_by_the_band_that_adds_most() -> None:
+    candidates, chances = _three()
+    grown = greedy(candidates, chances, 0.95, 3)
+    assert [len(chosen) for _, chosen in grown] == list(range(1, len(grown) + 1))
+    assert grown[0][1] == choose(candidates, chances, 0.95, 1)
+    saved = 0.0
+    for number, (gain, chosen) in enumerate(grown):
+        before = set(grown[number - 1][1]) if number else set()
+        assert before < set(chosen)
+        others = [sorted(before | {i}) for i in range(3) if i not in before]
+        best = max(_saving([candidates[i] for i in wider], [chances[i] for i in wider], 0.05) for wider in others)
+        assert gain == pytest.approx(best, rel=0.03)
+        assert gain > 1.02 * saved
+        saved = gain
+    twins = [Candidate(Band(2, 4), {}), Candidate(Band(2, 6), {})]
+    assert len(greedy(twins, [torch.ones(9)] * 2, 0.9, 2)) == 1, "a boundary has one band"
+    assert greedy(twins, [torch.zeros(9)] * 2, 0.9, 2) == []
+
+
+def test_choosing_of_many_grows_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates, chances = _three()
+    hopeless = [torch.zeros(9)] * 3
+    fallen_back = choose(candidates, hopeless, 0.95, 2)
+    monkeypatch.setattr("dyndepth.closed_form.search._SETS", 2)
+    assert choose(candidates, chances, 0.95, 2) == greedy(candidates, chances, 0.95, 2)[-1][1]
+    assert choose(candidates, hopeless, 0.95, 2) == fallen_back, "nothing pays: the one that loses least per layer"
+
+
+def test_the_expected_price_spends_the_budget() -> None:
+    candidates, chances = _three()
+    price, saved = expected_price(candidates, chances, 0.1)
+    assert _walk(candidates, chances, thresholds(candidates, price))[0] <= 0.1
+    assert _walk(candidates, chances, thresholds(candidates, price + 0.01))[0] > 0.1
+    assert saved == pytest.approx(_saving(candidates, chances, 0.1), rel=0.02)
+
+
+def test_pareto_is_what_nothing_beats() -> None:
+    generator = torch.Generator().manual_seed(2)
+    points = [(round(float(a), 1), round(float(w), 1)) for a, w in torch.rand(60, 2, generator=generator)]
+    kept = pareto(points)
+    for i, (agreement, work) in enumerate(points):
+        beaten = any((a >= agreement and w <= work) and (a > agreement or w < work) for a, w in points)
+        first = points.index((agreement, work)) == i
+        assert (i in kept) == (not beaten and first)
+    assert [points[i][1] for i in kept] == sorted(points[i][1] for i in kept)
+    assert pareto([]) == []
+
+
+def test_rows_that_count_several_times() -> None:
+    """A weight of three is the row three times over; none is one each."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(50, 4, generator=generator), torch.randn(50, 2, generator=generator)
+    times = torch.randint(1, 4, (50,), generator=generator)
+    weighted, repeated, plain, ones = (NormalEquations(4, 2) for _ in range(4))
+    weighted.add(x, y, times)
+    repeated.add(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0))
+    for name in ("gram", "cross", "square"):
+        torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name), rtol=1e-5, atol=1e-5)
+    plain.add(x, y)
+    ones.add(x, y, torch.ones(50))
+    torch.testing.assert_close(plain.gram, ones.gram)
 
 
 def test_candidate_spans() -> None:

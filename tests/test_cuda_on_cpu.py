@@ -73,7 +73,7 @@ TELLING: dict[str, list[Arguments]] = {
 MUTANTS = [
     ("compact_rows", "same & ((1u << lane) - 1)", "same & (1u << lane)"),
     ("compact_rows", "if (lane >= step) sum += other;", "sum += other;"),
-    ("compact_rows", "first[3] = {sums[0], sums[2] + sums[1],", "first[3] = {sums[0], sums[2] + sums[0],"),
+    ("compact_rows", "among(p.kind, sums[0], sums[2] + sums[1],", "among(p.kind, sums[0], sums[2] + sums[0],"),
     ("compact_rows", "if (b < block) own[kind] += count;", "if (b <= block) own[kind] += count;"),
     ("compact_rows", "for (int i = thread; i < words; i += width)", "for (int i = thread; i <= words; i += width)"),
     ("compact_rows", "from + old_row * payload.from_stride", "from + old_row * payload.row_bytes"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import pytest
 import torch
 import transformers as t
-from encoder_witness import middle, states, told
+from encoder_witness import middle, states, told, uniform
 from tiny_encoders import CLASSES, EXITS, LAYERS, MODELS, TEXT, WIDTH, criteria, exits, heads, inputs, model
 
 import dyndepth
@@ -16,13 +17,15 @@ from dyndepth.encoders import (
     CtcHead,
     LinearHead,
     ModelHead,
+    RegressionPatience,
     SampleExit,
     SampleExits,
     facts_of,
 )
-from dyndepth.encoders.criteria import draw
+from dyndepth.encoders.criteria import SampleView, draw, gate_features
 from dyndepth.errors import ArgumentError, ExitsError, UnsupportedModelError
 from dyndepth.exits import Always, Never, Patience, TopProbability
+from dyndepth.ops.exit_stats import stats_of_logits
 
 LAYOUTS = ("packed", "padded")
 BOUND = {"rtol": 2e-5, "atol": 2e-5}
@@ -119,6 +122,12 @@ def test_draws_belong_to_samples() -> None:
     batch = inputs("bert")
     first = _run("bert", found, batch)
     assert _run("bert", found, batch).exit_layers.equal(first.exit_layers)
+    for rows in ([3], [6, 1], [7, 6, 5, 4, 3, 2, 1, 0]):  # known by their numbers, they draw the same alone
+        part = {name: value[rows] for name, value in batch.items()}
+        encoder = dyndepth.DynamicEncoder(model("bert"), found)
+        assert encoder(**part, numbers=torch.tensor(rows)).exit_layers.tolist() == first.exit_layers[rows].tolist()
+    with pytest.raises(ArgumentError, match="numbers must be"):
+        encoder(**part, numbers=torch.tensor([1]))
     values = draw(torch.arange(20000), 3, 0)
     assert float(values.min()) >= 0
     assert float(values.max()) < 1
@@ -211,6 +220,38 @@ def test_convert_and_revert(name: str) -> None:
     assert torch.equal(model(name)(**batch).logits, plain.logits)
 
 
+@pytest.mark.parametrize("name", ["bert", "distilbert", "vit"])
+def test_positions_are_the_models_own(name: str) -> None:
+    """What a model takes by position, labels and embeddings included, a converted one takes in the same places."""
+    batch, labels = inputs(name), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    order = list(inspect.signature(type(model(name)).forward).parameters)[1:]
+    given = {**batch, "labels": labels}
+    if name != "vit":
+        given["inputs_embeds"] = model(name).get_input_embeddings()(given.pop("input_ids"))
+    positional = [given.get(argument) for argument in order[: 1 + max(order.index(argument) for argument in given)]]
+    with torch.no_grad():
+        want = model(name)(*positional)
+        try:
+            dyndepth.convert(model(name), exits(name, "never"))
+            out = model(name)(*positional)
+            with pytest.raises(ArgumentError, match="by position"):
+                model(name)(*positional, **{order[0]: positional[0]})
+        finally:
+            dyndepth.revert(model(name))
+    torch.testing.assert_close(out.logits, want.logits, **BOUND)
+    torch.testing.assert_close(out.loss, want.loss, **BOUND)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_embeddings_instead_of_tokens(name: str) -> None:
+    batch = inputs(name, [6, 6, 6])
+    embeds = model(name).get_input_embeddings()(batch["input_ids"])
+    out = _run(name, exits(name, "never"), {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]})
+    with torch.no_grad():
+        want = model(name)(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(out.logits, want, **BOUND)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     """Heads follow the model's dtype, judges stay fp32; answers are as near to fp32 as transformers' own."""
@@ -297,8 +338,13 @@ def test_bad_encoders() -> None:
     with pytest.raises(ArgumentError, match="eval mode"):
         training(**inputs("bert"))
     bert.eval()
-    with pytest.raises(ArgumentError, match="depth must be"):
-        training(**inputs("bert"), depth=torch.tensor([1]))
+    fixed = dyndepth.DynamicEncoder(bert, exits("bert", "fixed_depth"))
+    with pytest.raises(ArgumentError, match="depth must be int64"):
+        fixed(**inputs("bert"), depth=torch.tensor([1]))
+    with pytest.raises(ArgumentError, match=r"among \[-1, 1, 2, 3, 4, 5\].*got \[77\]"):
+        fixed(**inputs("bert"), depth=torch.full((8,), 77))
+    with pytest.raises(ArgumentError, match=r"among \[-1, 5\]"):  # nobody would look at it
+        training(**inputs("bert"), depth=torch.full((8,), 2))
 
 
 def test_bad_exits() -> None:
@@ -320,3 +366,44 @@ def test_bad_exits() -> None:
         SampleExit(1, head, TopProbability(), math.nan)
     with pytest.raises(ExitsError, match="wanted 1 numbers"):
         SampleExits([SampleExit(2, head, TopProbability())], facts).with_thresholds([1, 2])
+
+
+def _view(found: Any, answers: torch.Tensor, carried: dict[str, torch.Tensor], ids: list[int] | None = None) -> SampleView:
+    rows = len(answers)
+    return SampleView(
+        hidden=torch.zeros(rows, 2),
+        seq=torch.tensor(ids or list(range(rows))),
+        step=torch.zeros(rows, dtype=torch.int32),
+        previous=None,
+        stats=lambda: stats_of_logits(answers),
+        depth=None,
+        leave=3,
+        layers=LAYERS,
+        carried=carried,
+        answers=lambda: answers,
+        reduce=lambda values: values,
+        lengths=torch.ones(rows, dtype=torch.int64),
+        classes=answers.shape[1],
+        number=0,
+    )
+
+
+def test_patience_starts_again() -> None:
+    """An answer that moves sets the count back to nothing, however long it had stood still."""
+    criterion, carried = RegressionPatience(tolerance=0.5), {}
+    answers = torch.tensor([[0.0, 0.0], [0.1, 0.9], [0.2, 1.0], [0.9, 1.1], [1.0, 1.2]])
+    said = [criterion.score(_view(criterion, answer[:, None], carried)).tolist() for answer in answers]
+    assert said == [[0, 0], [1, 0], [2, 1], [0, 2], [1, 3]]
+
+
+def test_draws_to_the_last_bit() -> None:
+    ids = [0, 1, 2, 1000003, 2**40]
+    for boundary, seed in ((1, 0), (3, 17), (30, 2**33)):
+        assert draw(torch.tensor(ids), boundary, seed).tolist() == [uniform(i, boundary, seed) for i in ids]
+
+
+def test_gate_features() -> None:
+    """[max p, H(p), margin, H(p^2 / sum p^2)], by hand for p = (1/2, 1/4, 1/4): p^2 / sum p^2 = (2/3, 1/6, 1/6)."""
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
+    want = [0.5, 1.5 * math.log(2), 0.25, -(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 6)]
+    torch.testing.assert_close(gate_features(_view(None, logits, {}))[0], torch.tensor(want))

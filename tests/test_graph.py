@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dyndepth.errors import ExitsError
-from dyndepth.exits import Always, Band, Criterion, Exits, Never, Patience, Saturation, TopProbability
+from dyndepth.exits import Always, Criterion, Exits, Never, Patience, Saturation, TopProbability
 from dyndepth.op import backend
 from dyndepth.runtime.bind import bind
+from dyndepth.runtime.block import block_head
 from dyndepth.runtime.forward import forward
 from dyndepth.runtime.graph import forward_graph, why_not
 from dyndepth.runtime.layer import Context
@@ -62,6 +63,7 @@ def test_says_what_the_pass_of_slices_says(family: str, kind: str, kv: str) -> N
         found = graph.run_graph(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
     assert found.exit_layer.tolist() == wanted.exit_layer.tolist()
     assert found.layers_run.tolist() == wanted.layers_run.tolist()
+    assert found.bands_taken.tolist() == wanted.bands_taken.tolist()
     assert found.work.tolist() == wanted.work
     torch.testing.assert_close(found.ready, wanted.ready, rtol=1e-4, atol=1e-5)
     slots = eager.pages.slots(arguments["seq"], arguments["pos"]).long()
@@ -101,7 +103,7 @@ def test_one_shape_serves_smaller_batches(family: str, real: int) -> None:
     with backend("torch"):
         rows, context = graph.rows(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
         rows.slots[real:] = -1
-        before = graph.pages.kv.clone()
+        before = graph.pages.kv.view(torch.int32).clone()
         found = forward_graph(graph.plan, rows, context, torch.tensor([real], dtype=torch.int32))
         assert found.work[0] == real
         if real:
@@ -109,7 +111,7 @@ def test_one_shape_serves_smaller_batches(family: str, real: int) -> None:
             assert found.exit_layer[:real].tolist() == wanted.exit_layer.tolist()
             assert found.work.tolist() == wanted.work
             torch.testing.assert_close(found.ready[:real], wanted.ready, rtol=1e-4, atol=1e-5)
-    written = (graph.pages.kv != before).flatten(4).any(-1).any(0).any(0).flatten().nonzero()[:, 0].tolist()
+    written = (graph.pages.kv.view(torch.int32) != before).flatten(4).any(-1).any(0).any(0).flatten().nonzero()[:, 0].tolist()
     mine = graph.pages.slots(part["seq"], part["pos"]).tolist()
     assert set(written) <= set(mine)
 
@@ -181,10 +183,57 @@ def test_refusals() -> None:
         session, arguments = _start("llama", tiny_exits.exits_of(model, tiny_exits.band(model, 2, 6)), kv)
         with pytest.raises(ExitsError, match=f"graph style: kv='{kv}' takes rows up that waited"):
             session.run_graph(arguments["seq"], arguments["pos"], tokens=arguments["tokens"])
-    counting = tiny_exits.exits_of(model, tiny_exits.band(model, 2, 6, Patience(), threshold=1.0))
-    assert why_not(_start("llama", counting, "predict")[0].plan) == "a criterion counts over boundaries"
-    from dyndepth.runtime.block import block_head
+    watched = Session(bind(model), [4], tiny_exits.mixed(model), observed=True)
+    assert why_not(watched.plan) == "an observer is told of rows by name, which is the host's work"
 
-    band: Band = tiny_exits.band(model, 2, 6)
-    band.head = block_head(bind(model), 2)
-    assert "block head" in (why_not(_start("llama", tiny_exits.exits_of(model, band), "propagate")[0].plan) or "")
+
+@pytest.mark.parametrize("kv", ["predict", "propagate"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_patience_counts_over_boundaries(family: str, kv: str) -> None:
+    """Boundaries where the arg max did not change, rows that resume in between included."""
+    model = tiny_models.shared(family)
+    few = torch.tensor([3, 9, 20])  # so few words that random heads agree now and then
+    patient = [tiny_exits.band(model, leave, 6, Patience(), threshold=1.0, shortlist=few) for leave in (2, 4, 5)]
+    resuming = tiny_exits.band(model, 3, 4)
+    wanted, found = _both(family, tiny_exits.exits_of(model, patient[0], resuming, *patient[1:]), kv)
+    assert found.exit_layer.tolist() == wanted.exit_layer.tolist()
+    assert found.bands_taken.tolist() == wanted.bands_taken.tolist()
+    assert len(set(wanted.exit_layer.tolist())) > 1, "some must be patient enough and some not"
+
+
+@pytest.mark.parametrize("kv", ["predict", "propagate"])
+@pytest.mark.parametrize("criterion", ["router", "top_probability", "always"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_block_heads(family: str, criterion: str, kv: str) -> None:
+    """One more layer at an exit, with its own K,V: everybody's are stored, heads are those of the pass of slices."""
+    model = tiny_models.shared(family)
+    bands = []
+    for leave in (2, 4):
+        judge = {"router": None, "top_probability": TopProbability(), "always": Always()}[criterion]
+        threshold = 0.1 if criterion == "top_probability" else 0.5
+        one = tiny_exits.band(model, leave, 6, judge, threshold=threshold)
+        one.head = block_head(bind(model), leave)
+        bands.append(one)
+    exits = tiny_exits.exits_of(model, *bands)
+    (eager, arguments), (graph, _) = _start(family, exits, kv), _start(family, exits, kv)
+    wanted, found = _both(family, exits, kv, eager, graph)
+    assert found.exit_layer.tolist() == wanted.exit_layer.tolist()
+    torch.testing.assert_close(found.ready, wanted.ready, rtol=1e-4, atol=1e-5)
+    slots = eager.pages.slots(arguments["seq"], arguments["pos"]).long()
+    mine, theirs = (session.pages.kv.flatten(2, 3)[:, :, slots] for session in (graph, eager))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    ran = [wanted.block_work.get(leave, 0) for leave in (2, 4)]
+    assert all(ours >= theirs for ours, theirs in zip(found.block_work.tolist(), ran, strict=True))
+    assert (found.block_work.tolist() == ran) == (criterion in ("top_probability", "always"))
+
+
+def _both(family: str, exits: Exits, kv: str, eager: Session | None = None, graph: Session | None = None) -> Any:
+    """The pass of slices and the pass in graph style, with the reference providers."""
+    arguments = _start(family, exits, kv)[1]
+    results = []
+    for session, name in ((eager, "run"), (graph, "run_graph")):
+        session = _start(family, exits, kv)[0] if session is None else session
+        with backend("torch"):
+            given = {"tokens": arguments["tokens"], "step": arguments["step"]}
+            results.append(getattr(session, name)(arguments["seq"], arguments["pos"], **given))
+    return results

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
+import joint
 import pytest
-import scipy.stats
 import tiny_exits
 import tiny_models
 import torch
@@ -198,6 +197,32 @@ def test_rows_x_layers_are_counted_and_no_row_runs_a_layer_twice(batch: int, way
     assert all(found.work.rows <= layers <= found.work.rows + rejected for layers in found.work.layers)
 
 
+def test_sequences_draft_apart_only_while_enough_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what each drafts is what it drafts alone."""
+    from dyndepth.runtime.session import Session
+
+    model, inputs = tiny_models.shared("llama"), tiny_models.prompts(5)
+    holds: list[bool] = []
+    run = Session.run
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("may_leave") is not False:
+            holds.append(bool(kwargs["hold"]))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "run", noting)
+    shares = {}
+    for way in ("two", "always"):
+        holds.clear()
+        found = _lossless(model, inputs, _exits(model, way), max_new_tokens=16, eos_token_id=None)
+        shares[way] = sum(holds) / len(holds)
+        for row in range(5):
+            own = {name: value[row : row + 1] for name, value in inputs.items()}
+            alone = _lossless(model, own, _exits(model, way), max_new_tokens=16, eos_token_id=None)
+            assert (alone.drafted, alone.accepted) == (found.drafted[row], found.accepted[row])
+    assert shares["two"] < 0.5 < shares["always"]
+
+
 def test_pages_of_rejected_drafts_go_back() -> None:
     """No sequence may hold more pages than its final tokens need once drafts are verified, and all go back at the end."""
     from dyndepth.runtime import generate
@@ -217,38 +242,18 @@ def test_pages_of_rejected_drafts_go_back() -> None:
 
 # -- sampling -------------------------------------------------------------------------------------------------------------
 
-_SMALL = 7
-
-
-def _joint(model: Any, prompt: torch.Tensor, warp: dict[str, Any], tokens: int) -> torch.Tensor:
-    """Exact probabilities [_SMALL ** tokens] of all continuations, from transformers' own forward and processors."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper
-
-    prefixes = torch.tensor(list(itertools.product(range(_SMALL), repeat=tokens)))
-    ids = torch.cat([prompt.expand(len(prefixes), -1), prefixes], dim=1)
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[:, prompt.shape[1] - 1 : -1]
-    found = torch.ones(len(prefixes), dtype=torch.float64)
-    for step in range(tokens):
-        scores = TemperatureLogitsWarper(warp["temperature"])(ids, logits[:, step])
-        if warp.get("top_k"):
-            scores = TopKLogitsWarper(warp["top_k"])(ids, scores)
-        chances = torch.softmax(scores.double(), dim=-1)
-        found *= chances.gather(1, prefixes[:, step : step + 1])[:, 0]
-    return found
-
 
 @pytest.mark.parametrize("warp", [{"temperature": 0.9}, {"temperature": 1.3, "top_k": 4}], ids=str)
 @pytest.mark.parametrize("way", ["two", "always"])
 def test_sampling_has_the_full_models_distribution(way: str, warp: dict[str, Any]) -> None:
     """Joint distribution of three tokens over 4 x 51,200 samples, against every continuation's exact probability."""
-    model = tiny_models.tiny("llama", vocab_size=_SMALL)
+    model = tiny_models.tiny("llama", vocab_size=joint.SMALL)
     exits = _exits(model, way)
     prompt = torch.tensor([[3, 5, 4]])
-    wanted = _joint(model, prompt, warp, 3)
+    wanted = joint.joint(model, prompt, warp, 3)
     torch.manual_seed(5)
     generator = torch.Generator().manual_seed(6)
-    batch, counts = 1024, torch.zeros(_SMALL**3, dtype=torch.int64)
+    batch, counts = 1024, torch.zeros(joint.SMALL**3, dtype=torch.int64)
     drafted = 0
     for _ in range(50):
         inputs = {"input_ids": prompt.expand(batch, -1), "attention_mask": torch.ones(batch, 3, dtype=torch.int64)}
@@ -257,19 +262,10 @@ def test_sampling_has_the_full_models_distribution(way: str, warp: dict[str, Any
             **({"top_k": 0} | warp),
         )  # fmt: skip
         made = out.sequences[:, 3:]
-        counts += torch.bincount((made * torch.tensor([_SMALL**2, _SMALL, 1])).sum(1), minlength=_SMALL**3)
+        counts += joint.counted(made)
         drafted += int(out.drafted.sum())
     assert drafted > 30_000
-    expected = wanted * int(counts.sum())
-    assert int(counts[wanted == 0].sum()) == 0, "tokens that a processor forbids"
-    large = expected >= 8
-    observed = torch.cat([counts[large], counts[~large].sum()[None]]).double()
-    hoped = torch.cat([expected[large], expected[~large].sum()[None]])
-    keep = hoped > 0
-    result = scipy.stats.chisquare(
-        observed[keep].numpy(), hoped[keep].numpy() * float(observed[keep].sum() / hoped[keep].sum())
-    )
-    assert result.pvalue > 1e-4, result
+    joint.check(counts, wanted)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------------

@@ -106,3 +106,10 @@ def test_tensors_are_checked(tmp_path: Path) -> None:
         SampleExits.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ExitsError, match="not a dyndepth-exits"):
         Exits.from_pretrained(tmp_path)
+
+
+def test_a_head_is_no_judge(tmp_path: Path) -> None:
+    exits("bert", "q_exit", 0.5).save_pretrained(tmp_path)
+    _edited(tmp_path, lambda m: m["exits"][1].update(judge={"same_as": "0.head"}))
+    with pytest.raises(ExitsError, match="refer to a head"):
+        SampleExits.from_pretrained(tmp_path)

@@ -17,10 +17,14 @@ from tiny_training import SETTINGS, batches, looks, texts, train
 from torch import Tensor
 
 import dyndepth
+from dyndepth.closed_form.heads import block_ready, exit_argmax
+from dyndepth.closed_form.measure import Lottery, Sample
+from dyndepth.closed_form.search import with_criterion
 from dyndepth.data import FIT, TUNE, Corpus, gather
 from dyndepth.errors import ArgumentError, CacheError, ExitsError, NotEnoughDataError, TrainingError
 from dyndepth.exits import Exits, TranslatorHead
 from dyndepth.runtime.bind import bind
+from dyndepth.runtime.fingerprint import facts_of
 from dyndepth.runtime.score import score
 from dyndepth.training.batches import Batches
 from dyndepth.training.cache import TeacherCache
@@ -314,9 +318,32 @@ def test_fit_takes_trained_heads(tmp_path: Path) -> None:
     assert set(heads.record["documents"]) <= set(exits.record["documents"])
     with pytest.raises(ExitsError):
         dyndepth.fit(tiny_models.shared("qwen2"), corpus, heads=heads, progress=False)
-    blocks = train(tmp_path / "block", head="block", tokens=400)
-    with pytest.raises(ArgumentError, match="is a block"):
-        dyndepth.fit(model, corpus, heads=blocks, progress=False)
+
+
+def test_fit_takes_trained_blocks(tmp_path: Path) -> None:
+    """A block attends to other rows: what fit believes that it says is what it says when rows leave there; from files too."""
+    model, corpus = tiny_models.shared("llama"), texts(800)
+    blocks = train(tmp_path, head="block", tokens=2000)
+    bound, band = bind(model), blocks.bands[0]
+    sample = Sample.of(model, corpus[:4], [3, 0, 5, 9])
+    measured = sample.run(Exits([with_criterion(band, Lottery(0.4))], facts_of(bound)), "propagate")
+    went = measured.skipped
+    assert 10 < int(went.sum()) < int(sample.judged.sum())
+    ready = block_ready(model, band, facts_of(bound), sample.tokens, sample.start)
+    torch.testing.assert_close(ready[went], measured.scored.ready[went], rtol=1e-4, atol=1e-4)
+    assert torch.equal(exit_argmax(bound, band, torch.empty(0), ready)[went], measured.scored.argmax()[went])
+    options: dict[str, Any] = {"agreement": 0.3, "candidates": [(2, 6), (4, 6)], "progress": False}
+    exits = dyndepth.fit(model, corpus, heads=blocks, **options)
+    again = dyndepth.fit(model, corpus, heads=Exits.from_pretrained(tmp_path / "exits"), **options)
+    assert [b.threshold for b in exits] == [b.threshold for b in again]
+    for found in exits:
+        assert found.has_block
+        assert found.router is not None
+        assert found.router.stats_weight is not None
+        assert not math.isinf(found.threshold)
+    exits.save_pretrained(tmp_path / "fitted")
+    ran = score(model, corpus[:4], Exits.from_pretrained(tmp_path / "fitted"), kv="predict")
+    assert torch.equal(ran.layers_run, score(model, corpus[:4], exits, kv="predict").layers_run)
 
 
 def test_the_log_survives_a_line_that_was_cut(tmp_path: Path) -> None:

@@ -80,3 +80,16 @@ def mixed(model: Any, **options: Any) -> Exits:
         band(model, 3, 6, **options),
         band(model, 5, 6, head="mlp", **options),
     )
+
+
+def gates(layers: tuple[int, ...] = (2, 3, 4), *, maps: bool = True) -> dict[int, tuple[Router, JumpMap | None]]:
+    """Random routers of single layers, with random maps in the layers' place or none."""
+    generator = torch.Generator().manual_seed(5)
+    found: dict[int, tuple[Router, JumpMap | None]] = {}
+    for layer in layers:
+        router = filled(Router(48, 3, silu=True), generator, 6.0)
+        router.bias1.data.zero_()
+        router.bias2.data.zero_()
+        jump = filled(JumpMap(48), generator)
+        found[layer] = router, jump if maps else None
+    return found

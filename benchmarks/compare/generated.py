@@ -71,6 +71,26 @@ class SelfSpeculation(Generated):
         return answers
 
 
+class Lossless(Generated):
+    """dyndepth's own self-speculation, exits as they are."""
+
+    system, mode = "dyndepth", "lossless"
+    note = "its text is verified, so its agreement is full depth's; work counts drafts and checks"
+
+    def __init__(self, drafts: int = 2) -> None:
+        super().__init__(self.system, self.mode, lambda cell: {
+            "custom_generate": generate, "exits": cell.exits, "mode": "lossless", "drafts": drafts,
+        }, self.note)  # fmt: skip
+
+    def generate(self, cell: Cell, new_tokens: int, forced: Tensor | None = None) -> Output:
+        if forced is None:
+            return super().generate(cell, new_tokens)
+        # Drafts would be asked about prefixes that the forced text does not have: what verifies is judged.
+        answers = full_depth().generate(cell, new_tokens, forced)
+        answers.share = super().generate(cell, new_tokens).share
+        return answers
+
+
 def exit_points(exits: Exits) -> list[int]:
     """Boundaries where rows can leave for good."""
     return [band.leave for band in exits if band.resume == exits.model.layers]
@@ -121,6 +141,8 @@ def dyndepth_systems(points: list[int]) -> list[System]:
     return [
         full_depth(),
         _ours("dynamic", lambda cell: {"exits": cell.exits}),
+        *(_ours(kv, lambda cell, kv=kv: {"exits": cell.exits, "kv": kv}) for kv in ("propagate", "recompute")),  # type: ignore[misc]
+        Lossless(),
         *(_ours(f"fixed depth {at}", lambda cell, at=at: {"exits": cell.exits, "depth": at}) for at in points),  # type: ignore[misc]
         _ours("shortlist", lambda cell: {"exits": cell.shortlisted}),
         _ours(

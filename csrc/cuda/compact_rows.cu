@@ -64,6 +64,11 @@ static __device__ Partition partition(const signed char* state, int row, int row
   return p;
 }
 
+// One of three by choice, not by address: what is addressed has to lie in memory.
+static __device__ int among(int kind, int run, int leaving, int away) {
+  return kind == 0 ? run : kind == 1 ? leaving : away;
+}
+
 // `width` threads, this one `thread`, copy a row of one payload.
 template <class Word>
 static __device__ void copy_words(const Payload& payload, long long old_row, long long new_row, int thread, int width) {
@@ -87,17 +92,18 @@ static __device__ void copy_row(const Payloads& payloads, long long old_row, lon
 }
 
 // At most kBlockRows rows; any number of blocks of kBlockRows threads. Block b moves new rows b, b + gridDim.x, ...
-extern "C" __global__ void __launch_bounds__(kBlockRows)
+// (One block a processor will do: asked for no more, the compiler keeps in registers what it would spill for two.)
+extern "C" __global__ void __launch_bounds__(kBlockRows, 1)
     compact_rows_once(const signed char* state, int rows, Payloads payloads, int* order, int* counts) {
   __shared__ short old_of[kBlockRows];
   const int row = threadIdx.x;
   const Partition p = partition(state, row, rows);
-  const int first[3] = {0, p.size[0], p.size[0] + p.size[1]};
-  if (p.kind < 3) old_of[first[p.kind] + p.place] = static_cast<short>(row);
+  const int first = among(p.kind, 0, p.size[0], p.size[0] + p.size[1]);
+  if (p.kind < 3) old_of[first + p.place] = static_cast<short>(row);
   __syncthreads();
   if (blockIdx.x == 0) {
     if (row < rows) order[row] = old_of[row];
-    if (row < 2) counts[row] = p.size[row];
+    if (row < 2) counts[row] = row == 0 ? p.size[0] : p.size[1];
   }
   for (int i = blockIdx.x; i < rows; i += gridDim.x) copy_row(payloads, old_of[i], i, threadIdx.x, kBlockRows);
 }
@@ -106,11 +112,11 @@ extern "C" __global__ void __launch_bounds__(kBlockRows)
 extern "C" __global__ void __launch_bounds__(kBlockRows)
     compact_rows_count(const signed char* state, int rows, int* block_counts) {
   const Partition p = partition(state, blockIdx.x * kBlockRows + threadIdx.x, rows);
-  if (threadIdx.x < 2) block_counts[2 * blockIdx.x + threadIdx.x] = p.size[threadIdx.x];
+  if (threadIdx.x < 2) block_counts[2 * blockIdx.x + threadIdx.x] = threadIdx.x == 0 ? p.size[0] : p.size[1];
 }
 
 // Many rows, second launch: block b finds where its rows go from all blocks' counts, and moves them, a warp per row.
-extern "C" __global__ void __launch_bounds__(kBlockRows)
+extern "C" __global__ void __launch_bounds__(kBlockRows, 1)
     compact_rows_move(const signed char* state, int rows, const int* block_counts, Payloads payloads, int* order,
                       int* counts) {
   __shared__ int sums[4];  // runners, leavers in earlier blocks; in all blocks
@@ -132,9 +138,9 @@ extern "C" __global__ void __launch_bounds__(kBlockRows)
   const int row = block * kBlockRows + threadIdx.x;
   const Partition p = partition(state, row, rows);
   const int earlier_away = block * kBlockRows - sums[0] - sums[1];
-  const int first[3] = {sums[0], sums[2] + sums[1], sums[2] + sums[3] + earlier_away};
+  const int first = among(p.kind, sums[0], sums[2] + sums[1], sums[2] + sums[3] + earlier_away);
   if (p.kind < 3) {
-    const int target = first[p.kind] + p.place;
+    const int target = first + p.place;
     new_of[threadIdx.x] = target;
     order[target] = row;
   }

@@ -1,13 +1,13 @@
-"""The command line: `dyndepth info | demo | fit | train | calibrate | report | exits | generate | plan | profile`."""
+"""The command line: `dyndepth info | demo | fit | train | calibrate | report | exits | generate | plan | profile | tune`."""
 
 from __future__ import annotations
 
 import typer
 
-from dyndepth.cli import look, make, plan, profile, run
+from dyndepth.cli import look, make, plan, profile, run, tune
 from dyndepth.cli.common import ERRORS, app
 
-__all__ = ["app", "look", "main", "make", "plan", "profile", "run"]
+__all__ = ["app", "look", "main", "make", "plan", "profile", "run", "tune"]
 
 
 def main() -> None:

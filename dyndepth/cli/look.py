@@ -17,9 +17,23 @@ from dyndepth.files import writable
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False) -> None:
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    launch: Annotated[
+        str | None,
+        typer.Option(help="Instead: tile sizes of Triton's launches on an architecture (sm_90, ...).", show_default=False),
+    ] = None,
+    model: Annotated[str, typer.Option(help="With --launch: a known model, or a config.json.")] = "Llama-3-8B",
+    rows: Annotated[str, typer.Option(help="With --launch: rows of a pass.")] = "1,16,32,64,256",
+) -> None:
     """Versions, instruction sets, and per op which providers can run here, or why not."""
     from dyndepth.info import collect
+
+    if launch is not None:
+        from dyndepth.cli import tune
+
+        tune.choices(launch, model, rows, as_json)
+        return
 
     facts = collect()
     if as_json:

@@ -21,6 +21,7 @@ def generate(
     kv: Annotated[str | None, typer.Option(help="predict, propagate, copy, recompute, release or none.")] = None,
     mode: Annotated[str, typer.Option(help="dynamic, or lossless: early exits draft, the full model verifies.")] = "dynamic",
     drafts: Annotated[int, typer.Option(help="With --mode lossless, drafts before they are verified.")] = 4,
+    graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Continue prompts with dynamic depth, every token coloured by the layers it ran."""
@@ -33,7 +34,8 @@ def generate(
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
     out = causal_lm.generate(
         **inputs, custom_generate=dyndepth.generate, exits=loaded, kv=kv, mode=mode, drafts=drafts,
-        max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True,
+        graphs=graphs, max_new_tokens=max_new_tokens, do_sample=False,
+        return_dict_in_generate=True,
     )  # fmt: skip
     console = Console()
     width, depth = inputs["input_ids"].shape[1], causal_lm.config.num_hidden_layers

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyndepth.closed_form.candidates import MapFitter, candidate_spans
-from dyndepth.closed_form.heads import exit_argmax, exit_statistics, frequent, judging_cost
+from dyndepth.closed_form.heads import block_ready, exit_argmax, exit_statistics, frequent, judging_cost
+from dyndepth.closed_form.history import tell_of_history
 from dyndepth.closed_form.measure import Measured, Sample
 from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.router import fit_router
@@ -18,9 +19,10 @@ from dyndepth.closed_form.search import Candidate, choose, label, probe, promisi
 from dyndepth.closed_form.trace import trace
 from dyndepth.data import FIT, TEST, TEXT_PIECE, TUNE, Corpus, gather
 from dyndepth.errors import ArgumentError
-from dyndepth.exits import BlockHead, Exits, ModelFacts, RouterScore
+from dyndepth.exits import Band, Exits, ModelFacts, RouterScore
 from dyndepth.exits.heads import Head, StoredBlock
 from dyndepth.runtime.bind import Model, bind
+from dyndepth.runtime.block import restore
 from dyndepth.runtime.fingerprint import check_exits, facts_of
 from dyndepth.runtime.score import HEAD_ROWS
 
@@ -62,7 +64,8 @@ def fit(
     3. Every candidate is tried on a random share of rows, back-fill included. The bands that lose least per layer saved go
        on, and all early exits.
     4. Routers by logistic regression: random skips label rows for bands that resume; an exit's own arg max labels its rows,
-       and its router also sees its head's statistics over the most frequent tokens.
+       and its router also sees its head's statistics over the most frequent tokens. Routers above a band that resumes see
+       whether the row skipped it.
     5. The set of bands expected to save most, net of judging, is taken, and one price per layer is bisected until the
        measured agreement on the tuning split meets `agreement`.
     6. The test split gives the numbers in `exits.record`.
@@ -109,7 +112,7 @@ def fit(
                 model, texts, tokenizer, prompts, "fit", tokens=tokens, own=own, new_tokens=new_tokens, batch=batch,
                 seed=seed, learned=learned, advance=advance,
             )  # fmt: skip
-        found = _maps(bound, data, spans, trained, report)
+        found = fit_maps(bound, data, spans, report, trained)
         fit_sample, tune, test = (Sample.of(model, *data.part(name)) for name in (FIT, TUNE, TEST))
         with report.stage("measuring bands", len(found)) as advance:
             probe(found, fit_sample.head(_PROBE_ROWS), facts, _PROBE_SHARE, lambda: advance(1))
@@ -143,13 +146,7 @@ def _trained(heads: Exits | None, model: Model) -> dict[int, Head]:
         return {}
     check_exits(heads, model)
     found = {band.leave: copy.deepcopy(band.head_or_norm()) for band in heads if band.resume == model.depth}
-    for leave, head in found.items():
-        if isinstance(head, BlockHead | StoredBlock):
-            raise ArgumentError(
-                f"fit: the head at boundary {leave} is a block, which attends to other rows; wanted a norm, translator or "
-                "mlp head"
-            )
-    return found
+    return {leave: restore(head, model, leave) if isinstance(head, StoredBlock) else head for leave, head in found.items()}
 
 
 def _spans(candidates: Sequence[Span] | None, trained: dict[int, Head], layers: int) -> list[Span]:
@@ -170,7 +167,11 @@ def _memory_of_residuals(model: Model, tokens: int) -> int:
     return residuals + HEAD_ROWS * model.vocab_size * (4 + model.dtype.itemsize)
 
 
-def _maps(model: Model, data: Corpus, spans: Sequence[Span], trained: dict[int, Head], report: Progress) -> list[Candidate]:
+def fit_maps(
+    model: Model, data: Corpus, spans: Sequence[Span], report: Progress, trained: Mapping[int, Head] | None = None
+) -> list[Candidate]:
+    """Candidate bands with their maps, by regression in one pass over the corpus; `trained` heads replace translators."""
+    trained = trained or {}
     fitter = MapFitter(model, spans)
     pieces = [*data.of(FIT), *data.of(TUNE)]
     total, fitting = sum(p.tokens.shape[0] for p in pieces), data.count(FIT)
@@ -212,7 +213,7 @@ def _judged(
         )
     words = frequent(fit_sample.answers[fit_sample.judged], _SHORTLIST_WORDS)
     boundaries = sorted({c.band.leave for c in short})
-    fit_residuals, tune_residuals = (_residuals(model, s.tokens, boundaries) for s in (fit_sample, tune))
+    fit_residuals, tune_residuals = (residuals_at(model, s.tokens, boundaries) for s in (fit_sample, tune))
     chances = []
     for candidate in short:
         leave, top = candidate.band.leave, candidate.band.resume == model.depth
@@ -222,18 +223,28 @@ def _judged(
             rows = fit_sample.judged.nonzero()[:, 0]
             candidate.band.shortlist = torch.nn.Parameter(words, requires_grad=False)
             candidate.judging = judging_cost(model, candidate.band)
-            agrees = exit_argmax(model, candidate.band, residual[rows]) == fit_sample.answers[rows]
+            ready, tuned = (_block_rows(candidate.band, facts, sample) for sample in (fit_sample, tune))
+            agrees = exit_argmax(model, candidate.band, residual[rows], ready) == fit_sample.answers[rows]
         else:
-            rows, agrees = labels[candidate.span].rows, labels[candidate.span].agrees
-        stats = exit_statistics(model, candidate.band, residual[rows]) if top else None
+            rows, agrees, ready, tuned = labels[candidate.span].rows, labels[candidate.span].agrees, None, None
+        stats = exit_statistics(model, candidate.band, residual[rows], ready) if top else None
         router, candidate.router = fit_router(residual[rows], agrees, rows % 5 == 0, stats)
         candidate.band = with_criterion(candidate.band, RouterScore(router), threshold=1.0)
         seen = tune_residuals[leave].to(model.dtype)[tune.judged]
-        chances.append(router(seen, None, exit_statistics(model, candidate.band, seen) if top else None))
-    return [short[i] for i in choose(short, chances, agreement, most)]
+        chances.append(router(seen, None, exit_statistics(model, candidate.band, seen, tuned) if top else None))
+    chosen = [short[i] for i in choose(short, chances, agreement, most)]
+    return tell_of_history(model, chosen, fit_sample, facts)
 
 
-def _residuals(model: Model, tokens: Sequence[Tensor], boundaries: Sequence[int]) -> dict[int, Tensor]:
+def _block_rows(band: Band, facts: ModelFacts, sample: Sample) -> Tensor | None:
+    """Head-ready rows of a block head, of judged rows, which no residual alone tells; None for other heads."""
+    if not band.has_block:
+        return None
+    return block_ready(sample.causal_lm, band, facts, sample.tokens, sample.start)[sample.judged]
+
+
+def residuals_at(model: Model, tokens: Sequence[Tensor], boundaries: Sequence[int]) -> dict[int, Tensor]:
+    """Residuals [n, d] by boundary."""
     parts: dict[int, list[Tensor]] = {boundary: [] for boundary in boundaries}
     for chunk in trace(model, tokens, boundaries, ()):
         for boundary in parts:

@@ -25,10 +25,15 @@ class NormalEquations:
         self.square = torch.zeros(targets, dtype=torch.float64)
         self.rows = 0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows x [n, features], y [n, targets]. Products of a chunk are fp32, their sums over chunks fp64."""
+    def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Rows x [n, features], y [n, targets], each counting `weight` [n] times (once where None is given).
+
+        Products of a chunk are fp32, their sums over chunks fp64.
+        """
         x = torch.cat([x.float(), torch.ones(x.shape[0], 1)], dim=1)
         y = y.float()
+        if weight is not None:
+            x, y = x * weight.float().sqrt()[:, None], y * weight.float().sqrt()[:, None]
         self.gram += (x.T @ x).double()
         self.cross += (x.T @ y).double()
         self.square += y.pow(2).sum(0).double()

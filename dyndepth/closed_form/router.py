@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,19 @@ _NEWTON_STEPS = 12
 
 
 def fit_router(
-    residual: Tensor, agrees: Tensor, held_out: Tensor, stats: ExitStats | None = None, *, balanced: bool = False
+    residual: Tensor,
+    agrees: Tensor,
+    held_out: Tensor,
+    stats: ExitStats | None = None,
+    *,
+    skipped: Tensor | None = None,
+    history: Sequence[int] = (),
+    balanced: bool = False,
 ) -> tuple[Router, dict[str, float]]:
     """A one-neuron router that predicts `agrees` (bool [n]) from `residual` [n, d] and, if given, the head's statistics.
+
+    `skipped` (float32 [n, k], with the k boundaries of `history`) says which bands below a row has taken; what each of them
+    adds to the logit is found with the rest.
 
     Rows where `held_out` is true choose the penalty by log-loss. Returns the router and its held-out log-loss, that of the
     constant guess beside it, and the area under the ROC curve. Probabilities refer to the mix of rows it was shown, or, if
@@ -29,6 +41,8 @@ def fit_router(
     parts = [rms_normalise(residual, EPS)]
     if stats is not None:
         parts.append(stat_features(stats))
+    if skipped is not None:
+        parts.append(skipped)
     x = torch.cat([*parts, torch.ones(residual.shape[0], 1)], dim=1)
     y = agrees.float()
     train, test = ~held_out, held_out if bool(held_out.any()) else ~held_out
@@ -44,10 +58,13 @@ def fit_router(
             best = (loss, weights)
     assert best is not None
     loss, weights = best
-    router = Router(width, stats=stats is not None)
+    router = Router(width, stats=stats is not None, history=history)
     router.weight1.data = weights[None, :width].float().contiguous()
+    known = weights.shape[0] - 1 - len(router.history)
     if router.stats_weight is not None:
-        router.stats_weight.data = weights[None, width:-1].float().contiguous()
+        router.stats_weight.data = weights[None, width:known].float().contiguous()
+    if router.history_weight is not None:
+        router.history_weight.data = weights[None, known:-1].float().contiguous()
     router.weight2.data = torch.ones(1)
     router.bias2.data = weights[-1:].float().clone()
     guess = torch.logit(torch.full_like(base, 0.5) if balanced else base).expand(int(test.sum()))

@@ -124,6 +124,10 @@ def _boundaries_apart(candidates: Sequence[Candidate]) -> list[list[int]]:
     return groups
 
 
+#: Sets that `choose` tries one by one; where there are more it grows one set greedily.
+_SETS = 2000
+
+
 def choose(candidates: Sequence[Candidate], chances: Sequence[Tensor], agreement: float, most: int) -> list[int]:
     """The set of at most `most` bands expected to save most layers at the wanted agreement; one per boundary.
 
@@ -131,6 +135,10 @@ def choose(candidates: Sequence[Candidate], chances: Sequence[Tensor], agreement
     no set is expected to save anything, the candidate that loses least per layer: its threshold will close it.
     """
     best: tuple[float, tuple[int, ...]] = (0.0, ())
+    if sum(math.comb(len(candidates), size) for size in range(1, most + 1)) > _SETS:
+        grown = greedy(candidates, chances, agreement, most)
+        best = (grown[-1][0], tuple(grown[-1][1])) if grown else best
+        most = 0
     for size in range(1, most + 1):
         for chosen in itertools.combinations(range(len(candidates)), size):
             if len({candidates[i].band.leave for i in chosen}) < size:
@@ -141,32 +149,100 @@ def choose(candidates: Sequence[Candidate], chances: Sequence[Tensor], agreement
     return list(best[1]) or [min(range(len(candidates)), key=lambda i: candidates[i].loss_per_layer)]
 
 
-def _expected_saving(bands: Sequence[Candidate], chances: Sequence[Tensor], budget: float) -> float:
-    """Expected layers saved per row when the price is as high as `budget` expected disagreements per row allow."""
+def greedy(
+    candidates: Sequence[Candidate],
+    chances: Sequence[Tensor],
+    agreement: float,
+    most: int,
+    offsets: Tensor | None = None,
+    gain: float = 1.02,
+) -> list[tuple[float, list[int]]]:
+    """(expected layers saved per row, set) of 1, 2, ... bands: each set the one before and the band that then adds most.
+
+    Ends at `most` bands, or where no band multiplies the saving by `gain`. Arguments as for `choose`.
+    `offsets` [candidates, candidates]: what having skipped band j adds to the logit of candidate i's chance.
+    """
+    grown: list[tuple[float, list[int]]] = []
+    chosen: list[int] = []
+    saved = 0.0
+    while len(chosen) < most:
+        taken = {candidates[i].band.leave for i in chosen}
+        found = (0.0, -1)
+        for i in (i for i in range(len(candidates)) if candidates[i].band.leave not in taken):
+            wider = sorted([*chosen, i])
+            part = None if offsets is None else offsets[wider][:, wider]
+            found = max(
+                found, (_expected_saving([candidates[j] for j in wider], [chances[j] for j in wider], 1 - agreement, part), i)
+            )
+        if found[1] < 0 or found[0] <= saved * gain:
+            break
+        saved, chosen = found[0], sorted([*chosen, found[1]])
+        grown.append((saved, chosen))
+    return grown
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (agreement, rows x layers) that no other beats in one and equals in the other, least work first.
+
+    Of equal points the first stays.
+    """
+    order = sorted(range(len(points)), key=lambda i: (points[i][1], -points[i][0], i))
+    kept: list[int] = []
+    for i in order:
+        if not kept or points[i][0] > points[kept[-1]][0]:
+            kept.append(i)
+    return kept
+
+
+def expected_price(
+    bands: Sequence[Candidate], chances: Sequence[Tensor], budget: float, offsets: Tensor | None = None
+) -> tuple[float, float]:
+    """(price per layer, expected layers saved per row): as high as `budget` expected disagreements per row allow."""
     low, high = 0.0, 1.0
     saving = 0.0
     for _ in range(16):
         price = (low + high) / 2
-        loss, saved = _walk(bands, chances, thresholds(bands, price))
+        loss, saved = _walk(bands, chances, thresholds(bands, price), offsets)
         if loss <= budget:
             low, saving = price, saved
         else:
             high = price
-    return saving
+    return low, saving
 
 
-def _walk(bands: Sequence[Candidate], chances: Sequence[Tensor], limits: Sequence[float]) -> tuple[float, float]:
-    """Rows go up and leave where their chance allows: (expected disagreements, layers saved net of judging) per row."""
+def _expected_saving(
+    bands: Sequence[Candidate], chances: Sequence[Tensor], budget: float, offsets: Tensor | None = None
+) -> float:
+    """Expected layers saved per row, of the price that the budget allows."""
+    return expected_price(bands, chances, budget, offsets)[1]
+
+
+def _walk(
+    bands: Sequence[Candidate], chances: Sequence[Tensor], limits: Sequence[float], offsets: Tensor | None = None
+) -> tuple[float, float]:
+    """Rows go up and leave where their chance allows: (expected disagreements, layers saved net of judging) per row.
+
+    `offsets` [bands, bands]: what having skipped band j adds to the logit of band i's chance, for routers that see what a row
+    already skipped. Such a chance speaks of everything skipped so far; without offsets losses of several bands add up.
+    """
     rows = chances[0].shape[0]
     away_until = torch.zeros(rows, dtype=torch.int64)
-    loss = saved = 0.0
-    for candidate, chance, limit in sorted(zip(bands, chances, limits, strict=True), key=lambda entry: entry[0].band.leave):
-        leaves = (away_until <= candidate.band.leave) & (chance >= limit)
-        saved -= float((away_until <= candidate.band.leave).sum()) * candidate.judging
+    taken = torch.zeros(rows, len(bands))
+    harm, kept = torch.zeros(rows), torch.ones(rows)
+    saved = 0.0
+    for i in sorted(range(len(bands)), key=lambda i: bands[i].band.leave):
+        candidate, chance = bands[i], chances[i]
+        here = away_until <= candidate.band.leave
+        if offsets is not None:
+            chance = torch.sigmoid(torch.logit(chance) + taken @ offsets[i])
+        leaves = here & (chance >= limits[i])
+        saved -= float(here.sum()) * candidate.judging
         away_until[leaves] = candidate.band.resume
-        loss += float((1 - chance[leaves] + candidate.harm).sum())
+        taken[leaves, i] = 1
+        harm[leaves] += candidate.harm
+        kept[leaves] = chance[leaves] if offsets is not None else kept[leaves] - (1 - chance[leaves])
         saved += float(leaves.sum()) * candidate.saved
-    return loss / rows, saved / rows
+    return float((1 - kept + harm).sum()) / rows, saved / rows
 
 
 def thresholds(candidates: Sequence[Candidate], price: float) -> list[float]:

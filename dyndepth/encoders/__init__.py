@@ -13,6 +13,7 @@ from dyndepth.encoders.criteria import (
     SampleView,
     register_criterion,
 )
+from dyndepth.encoders.ctc import SentencePosterior
 from dyndepth.encoders.encoder import Departure, DynamicEncoder
 from dyndepth.encoders.exits import EncoderFacts, SampleExit, SampleExits
 from dyndepth.encoders.facts import facts_of
@@ -51,6 +52,7 @@ __all__ = [
     "SampleStream",
     "SampleView",
     "Samples",
+    "SentencePosterior",
     "bind",
     "facts_of",
     "register",

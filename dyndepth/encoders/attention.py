@@ -7,6 +7,7 @@ by length, so there are few products. transformers' FlashAttention path packs in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,12 +50,17 @@ def packed_attention(
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
-@contextmanager
-def packed(config: Any) -> Iterator[None]:
-    """Within, layers built on `config` run `packed_attention`. Not for one model in several threads at once."""
+@functools.cache
+def _register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
+
+
+@contextmanager
+def packed(config: Any) -> Iterator[None]:
+    """Within, layers built on `config` run `packed_attention`. Not for one model in several threads at once."""
+    _register()
     before = config._attn_implementation_internal
     config._attn_implementation_internal = NAME
     try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from dyndepth.encoders.encoder import DynamicEncoder
 from dyndepth.encoders.exits import SampleExits
+from dyndepth.errors import ArgumentError
 
 MARK = "_dyndepth_encoder"
 
@@ -30,6 +32,12 @@ def revert(model: Any) -> Any:
 
 
 def _forward(encoder: DynamicEncoder, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-    kwargs.update(zip(encoder.family.arguments, args, strict=False))
+    # Positions are those of the model's own forward.
+    names = list(inspect.signature(type(encoder.model).forward).parameters)[1:]
+    if len(args) > len(names) or set(names[: len(args)]) & set(kwargs):
+        raise ArgumentError(
+            f"a converted model's forward takes {', '.join(names)}; got {len(args)} by position, {sorted(kwargs)}"
+        )
+    kwargs.update(zip(names, args, strict=False))
     output = encoder(**{name: value for name, value in kwargs.items() if value is not False})
     return output if return_dict is not False else output.to_tuple()

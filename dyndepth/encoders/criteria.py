@@ -132,26 +132,31 @@ class QExit(SampleCriterion):
         return {} if not isinstance(self.module, LambdaHead) else {"width": self.module.width, "inner": self.module.inner}
 
 
+#: The caller's numbers of the samples, carried where criteria draw.
+NUMBER = "number"
+
+
 @dataclass(frozen=True)
 class PonderDraw(QExit):
     """PonderNet's baseline (Banino et al. 2021): leaves with probability lambda_i, drawn anew at every exit.
 
-    The draw is a function of `seed`, the caller's number of the sample and the boundary, so that it depends neither on the
-    batch nor on who left before. The score is lambda minus the draw; the threshold is 0.
+    The draw is a function of `seed`, the sample's number (`numbers=` of the call; its place in the call without) and the
+    boundary, so that it does not depend on who left before, and with numbers not on the batch. The score is lambda minus the
+    draw; the threshold is 0.
     """
 
     kind: ClassVar[str] = "ponder_draw"
     seed: int = 0
 
     def score(self, view: View) -> Tensor:
-        return self.lam(view) - draw(view.seq, view.leave, self.seed)
+        return self.lam(view) - draw(view.carried.get(NUMBER, view.seq), view.leave, self.seed)
 
 
 def draw(ids: Tensor, boundary: int, seed: int) -> Tensor:
     """Uniform fp32 [n] in [0, 1) from whole numbers: splitmix64's finaliser (Steele, Lea and Flood 2014)."""
-    # Python's whole numbers do not wrap as int64 does.
-    offset = (boundary * 0x3F58476D1CE4E5B9 + seed + (1 << 63)) % (1 << 64) - (1 << 63)
-    mixed = ids.long() * 0x1E3779B97F4A7C15 + offset
+    # Tensors wrap around at 2^64 by themselves; Python's numbers have to be told.
+    key = (boundary * 0x3F58476D1CE4E5B9 + seed + 2**63) % 2**64 - 2**63
+    mixed = ids.long() * 0x1E3779B97F4A7C15 + key
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ _shifted(mixed, shift)) * factor
     mixed = mixed ^ _shifted(mixed, 31)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyndepth.encoders.criteria import SampleView
-from dyndepth.encoders.exits import SampleExit, SampleExits, prepared
+from dyndepth.encoders.criteria import NUMBER, PonderDraw, SampleView
+from dyndepth.encoders.exits import SampleExit, SampleExits, check_answers, prepared
 from dyndepth.encoders.facts import check_facts
 from dyndepth.encoders.family import bind, pack
+from dyndepth.encoders.heads import SampleHead
 from dyndepth.encoders.samples import Samples
 from dyndepth.errors import ArgumentError, ExitsError
+from dyndepth.exits.criteria import FixedDepth
 from dyndepth.ops import ExitStats, exit_stats
 from dyndepth.ops.exit_stats import stats_of_logits
 from dyndepth.runtime.session import Work
@@ -46,7 +48,7 @@ class DynamicEncoder:
         model: a transformers encoder, in eval mode (`dyndepth.encoders.FAMILIES` lists the types). It stays as it is.
         exits: made for it.
         layout: "packed" runs only real tokens, "padded" runs slabs [n, T, d], "auto" takes packed where the model's layers
-            can (docs/encoders.md has the measurement).
+            can and samples differ in length (docs/encoders.md has the measurement).
         compact: False runs every layer for every sample and picks answers afterwards: the same answers, for comparison.
 
     A sample's answer does not depend on the samples beside it, up to the rounding of products over other row counts. Samples
@@ -64,8 +66,14 @@ class DynamicEncoder:
         check_facts(exits, self.family)
         if self.family.classes is None and exits.final is None:
             raise ExitsError(f"DynamicEncoder: {type(model).__name__} has no head of its own and the exits have no final head")
+        for point in exits:
+            check_answers(point.leave, point.head, point.criterion, self.answers_per_token(point.head))
+            if self.answers_per_token(point.head) != self.answers_per_token(exits.final):
+                raise ExitsError(
+                    f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample"
+                )
         self.model = model
-        self.packed = self.family.packs and layout != "padded"
+        self.packed = self.family.packs and (layout == "packed" or (layout == "auto" and not self.family.uniform))
         self.compact = compact
         self.exits = exits
         some = next(iter(model.parameters()))
@@ -75,6 +83,7 @@ class DynamicEncoder:
         self._by_mode = [
             part for part in self._exits.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm | nn.Dropout)
         ]
+        self._draws = any(isinstance(point.criterion, PonderDraw) for point in self._exits)
         self._last_previous = max((e.leave for e in self._exits if e.criterion.needs_previous), default=0)
 
     @property
@@ -88,34 +97,59 @@ class DynamicEncoder:
         return sorted(self._at)
 
     @torch.no_grad()
-    def __call__(self, *, labels: Tensor | None = None, depth: Tensor | None = None, **inputs: Any) -> Any:
+    def __call__(
+        self, *, labels: Tensor | None = None, depth: Tensor | None = None, numbers: Tensor | None = None, **inputs: Any
+    ) -> Any:
         """Logits of a batch, in the caller's order.
 
         Args:
             labels: as transformers' classifiers take them; adds `loss` (not for CTC).
             depth: int64 [n], the boundary where each sample leaves under the criterion `fixed_depth`; -1 for the top.
+            numbers: int64 [n], by which criteria that draw know a sample; its place in the call without.
             **inputs: what the model takes (`input_ids`, `attention_mask`, ...; `pixel_values`; `input_values`).
         """
-        samples = self.begin(**inputs)
+        samples = self.begin(numbers=numbers, **inputs)
         n = samples.count
-        if depth is not None and (depth.dim() != 1 or len(depth) != n):
-            raise ArgumentError(f"DynamicEncoder: depth must be int64 [{n}], got {list(depth.shape)}")
+        if depth is not None:
+            self._check_depth(depth, n)
         work = Work([0] * self.depth, n)
         samples, departures = self.advance(samples, work=work, depth=depth)
         if samples.count:
             departures.append(self.finish(samples))
-        return self._output(departures, n, work, labels)
+        return self.output(departures, n, work, labels)
 
     # The parts of a pass: streams and split computing put them together in other ways.
 
     @torch.no_grad()
-    def begin(self, **inputs: Any) -> Samples:
-        """The embedded batch at boundary 0."""
+    def begin(self, *, numbers: Tensor | None = None, **inputs: Any) -> Samples:
+        """The embedded batch at boundary 0; `numbers` as in a call."""
         if self.model.training:
             raise ArgumentError("DynamicEncoder: the model must be in eval mode, got training mode (call model.eval())")
         if any(part.training for part in self._by_mode):
             raise ArgumentError("DynamicEncoder: the exits must be in eval mode, got training mode (call exits.eval())")
-        return pack(self.family.embed(**self.family.given(inputs)), packed_layout=self.packed)
+        samples = pack(self.family.embed(**self.family.given(inputs)), packed_layout=self.packed)
+        if numbers is not None and (numbers.dtype != torch.int64 or tuple(numbers.shape) != (samples.count,)):
+            raise ArgumentError(
+                f"DynamicEncoder: numbers must be int64 [{samples.count}], got {numbers.dtype} {list(numbers.shape)}"
+            )
+        if self._draws:
+            known = samples.ids if numbers is None else numbers.cpu()[samples.ids]
+            samples.carried[NUMBER] = known.to(samples.hidden.device)
+        return samples
+
+    def _check_depth(self, depth: Tensor, n: int) -> None:
+        if depth.dim() != 1 or len(depth) != n:
+            raise ArgumentError(f"DynamicEncoder: depth must be int64 [{n}], got {list(depth.shape)}")
+        allowed = {
+            -1,
+            self.depth,
+            *(leave for leave, (_, point) in self._at.items() if isinstance(point.criterion, FixedDepth)),
+        }
+        wrong = sorted(set(depth.tolist()) - allowed)
+        if wrong:
+            raise ArgumentError(
+                f"DynamicEncoder: depth must be among {sorted(allowed)} (exits of fixed depth, or the top), got {wrong}"
+            )
 
     @torch.no_grad()
     def advance(
@@ -131,7 +165,7 @@ class DynamicEncoder:
         departures: list[Departure] = []
         waiting = torch.zeros(samples.count, dtype=torch.bool)  # without compaction: those that have their answer
         for layer in range(samples.boundary, until):
-            if samples.count == 0 or bool(waiting.all()):
+            if samples.count == 0 or (not self.compact and bool(waiting.all())):
                 break
             if work is not None:
                 work.layers[layer] += samples.count
@@ -171,7 +205,8 @@ class DynamicEncoder:
 
         What training and calibration need. Samples stand in the order of `samples.ids` (shortest first), the same at all.
         `fork` is called at every exit with the residuals and the layers below: what it returns first is what the exit reads,
-        what it returns second is what the layers above read (gradients may be scaled apart there).
+        what it returns second is what the layers above read (gradients may be scaled apart there). Gradients reach `exits`
+        where they have the model's dtype and device; elsewhere a converted copy answers.
         """
         *below, top = self.states(fork, **inputs)
         found = [(each, point.head(each, self.family.finish)) for each, point in zip(below, self._exits, strict=True)]
@@ -192,6 +227,27 @@ class DynamicEncoder:
                 read, samples = replace(samples, hidden=seen), replace(samples, hidden=passed)
             found.append(read)
         return [*found, samples]
+
+    @torch.no_grad()
+    def carried_at(self, boundary: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape per sample of all that criteria leave with samples that run on past `boundary`.
+
+        Found by asking them: the exits judge a sample of zeros; no layer runs.
+        """
+        some = next(iter(self.model.parameters()))
+        carried: dict[str, Tensor] = {NUMBER: torch.zeros(1, dtype=torch.int64, device=some.device)} if self._draws else {}
+        for leave in self.boundaries:
+            if leave > boundary:
+                break
+            number, point = self._at[leave]
+            tokens = point.head.tokens
+            hidden = torch.zeros(tokens, self.family.width_at(leave), device=some.device, dtype=some.dtype)
+            samples = Samples(
+                hidden if self.packed else hidden[None], torch.tensor([tokens]), torch.tensor([0]), leave, carried
+            )
+            self._judge(number, point, samples, torch.tensor([-1]))
+            carried = dict(samples.carried)
+        return {name: (value.dtype, tuple(value.shape[1:])) for name, value in carried.items()}
 
     # Judging.
 
@@ -241,7 +297,7 @@ class DynamicEncoder:
     def _departure(self, point: SampleExit, samples: Samples, leaves: Tensor, computed: Any) -> Departure:
         answers, features = computed
         head, last = point.head, point.head.last
-        chosen = torch.repeat_interleave(leaves, samples.lengths) if head.per_token else leaves
+        chosen = torch.repeat_interleave(leaves, samples.lengths) if self.answers_per_token(head) else leaves
         on_device = chosen.to(samples.hidden.device)
         read = features() if last is not None else None
         logits = answers()[on_device] if read is None or last is None else self._checked(last(read[on_device]), point)
@@ -253,7 +309,8 @@ class DynamicEncoder:
             raise ArgumentError(f"DynamicEncoder: logits at the exit after layer {point.leave} hold NaN")
         return answers
 
-    def _output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None) -> Any:
+    def output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None = None) -> Any:
+        """What a call returns, from the groups in which all `n` samples left."""
         from dyndepth.encoders.output import (
             DynamicCTCOutput,
             DynamicImageClassifierOutput,
@@ -277,8 +334,11 @@ class DynamicEncoder:
     @property
     def per_token(self) -> bool:
         """Answers are per token (CTC)."""
-        final = self.exits.final
-        return self.family.per_token if final is None else final.per_token
+        return self.answers_per_token(self.exits.final)
+
+    def answers_per_token(self, head: SampleHead | None) -> bool:
+        """Whether a head (None: the model's own) answers per token."""
+        return self.family.per_token if head is None or head.per_token is None else head.per_token
 
 
 def assembled(departures: Sequence[Departure], n: int, per_token: bool) -> tuple[Tensor, Tensor]:

@@ -64,17 +64,23 @@ class SampleExit(nn.Module):
             )
         if math.isnan(threshold):
             raise ExitsError(f"sample exit at {leave}: threshold must be a number, got NaN")
-        per_token = isinstance(criterion, SampleCriterion) and criterion.per_token
-        if criterion.needs_logits and per_token != head.per_token:
-            raise ExitsError(
-                f"sample exit at {leave}: criterion {criterion.kind} reads answers per {'token' if per_token else 'sample'}, "
-                f"a head of kind {head.kind} answers per {'token' if head.per_token else 'sample'}"
-            )
+        if head.per_token is not None:
+            check_answers(leave, head, criterion, head.per_token)
         self.leave = leave
         self.head = head
         self.criterion = criterion
         self.judge: nn.Module | None = criterion.module if isinstance(criterion, SampleCriterion) else None
         self.threshold = float(threshold)
+
+
+def check_answers(leave: int, head: SampleHead, criterion: Criterion, per_token: bool) -> None:
+    """ExitsError unless the criterion reads what the head answers, logits per token or per sample."""
+    wanted = isinstance(criterion, SampleCriterion) and criterion.per_token
+    if criterion.needs_logits and wanted != per_token:
+        raise ExitsError(
+            f"sample exit at {leave}: criterion {criterion.kind} reads answers per {'token' if wanted else 'sample'}, "
+            f"a head of kind {head.kind} answers per {'token' if per_token else 'sample'}"
+        )
 
 
 class SampleExits(nn.Module):
@@ -239,6 +245,8 @@ class _Reader:
                 raise ExitsError(f"exits: criterion {kind} has no weights, the file brings some")
             make = criterion.make_module
             judge = self.module(entry["judge"], lambda _kind, settings: make(settings))
+            if isinstance(judge, SampleHead):
+                raise ExitsError(f"exits: the weights of criterion {kind} refer to a head")
             criterion = dataclasses.replace(criterion, module=judge)
         return SampleExit(int(entry["leave"]), self.head(entry["head"]), criterion, float(entry["threshold"]))
 

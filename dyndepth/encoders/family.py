@@ -40,8 +40,10 @@ class EncoderFamily:
     arguments: ClassVar[tuple[str, ...]] = ()
     #: Layers can run packed samples.
     packs: ClassVar[bool] = True
+    #: Samples have equal lengths, so slabs hold no padding and are what the layers want: the layout "auto" takes them.
+    uniform: ClassVar[bool] = False
     #: `finish` answers per token (CTC) instead of per sample.
-    per_token: ClassVar[bool] = False
+    per_token: bool = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -68,6 +70,10 @@ class EncoderFamily:
         """Width of `finish`; None for a model without a head of its own."""
         raise NotImplementedError
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the model applies to residuals above its last layer, for those who read tokens and not classes."""
+        return hidden
+
     # What follows from it.
 
     @property
@@ -91,16 +97,17 @@ class EncoderFamily:
         module = self.modules[layer]
         if samples.packed:
             with packed(self.config):
-                return plain(module(samples.hidden[None], None, runs=segments(samples.lengths)))[0]
+                runs = samples.fact("runs", lambda: segments(samples.lengths))
+                return plain(module(samples.hidden[None], None, runs=runs))[0]
         return plain(module(samples.hidden, self.mask(samples)))
 
     def mask(self, samples: Samples) -> Tensor | None:
         """Attention mask of the padded layout as the model's attention implementation wants it; None without padding."""
+        if samples.shortest == samples.hidden.shape[1]:
+            return None
         from transformers.masking_utils import create_bidirectional_mask
 
         keep = samples.keep()
-        if bool((samples.lengths == keep.shape[1]).all()):
-            return None
         mask: Any = create_bidirectional_mask(config=self.config, inputs_embeds=samples.hidden, attention_mask=keep.long())
         return mask
 
@@ -143,7 +150,7 @@ def register(family: type[EncoderFamily]) -> type[EncoderFamily]:
 def bind(model: Any) -> EncoderFamily:
     """The family of a model; UnsupportedModelError if there is none."""
     # Registering is what importing them does.
-    from dyndepth.encoders import image, swin, text  # noqa: F401
+    from dyndepth.encoders import image, speech, swin, text  # noqa: F401
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:

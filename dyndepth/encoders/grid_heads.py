@@ -50,6 +50,10 @@ class GridHead(SampleHead):
         return self.channels
 
     @property
+    def tokens(self) -> int:
+        return self.specials + self.grid[0] * self.grid[1]
+
+    @property
     def pooling(self) -> str:
         return "first" if self.specials else "mean"
 

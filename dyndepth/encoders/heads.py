@@ -23,7 +23,8 @@ class SampleHead(nn.Module):
     """Base. `kind` names it in files; `settings` are the JSON arguments that make it again."""
 
     kind: ClassVar[str] = ""
-    per_token: ClassVar[bool] = False
+    #: Answers per token instead of per sample; None: as the model does.
+    per_token: ClassVar[bool | None] = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -44,6 +45,11 @@ class SampleHead(nn.Module):
         """How criteria that compare residuals see a sample."""
         return "first"
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that a sample must have for it to be read; distillation heads read two."""
+        return 2
+
     def features(self, samples: Samples) -> Tensor | None:
         """Input of `last`, [n, f] or [tokens, f]; None for heads that do not end in one linear."""
         return None
@@ -63,6 +69,7 @@ class ModelHead(SampleHead):
     """The model's own final norm, pooler and classifier, read early: the model cut off at this layer."""
 
     kind = "model"
+    per_token = None
 
     def forward(self, samples: Samples, finish: Finish) -> Tensor:
         return finish(samples)

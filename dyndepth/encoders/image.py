@@ -16,6 +16,7 @@ class ImageFamily(EncoderFamily):
     """What ViT and DeiT share: patches in, a final norm, a classifier on the class token."""
 
     arguments = ("pixel_values",)
+    uniform = True
     base_name = ""
 
     def __init__(self, model: Any) -> None:
@@ -41,6 +42,9 @@ class ImageFamily(EncoderFamily):
             )
         dtype = self.base.embeddings.patch_embeddings.projection.weight.dtype
         return Embedded(self.base.embeddings(pixels.to(dtype)))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        return self.base.layernorm(hidden)
 
     def finish(self, samples: Samples) -> Tensor:
         if self._head is None:

@@ -8,8 +8,9 @@ it: `split` moves them together with the op `compact_rows`, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,24 @@ class Samples:
     carried: dict[str, Tensor] = field(default_factory=dict)
     #: What the family's layers want beside the residuals, [n, ...] per name.
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    #: What follows from `lengths`, worked out once for all layers that they pass.
+    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.known.get("lengths") is not self.lengths:
+            self.known = {"lengths": self.lengths}
+
+    def fact(self, name: str, work_out: Callable[[], Any]) -> Any:
+        """Something that follows from `lengths` alone; worked out on the first call."""
+        if name not in self.known:
+            self.known[name] = work_out()
+        return self.known[name]
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest sample."""
+        found: int = self.fact("shortest", lambda: int(self.lengths.min()))
+        return found
 
     @property
     def count(self) -> int:
@@ -54,7 +73,8 @@ class Samples:
     @property
     def starts(self) -> Tensor:
         """int64 [n], on the CPU: where each sample begins in the packed layout."""
-        return self.lengths.cumsum(0) - self.lengths
+        found: Tensor = self.fact("starts", lambda: self.lengths.cumsum(0) - self.lengths)
+        return found
 
     def keep(self) -> Tensor:
         """bool [n, T]: the tokens of the padded layout that are not padding."""
@@ -80,8 +100,8 @@ class Samples:
 
     def first(self, tokens: int = 1) -> Tensor:
         """[n, tokens, d]: the first tokens of every sample (class and distillation tokens stand there)."""
-        if self.count and int(self.lengths.min()) < tokens:
-            raise ArgumentError(f"samples: wanted at least {tokens} tokens per sample, got {int(self.lengths.min())}")
+        if self.count and self.shortest < tokens:
+            raise ArgumentError(f"samples: wanted at least {tokens} tokens per sample, got {self.shortest}")
         if not self.packed:
             return self.hidden[:, :tokens]
         at = self.starts[:, None] + torch.arange(tokens)
@@ -107,6 +127,12 @@ class Samples:
         """Those that run on, in their order; `leaves` is bool [n] on the CPU. Moves are exact."""
         if not bool(leaves.any()):
             return self
+        if bool(leaves.all()):
+            none = self.hidden[:0] if self.packed else self.hidden[:0, :1]
+            parts = [{name: value[:0] for name, value in found.items()} for found in (self.carried, self.inputs)]
+            return replace(
+                self, hidden=none, lengths=self.lengths[:0], ids=self.ids[:0], carried=parts[0], inputs=parts[1]
+            )  # fmt: skip
         state = leaves.to(torch.int8)
         device = self.hidden.device
         on_device = state.to(device)
@@ -122,8 +148,7 @@ class Samples:
             moved, _, _ = compact_rows(on_device, payloads)
         else:
             (hidden, *moved), _, _ = compact_rows(on_device, [self.hidden, *payloads])
-            longest = int(lengths.max()) if live else 1
-            hidden = hidden[:live, :longest]
+            hidden = hidden[:live, : int(lengths.max())]
         values = dict(zip(names, (m[:live] for m in moved), strict=True))
         return replace(
             self,

@@ -37,6 +37,7 @@ class Swin(EncoderFamily):
     model_types = ("swin",)
     arguments = ("pixel_values",)
     packs = False
+    uniform = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -123,6 +123,9 @@ class DistilBert(TextFamily):
     def width(self) -> int:
         return int(self.config.dim)
 
+    def embedding(self, **inputs: Tensor) -> Tensor:
+        return self.base.embeddings(inputs.pop("input_ids", None), **inputs)  # it has no default for them
+
     def heads(self) -> dict[str, Any]:
         return {"DistilBertForSequenceClassification": self._classify}
 

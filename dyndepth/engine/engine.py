@@ -75,7 +75,8 @@ class Engine:
             and, when pages run out, the latest request gives its own back and is run again later.
         longest_wait: passes after which a row that waits at an exit point goes on, whatever the rule says.
         pending: with kv="recompute", tokens of a request that may be parked before its next one runs every layer.
-        chunk: prompt rows per pass; requests stop joining in a step after so many (one prompt is run whole in one step).
+        chunk: prompt rows per step: a long prompt joins over several steps, and the others go on meanwhile.
+        graphs: replay passes in which nobody waits as CUDA graphs; as for dyndepth.generate.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Engine:
         longest_wait: int = 32,
         pending: int = DEFAULT_PENDING,
         chunk: int = DEFAULT_CHUNK,
+        graphs: bool | str = False,
     ) -> None:
         for name, value in (("slots", slots), ("longest", longest), ("longest_wait", longest_wait)):
             if not isinstance(value, int) or value < 1:
@@ -100,11 +102,14 @@ class Engine:
         longest = min(longest, self.model.positions_limit or longest)
         self.session = Session(
             self.model, [longest] * slots, exits, kv=kv, page_size=page_size, pages=pages, chunk=chunk, pending=pending,
-            first=[0] * slots,
+            first=[0] * slots, graphs=graphs,
         )  # fmt: skip
+        if self.session.plan.votes:
+            raise ArgumentError("Engine: bands that prompts decide (prompt_router) work with dyndepth.generate, not here")
         if self.session.kv_policy == "release" and not isinstance(rule, Immediate | None):
             raise ArgumentError(f"Engine: under kv='release' rows go on at once, so rule must be Immediate(), got {rule!r}")
         self.longest, self.longest_wait, self.rule = longest, longest_wait, rule or Immediate()
+        self._named: torch.Tensor | None = None
         self._points = [band.leave for band in exits or () if band.resume == self.model.depth]
         self._queue: list[Request] = []
         self._running: dict[int, Request] = {}
@@ -129,9 +134,22 @@ class Engine:
         low, high = int(request.prompt.min()), int(request.prompt.max())
         if low < 0 or high >= self.model.vocab_size:
             raise ArgumentError(f"Engine: prompt ids must be in [0, {self.model.vocab_size}), got {low} to {high}")
+        if request.lossless and self.session.kv_policy != "recompute":
+            raise ArgumentError(f"Engine: mode='lossless' works with kv='recompute' only, got kv={self.session.kv_policy!r}")
+        if request.depth is not None:
+            self._may_name(request.depth)
         request.number, self._numbers = self._numbers, self._numbers + 1
         self._queue.append(request)
         return request
+
+    def _may_name(self, depth: int) -> None:
+        """From the first request that names its depth on, passes look at what requests ask for."""
+        allowed = [*self._points, self.model.depth]
+        if depth not in allowed:
+            raise ArgumentError(f"Engine: depth must name an exit point or the top, one of {allowed}, got {depth}")
+        if self._named is None:
+            self._named = torch.full((self.session.pages.sequences,), -1, dtype=torch.int32, device=self.model.device)
+            self.session.name_depths(self._named)
 
     def cancel(self, request: Request) -> None:
         """Stop a request and give back what it holds; the tokens it has stay. Harmless when it is done."""
@@ -178,8 +196,9 @@ class Engine:
     def _step(self) -> list[Event]:
         self._admit()
         self._make_room()
-        fresh = [request for request in self._running.values() if not request.waits_at]
-        if not self._running:
+        self._build()
+        fresh = [request for request in self._running.values() if not (request.owed or request.waits_at)]
+        if not fresh and not any(request.waits_at for request in self._running.values()):
             return []
         going = self._going(fresh)
         hold = frozenset(self._points) - going
@@ -189,12 +208,12 @@ class Engine:
         self._note(flushed)
         seq = [request.slot for request in fresh]
         pos = [request.position for request in fresh]
-        step = [len(request.tokens) for request in fresh]
+        step = [len(request.tokens) + len(request.unverified) for request in fresh]
         may_leave = torch.ones(len(fresh) + len(taken), dtype=torch.bool)
         if self.session.kv_policy == "recompute":
-            early = {request.slot: request.early for request in self._running.values()}
-            may_leave = torch.tensor([early[slot] < self.session.pending for slot in [*seq, *taken.seq]], dtype=torch.bool)
-            self.counts.kept += int((~may_leave[: len(fresh)]).sum())
+            free = {slot: self._may_leave(request) for slot, request in self._running.items()}
+            may_leave = torch.tensor([free[slot] for slot in [*seq, *taken.seq.tolist()]], dtype=torch.bool)
+            self.counts.kept += sum(not (request.lossless or free[request.slot]) for request in fresh)
         tokens = torch.tensor([request.newest for request in fresh], dtype=torch.int64)
         result = self.session.run(seq, pos, tokens=tokens, step=step, may_leave=may_leave, parked=taken, hold=hold)
         self.counts.passes += 1
@@ -204,7 +223,21 @@ class Engine:
         self._parked = others
         makers = [*fresh, *(self._running[slot] for slot in taken.seq[taken.wants].tolist())]
         rows = [*range(len(fresh)), *(len(fresh) + np.flatnonzero(taken.wants)).tolist()]
-        return self._tokens(makers, rows, result)
+        parked = self._behind(taken, len(fresh))
+        return self._tokens(makers, rows, parked, result)
+
+    def _may_leave(self, request: Request) -> bool:
+        """Under `recompute`: few enough of its tokens wait."""
+        return request.may_draft if request.lossless else request.early < self.session.pending
+
+    @staticmethod
+    def _behind(taken: Parked, fresh: int) -> dict[int, list[int]]:
+        """Per slot, the rows of a pass that were taken up behind a row of their request, by position."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for at, (slot, pos, wants) in enumerate(zip(taken.seq.tolist(), taken.pos.tolist(), taken.wants.tolist(), strict=True)):
+            if not wants:
+                found.setdefault(slot, []).append((pos, fresh + at))
+        return {slot: [row for _, row in sorted(rows)] for slot, rows in found.items()}
 
     def _going(self, fresh: list[Request]) -> frozenset[int]:
         """Boundaries where rows go on in this pass."""
@@ -232,8 +265,8 @@ class Engine:
             counts.flushed[request.waits_at] = counts.flushed.get(request.waits_at, 0) + 1
             counts.longest_wait = max(counts.longest_wait, counts.passes - request.since[0])
 
-    def _tokens(self, makers: list[Request], rows: list[int], result: Result) -> list[Event]:
-        """Give every maker its token, or note that it waits."""
+    def _tokens(self, makers: list[Request], rows: list[int], parked: dict[int, list[int]], result: Result) -> list[Event]:
+        """Give every maker its token, its draft or what verification leaves of its drafts, or note that it waits."""
         depths = result.exit_layer.tolist()
         held = [False] * len(depths) if result.held is None else result.held.tolist()
         self._judged(makers, [depths[row] for row in rows], [held[row] for row in rows])
@@ -248,32 +281,56 @@ class Engine:
                 due.append((request, row))
         if not due:
             return []
-        chosen = torch.tensor([row for _, row in due], device=result.ready.device)
+        top = self.model.depth
+        groups = [
+            [*parked.get(request.slot, []), row] if request.lossless and depths[row] == top else [row] for request, row in due
+        ]
+        chosen = torch.tensor([row for group in groups for row in group], device=result.ready.device)
         logits = self.model.logits(result.ready[chosen])
         best = logits.argmax(-1).tolist()
         events = []
-        for at, (request, row) in enumerate(due):
-            if not self._runs(request):  # another one's processor cancelled it
-                continue
-            token: int | None = best[at]
-            if request.processors is not None or request.sample:
-                try:
-                    token = request.choose(logits[at])
-                except Exception as error:  # a user's function: its request fails, the others go on
-                    request.error, token = error, None
-                if not self._runs(request):
-                    continue
-            over = token is None
-            if token is not None:
-                request.tokens.append(token)
-                request.exit_layers.append(depths[row])
-                request.early = request.early + 1 if depths[row] < self.model.depth else 0
-                self.work.rows += 1
-                over = token in request.end_ids or len(request.tokens) == request.max_new_tokens
+        begin = 0
+        for (request, row), group in zip(due, groups, strict=True):
+            part, begin = slice(begin, begin + len(group)), begin + len(group)
+            if self._runs(request):  # otherwise another one's processor cancelled it
+                events += self._made(request, depths[row], logits[part], best[part])
+        return events
+
+    def _made(self, request: Request, depth: int, logits: torch.Tensor, best: list[int]) -> list[Event]:
+        """What a request makes of the logits [rows, V] of its row that left at `depth`, and of rows that it verifies."""
+        drafting = request.lossless and depth < self.model.depth
+        drafts = len(request.unverified)
+        made: list[tuple[int, int]] = []
+        try:
+            if drafting:
+                request.draft(logits[0], best[0], depth)
+            elif request.lossless:
+                made = request.verify(logits, best, depth)
+            else:
+                made = [(best[0] if request.plain else request.choose(logits[0]), depth)]
+        except Exception as error:  # a user's function: its request fails, the others go on
+            request.error = error
+        if not self._runs(request) or (drafting and request.error is None):
+            return []
+        if request.error is not None:
+            self._drop(request)
+            request.state = "failed"
+            return [Event(request, None, depth, True)]
+        events: list[Event] = []
+        for token, left in made:
+            request.tokens.append(token)
+            request.exit_layers.append(left)
+            request.early = request.early + 1 if left < self.model.depth else 0
+            request.accepted += len(events) < min(drafts, len(made) - 1)
+            self.work.rows += 1
+            over = token in request.end_ids or len(request.tokens) == request.max_new_tokens
+            events.append(Event(request, token, left, over))
             if over:
                 self._drop(request)
-                request.state = "failed" if token is None else "finished"
-            events.append(Event(request, token, depths[row], over))
+                request.state = "finished"
+                return events
+        if request.lossless:
+            self.session.pages.truncate(request.slot, request.position)
         return events
 
     def _judged(self, makers: list[Request], depths: list[int], held: list[bool]) -> None:
@@ -288,9 +345,8 @@ class Engine:
     # -- slots and pages ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Queued requests take free slots while there are pages for them, about `chunk` prompt rows per step."""
-        budget = self.session.chunk
-        while self._queue and budget > 0:
+        """Queued requests take free slots while there are pages for them."""
+        while self._queue:
             slot = next((slot for slot in range(self.session.pages.sequences) if slot not in self._running), None)
             request = self._queue[0]
             pages = self.session.pages
@@ -298,24 +354,30 @@ class Engine:
             if slot is None or pages.needed(slot, request.position + 1) + len(self._running) > pages.available:
                 return
             self._queue.pop(0)
-            request.slot, request.state, request.waits_at = slot, "running", 0
+            request.slot, request.state, request.waits_at, request.owed = slot, "running", 0, request.position
             self._running[slot] = request
-            budget -= request.position
-            self._build(request)
+            pages.reserve(slot, request.position + 1)
+            if self._named is not None:
+                self._named[slot] = -1 if request.depth is None else request.depth
 
-    def _build(self, request: Request) -> None:
-        """K,V of every row but the newest: the prompt's at full depth, those of its tokens as they were judged."""
-        ids, prompt = request.ids[:-1], request.prompt.shape[0]
-        again = self.repeated if request.tokens else self.prompt_work
-        for begin in range(0, ids.shape[0], self.session.chunk):
-            part = torch.arange(begin, min(begin + self.session.chunk, ids.shape[0]))
+    def _build(self) -> None:
+        """K,V of requests that join, `chunk` rows at most: the prompt's at full depth, those of tokens as they were judged."""
+        budget = self.session.chunk
+        for request in sorted(self._running.values(), key=lambda each: each.number):
+            if not request.owed or budget <= 0:
+                continue
+            ids, prompt = request.ids[:-1], request.prompt.shape[0]
+            begin = ids.shape[0] - request.owed
+            part = torch.arange(begin, min(begin + budget, ids.shape[0]))
             judged = part >= prompt - 1
             exact = self.session.kv_policy in EXACT or not bool(judged.any())
             result = self.session.run(
                 torch.full_like(part, request.slot), part, tokens=ids[part], step=(part - prompt + 1).clamp_min(0),
                 may_leave=False if exact else judged,
             )  # fmt: skip
-            again.add(result, len(part))
+            (self.repeated if request.tokens else self.prompt_work).add(result, len(part))
+            request.owed -= len(part)
+            budget -= len(part)
 
     def _make_room(self) -> None:
         """Pages for the next row of every running request, or, latest first, requests give theirs back."""
@@ -342,4 +404,4 @@ class Engine:
         del self._running[request.slot]
         self.session.pages.release(request.slot)
         self._parked = self._parked.where(self._parked.seq != request.slot)
-        request.slot = -1
+        request.slot, request.unverified = -1, []

@@ -11,6 +11,7 @@ from dyndepth.exits.criteria import (
     Margin,
     Never,
     Patience,
+    PromptRouter,
     RouterScore,
     Saturation,
     Schedule,
@@ -18,13 +19,15 @@ from dyndepth.exits.criteria import (
 )
 from dyndepth.exits.exits import Exits
 from dyndepth.exits.heads import HEADS, BlockHead, MlpHead, NormHead, TranslatorHead
-from dyndepth.exits.maps import JumpMap, KVMap
+from dyndepth.exits.maps import JUMPS, AdapterJump, JumpMap, KVMap, MlpJump
 from dyndepth.exits.router import Router
 from dyndepth.exits.store import ModelFacts
 
 __all__ = [
     "CRITERIA",
     "HEADS",
+    "JUMPS",
+    "AdapterJump",
     "Always",
     "Band",
     "BlockHead",
@@ -37,10 +40,12 @@ __all__ = [
     "KVMap",
     "Margin",
     "MlpHead",
+    "MlpJump",
     "ModelFacts",
     "Never",
     "NormHead",
     "Patience",
+    "PromptRouter",
     "Router",
     "RouterScore",
     "Saturation",

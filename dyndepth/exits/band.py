@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dyndepth.errors import ExitsError
 from dyndepth.exits.criteria import Criterion, Decay, Never, RouterScore
 from dyndepth.exits.heads import BlockHead, Head, NormHead
-from dyndepth.exits.maps import JumpMap, KVMap
+from dyndepth.exits.maps import AdapterJump, Jump, KVMap
 
 
 class Band(nn.Module):
@@ -36,7 +36,7 @@ class Band(nn.Module):
         *,
         threshold: float = math.inf,
         head: Head | None = None,
-        jump: JumpMap | None = None,
+        jump: Jump | None = None,
         kv: KVMap | None = None,
         decay: Decay | None = None,
         shortlist: Tensor | None = None,
@@ -49,8 +49,13 @@ class Band(nn.Module):
             raise ExitsError(f"{name}: threshold must not be NaN")
         if head is not None and jump is not None:
             raise ExitsError(f"{name}: a head (leaves for good) and a jump (resumes) exclude each other")
+        if isinstance(jump, AdapterJump) and jump.up.shape[0] != resume - leave:
+            raise ExitsError(f"{name}: wanted adapters of {resume - leave} layers, got {jump.up.shape[0]}")
         if kv is not None and kv.weight.shape[0] != resume - leave:
             raise ExitsError(f"{name}: wanted K,V maps of {resume - leave} layers, got {kv.weight.shape[0]}")
+        history = () if criterion is None else criterion.history
+        if any(not 1 <= boundary < leave for boundary in history):
+            raise ExitsError(f"{name}: a router's history names boundaries in [1, {leave}), got {list(history)}")
         if decay is not None and criterion is not None and (not criterion.scored or criterion.most != 1):
             raise ExitsError(f"{name}: decay is made for scores in [0, 1], which criterion {criterion.kind} does not give")
         self.leave = leave

@@ -13,7 +13,7 @@ from dyndepth.errors import ExitsError
 from dyndepth.exits.band import Band
 from dyndepth.exits.criteria import CRITERIA, Criterion, Decay, RouterScore
 from dyndepth.exits.heads import BlockHead, Head, MlpHead, NormHead, StoredBlock, TranslatorHead
-from dyndepth.exits.maps import JumpMap, KVMap
+from dyndepth.exits.maps import JUMPS, AdapterJump, Jump, JumpMap, KVMap, MlpJump
 from dyndepth.exits.router import Router
 
 
@@ -34,6 +34,7 @@ def band_to_json(band: Band) -> dict[str, Any]:
             "silu": band.router.silu,
             "cosine": band.router.cosine_weight is not None,
             "stats": band.router.stats_weight is not None,
+            "history": list(band.router.history),
         }
     return {
         "leave": band.leave,
@@ -43,9 +44,19 @@ def band_to_json(band: Band) -> dict[str, Any]:
         "decay": None if band.decay is None else dataclasses.asdict(band.decay),
         "head": None if band.head is None else _head_to_json(band.head),
         "shortlist": None if band.shortlist is None else band.shortlist.shape[0],
-        "jump": None if band.jump is None else {"width": band.jump.weight.shape[0]},
+        "jump": None if band.jump is None else _jump_to_json(band.jump),
         "kv": None if band.kv is None else _kv_to_json(band.kv),
     }  # fmt: skip
+
+
+def _jump_to_json(jump: Jump) -> dict[str, Any]:
+    if isinstance(jump, MlpJump):
+        inner, width = jump.up.shape
+        return {"kind": jump.kind, "width": width, "inner": inner}
+    if isinstance(jump, AdapterJump):
+        layers, inner, width = jump.up.shape
+        return {"kind": jump.kind, "width": width, "layers": layers, "inner": inner, "linear": jump.linear is not None}
+    return {"width": jump.weight.shape[0]}  # as before there were other kinds: older versions read it
 
 
 def _kv_to_json(kv: KVMap) -> dict[str, int]:
@@ -76,7 +87,7 @@ def band_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Band:
         criterion,
         threshold=float(entry["threshold"]),
         head=head,
-        jump=None if jump is None else JumpMap(jump["width"]),
+        jump=None if jump is None else _jump(jump),
         kv=None if kv is None else KVMap(kv["layers"], kv["kv_width"], kv["width"]),
         decay=None if entry["decay"] is None else Decay(**entry["decay"]),
         shortlist=None if entry["shortlist"] is None else tensors["shortlist"],
@@ -93,14 +104,29 @@ def _criterion(entry: dict[str, Any]) -> Criterion:
     kind, router = entry.pop("kind"), entry.pop("router", None)
     if kind not in CRITERIA:
         raise ExitsError(f"exits: criterion must be one of {', '.join(CRITERIA)}, got {kind!r}")
-    if kind == RouterScore.kind:
+    known = CRITERIA[kind]
+    if issubclass(known, RouterScore):
         if router is None:
-            raise ExitsError("exits: criterion router without a router")
+            raise ExitsError(f"exits: criterion {kind} without a router")
         options = {name: router[name] for name in ("silu", "cosine", "stats")}
         if any(type(value) is not bool for value in options.values()):
             raise ExitsError(f"exits: router options must be true or false, got {options}")
-        return RouterScore(Router(router["width"], router["neurons"], **options))
-    return CRITERIA[kind](**entry)
+        history = router.get("history", [])  # files of older versions have none
+        if not isinstance(history, list) or any(type(boundary) is not int for boundary in history):
+            raise ExitsError(f"exits: history of a router must be a list of boundaries, got {history!r}")
+        return known(Router(router["width"], router["neurons"], history=history, **options))
+    return known(**entry)
+
+
+def _jump(entry: dict[str, Any]) -> Jump:
+    kind = entry.get("kind", JumpMap.kind)
+    if kind == JumpMap.kind:
+        return JumpMap(entry["width"])
+    if kind == MlpJump.kind:
+        return MlpJump(entry["width"], entry["inner"])
+    if kind == AdapterJump.kind:
+        return AdapterJump(entry["width"], entry["layers"], entry["inner"], entry["linear"])
+    raise ExitsError(f"exits: jump must be one of {', '.join(JUMPS)}, got {kind!r}")
 
 
 def _head(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Head:

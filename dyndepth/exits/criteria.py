@@ -8,7 +8,7 @@ per class; docs/criteria.md has the formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -37,8 +37,15 @@ class View:
     #: Layers below this boundary, and layers of the model.
     leave: int
     layers: int
+    #: float32 [live, k], 1 where a row skipped the band that leaves at each of k boundaries; None where nobody asked for it.
+    skipped: Callable[[Sequence[int]], Tensor] | None = None
     #: State carried with the rows between boundaries, [live] per name; replace entries to change them.
     carried: dict[str, Tensor] = field(default_factory=dict)
+    #: float64 [live, 2]: sum of this boundary's router scores over the prompt of each row's sequence, and how many there were;
+    #: None where no prompt was asked (PromptRouter).
+    votes: Tensor | None = None
+    #: int32 [1] on the device where rows past it are there too, and mean nothing (graph style); None: all rows are live.
+    live: Tensor | None = None
     #: float32 [live], what `leaves` compared with the threshold; None under criteria without a score.
     score: Tensor | None = None
 
@@ -54,6 +61,8 @@ class Criterion:
     needs_previous = False
     #: Has a score that a threshold is compared with.
     scored: ClassVar[bool] = True
+    #: Boundaries below whose bands it wants to know of every row, whether it skipped them (`View.skipped`).
+    history: ClassVar[tuple[int, ...]] = ()
     #: Leaves something with the rows for later boundaries.
     carries: ClassVar[bool] = False
     #: The highest score there can be: a threshold there closes the band but for perfect scores.
@@ -84,17 +93,44 @@ class RouterScore(Criterion):
     def needs_previous(self) -> bool:  # type: ignore[override]
         return self.router is not None and self.router.cosine_weight is not None
 
+    @property
+    def history(self) -> tuple[int, ...]:  # type: ignore[override]
+        return () if self.router is None else self.router.history
+
     def score(self, view: View) -> Tensor:
         if self.router is None:
             raise ExitsError("criterion router: the band has no router")
         if self.needs_previous and view.previous is None:
             return _silent(view)
-        return self.router(view.hidden, view.previous, view.stats() if self.needs_logits else None)
+        skipped = view.skipped(self.history) if self.history and view.skipped is not None else None
+        return self.router(view.hidden, view.previous, view.stats() if self.needs_logits else None, skipped, view.live)
 
 
 def _silent(view: View) -> Tensor:
     """NaN: below every threshold, -inf included."""
     return torch.full_like(view.hidden[:, 0], math.nan, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class PromptRouter(RouterScore):
+    """A router asked once per sequence, of its prompt: all new tokens take the band, or none (FiRST's layer sets).
+
+    The score is the router's mean over the prompt's residuals at this boundary while they run every layer, the last token's
+    left out, as that one makes a token. NaN, so "stay", where there were none.
+    """
+
+    kind: ClassVar[str] = "prompt_router"
+
+    def __post_init__(self) -> None:
+        if self.router is not None and (self.router.stats_weight is not None or self.router.cosine_weight is not None):
+            raise ExitsError("criterion prompt_router: the router may look at the residual alone, without cosine or statistics")
+
+    def score(self, view: View) -> Tensor:
+        if view.votes is None:
+            raise ExitsError(
+                "criterion prompt_router is decided while generate runs a prompt; scoring, graph style and Engine have none"
+            )
+        return (view.votes[:, 0] / view.votes[:, 1]).float()
 
 
 @dataclass(frozen=True)
@@ -226,12 +262,15 @@ class Never(Criterion):
 
 
 CRITERIA: dict[str, type[Criterion]] = {
-    c.kind: c for c in (RouterScore, TopProbability, Margin, Entropy, Saturation, Patience, FixedDepth, Schedule, Always, Never)
-}
+    c.kind: c
+    for c in (
+        RouterScore, PromptRouter, TopProbability, Margin, Entropy, Saturation, Patience, FixedDepth, Schedule, Always, Never,
+    )
+}  # fmt: skip
 
 #: Criteria under which whole sequences share their bands, or depth never rises with the position: no later row of a
 #: sequence ever reads a layer that an earlier one skipped, so the K,V policy `none` leaves no hole that is read.
-HOLE_FREE = ("fixed_depth", "schedule", "always", "never")
+HOLE_FREE = ("fixed_depth", "prompt_router", "schedule", "always", "never")
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Exits:
                     setattr(other, name, self._fitting(part, device, dtype, kept))
             if isinstance(band.criterion, RouterScore) and band.router is not None:
                 router: Any = self._fitting(band.router, device, torch.float32, kept)
-                other.router, other.criterion = router, RouterScore(router)
+                other.router, other.criterion = router, type(band.criterion)(router)
             if band.shortlist is not None and band.shortlist.device != device:
                 other.shortlist = nn.Parameter(band.shortlist.to(device), requires_grad=False)
             bands.append(other)

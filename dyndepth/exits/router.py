@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +29,20 @@ class Router(nn.Module):
     """Parameters of ops.router_score, always fp32. A fresh router scores 0.5 everywhere.
 
     `cosine` adds the cosine with the residual at the previous boundary, `stats` the statistics of the exit head's logits
-    (over the band's shortlist if it has one).
+    (over the band's shortlist if it has one), `history` one feature per boundary it names: 1 for rows that left there and came
+    back, which have run fewer layers than their residual looks like.
     """
 
-    def __init__(self, width: int, neurons: int = 1, *, silu: bool = False, cosine: bool = False, stats: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        neurons: int = 1,
+        *,
+        silu: bool = False,
+        cosine: bool = False,
+        stats: bool = False,
+        history: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.silu = silu
         self.weight1 = _frozen(neurons, width)
@@ -39,14 +51,45 @@ class Router(nn.Module):
         self.bias2 = _frozen(1)
         self.cosine_weight = _frozen(neurons) if cosine else None
         self.stats_weight = _frozen(neurons, STAT_FEATURES) if stats else None
+        self.history = tuple(history)
+        self.history_weight = _frozen(neurons, len(self.history)) if self.history else None
 
-    def forward(self, hidden: Tensor, previous: Tensor | None = None, stats: ExitStats | None = None) -> Tensor:
-        """float32 [n] in [0, 1]."""
-        extra = None if self.stats_weight is None or stats is None else stat_features(stats)
+    def forward(
+        self,
+        hidden: Tensor,
+        previous: Tensor | None = None,
+        stats: ExitStats | None = None,
+        skipped: Tensor | None = None,
+        live: Tensor | None = None,
+    ) -> Tensor:
+        """float32 [n] in [0, 1]. `skipped` float32 [n, len(history)]: 1 where the row took the band; None: nobody took any.
+
+        With `live` int32 [1] on the device, rows at or past it are unspecified.
+        """
+        features = []
+        if self.stats_weight is not None and stats is not None:
+            features.append((stat_features(stats), self.stats_weight))
+        if self.history_weight is not None and skipped is not None:
+            features.append((skipped, self.history_weight))
+        extra, weight = (torch.cat(parts, dim=1) for parts in zip(*features, strict=True)) if features else (None, None)
         return router_score(
             hidden, self.weight1, self.bias1, self.weight2, self.bias2,
-            previous=previous, cosine_weight=self.cosine_weight, extra=extra, extra_weight=self.stats_weight, silu=self.silu,
+            previous=previous, cosine_weight=self.cosine_weight, extra=extra, extra_weight=weight, silu=self.silu,
+            live=live,
         )  # fmt: skip
+
+    def shifted(self, threshold: float | Tensor, skipped: Tensor) -> Tensor:
+        """float32 [n]: thresholds for the score without history that decide as `threshold` (one, or [n]) does with it.
+
+        What a linear router adds for a history is a constant of the logit, so a row's history is nothing but a threshold of
+        its own: judging costs what it costs without.
+        """
+        assert self.history_weight is not None
+        assert not self.silu
+        offset = skipped.double() @ (self.weight2.double() @ self.history_weight.double())
+        wanted = torch.as_tensor(threshold, dtype=torch.float64, device=skipped.device).expand(offset.shape)
+        inside = (wanted > 0) & (wanted < 1)  # beyond, every row leaves or none does
+        return torch.where(inside, torch.sigmoid(torch.logit(wanted.clamp(0, 1)) - offset), wanted).float()
 
 
 def _frozen(*shape: int) -> nn.Parameter:

@@ -1,8 +1,9 @@
 """Recipes: known early-exit systems, each a thin composition of heads, criteria, K,V policy, training and calibration.
 
-A module per system, imported on first use: `dyndepth.recipes.apparate`, `balcony`, `calm`, `costeff`, `deebert`, `drex`,
-`dyn_perceiver`, `ee_llm`, `ee_tuning`, `eero`, `free`, `jei_dnn`, `kangaroo`, `layerskip`, `lgvit`, `pabee`, `palbert`,
-`skipdecode`, `specexit`. docs/recipes has a page for each: what the paper does, what is done here, and what differs.
+A module per system, imported on first use: `dyndepth.recipes.apparate`, `asr`, `balcony`, `calm`, `costeff`, `deebert`,
+`draft_verify`, `drex`, `dyn_perceiver`, `dynamax`, `ee_llm`, `ee_tuning`, `eero`, `first`, `flexidepth`, `free`, `hsd`,
+`jei_dnn`, `kangaroo`, `layerskip`, `lgvit`, `mue`, `pabee`, `palbert`, `skipdecode`, `specexit`, `splitformer`. docs/recipes
+has a page for each: what the paper does, what is done here, and what differs.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 _SYSTEMS = (
-    "apparate", "balcony", "calm", "costeff", "deebert", "drex", "dyn_perceiver", "ee_llm", "ee_tuning", "eero", "free",
-    "jei_dnn", "kangaroo", "layerskip", "lgvit", "pabee", "palbert", "skipdecode", "specexit",
+    "apparate", "asr", "balcony", "calm", "costeff", "deebert", "draft_verify", "drex", "dyn_perceiver", "dynamax",
+    "ee_llm", "ee_tuning", "eero", "first", "flexidepth", "free", "hsd", "jei_dnn", "kangaroo", "layerskip", "lgvit",
+    "mue", "pabee", "palbert", "skipdecode", "specexit", "splitformer",
 )  # fmt: skip
 
 __all__ = list(_SYSTEMS)

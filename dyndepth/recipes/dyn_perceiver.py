@@ -81,8 +81,8 @@ def train(
             return
         for mine, new in zip(averaged.parameters(), model.parameters(), strict=True):
             mine.data.lerp_(new.data, 1 - ema)
-        for mine, new in zip(averaged.buffers(), model.buffers(), strict=True):
-            mine.copy_(new)
+        for counted, now in zip(averaged.buffers(), model.buffers(), strict=True):
+            counted.copy_(now)
 
     model.train()
     try:

@@ -226,7 +226,8 @@ class DynPerceiver(nn.Module):
             if k >= STAGES - 2:
                 found.append(self.exit(len(found) + 1, z, found[-1] if found else None))
             x = self.features[k](x)
-        return Logits(*found, self.exit_features(x), self.exit_merged(x, z, found[1]))
+        early, late = found
+        return Logits(early, late, self.exit_features(x), self.exit_merged(x, z, late))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Configuration as JSON, weights as safetensors."""

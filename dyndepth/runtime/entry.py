@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
+from dyndepth.runtime.confidence import Confidence
 from dyndepth.runtime.generate import decode
 from dyndepth.runtime.observe import Observer
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING
@@ -37,14 +38,19 @@ class Generate:
         prefill_chunk: prompt rows per pass.
         pending: with `kv="recompute"`, tokens of a sequence that may wait before its next one runs every layer with them.
         mode: `dynamic`: tokens of rows that leave are final. `lossless`: they are drafts, which the full model verifies:
-            greedy tokens are the full model's own, sampled ones have its distribution (self-speculation: LayerSkip, Kangaroo).
+            greedy tokens are the full model's own, sampled ones have its distribution (self-speculation: LayerSkip, Kangaroo;
+            with bands that resume below the top, drafts skip those layers: Draft & Verify).
             `rollback`: drafts stand unless the full model is too surprised by one (FREE); greedy only.
         drafts: with `mode="lossless"` or `"rollback"`, drafts per sequence before they are verified.
+        confidence: with these, a sequence drafts no more after a draft that is less likely than this;
+            dyndepth.runtime.confidence.Confidence moves the threshold.
         rollback: with `mode="rollback"`, nats: the first draft to which the full model gives a probability below
             exp(-rollback) is replaced by its own token, and what follows it is dropped.
         observe: called with dyndepth.runtime.observe.Observed for every pass that finds out what the full model says of tokens
             that exits judged (`kv="recompute"`, `"release"`, or verification): for thresholds that adapt. It costs an
             exit head per judged row.
+        graphs: replay decode passes as CUDA graphs (docs/gpu.md), which no hardware has shown yet, so False by default.
+            `"auto"`: on CUDA devices, where K,V policy and modules are known to allow it; True: or raise with the reason.
         generator: torch.Generator for sampling.
 
     Returns transformers' output; with `return_dict_in_generate=True` a `DynamicDepthOutput`, which adds `exit_layers`,
@@ -70,7 +76,9 @@ class Generate:
         mode: str = "dynamic",
         drafts: int = DEFAULT_DRAFTS,
         rollback: float | None = None,
+        confidence: float | Confidence | None = None,
         observe: Observer | None = None,
+        graphs: bool | str = False,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
         token_streamer: Any = None,
@@ -88,8 +96,8 @@ class Generate:
         return decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config,
             exits=exits, kv=kv, depth=depth, prompt=prompt, page_size=page_size, pages=pages, prefill_chunk=prefill_chunk,
-            pending=pending, mode=mode, drafts=drafts, rollback=rollback, observe=observe, generator=generator,
-            streamer=streamer if token_streamer is None else token_streamer, **model_kwargs,
+            pending=pending, mode=mode, drafts=drafts, rollback=rollback, confidence=confidence, observe=observe, graphs=graphs,
+            generator=generator, streamer=streamer if token_streamer is None else token_streamer, **model_kwargs,
         )  # fmt: skip
 
     @property

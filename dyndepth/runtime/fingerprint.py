@@ -10,6 +10,7 @@ import torch
 from dyndepth.errors import ExitsError
 from dyndepth.exits import Band, Exits, ModelFacts
 from dyndepth.exits.heads import MlpHead, TranslatorHead
+from dyndepth.exits.maps import jump_width
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.bind_layer import optional
 
@@ -104,7 +105,7 @@ def _check_widths(band: Band, model: Model) -> None:
     kv_width = model.layers[0].kv_heads * model.layers[0].head_dim
     wanted: dict[str, tuple[list[int], list[int]]] = {}
     if band.jump is not None:
-        wanted["jump"] = [width, width], list(band.jump.weight.shape)
+        wanted["jump"] = [width], [jump_width(band.jump)]
     if band.kv is not None:
         wanted["K,V maps"] = [band.resume - band.leave, 2, kv_width, width], list(band.kv.weight.shape)
     if band.router is not None:

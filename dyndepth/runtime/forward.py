@@ -21,6 +21,9 @@ from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.policies import EXACT, copy_last
 from dyndepth.runtime.rows import Rows
 
+#: Under which name a row carries the bands that it skipped so far (bits, as in Result.bands_taken).
+TAKEN = "taken"
+
 
 @dataclass
 class Result:
@@ -44,6 +47,8 @@ class Result:
     hidden: Tensor | None = None
     #: What rows carry from boundary to boundary, by name, where rows are held or observed.
     carried: dict[str, Tensor] = field(default_factory=dict)
+    #: Residuals [n, d] that rows had at the boundary asked for (`keep`); None where nobody asked.
+    kept: Tensor | None = None
 
 
 @dataclass
@@ -64,13 +69,14 @@ class _Away:
 
 
 @torch.no_grad()
-def forward(plan: Plan, rows: Rows, context: Context, hold: frozenset[int] = frozenset()) -> Result:
+def forward(plan: Plan, rows: Rows, context: Context, hold: frozenset[int] = frozenset(), keep: int | None = None) -> Result:
     """Run one pass over `rows` (their buffers are consumed). It computes in the model's own dtype, autocast or not.
 
-    Rows that reach a boundary of `hold` and do not leave there stop: a later pass takes them up (`Rows.joins`).
+    Rows that reach a boundary of `hold` and do not leave there stop: a later pass takes them up (`Rows.joins`). So it may with
+    rows that skip layers, from `keep`, the lowest boundary where any of them may: the result has their residuals there.
     """
     with torch.autocast(rows.hidden.device.type, enabled=False):
-        return _Pass(plan, rows, context, hold).run()
+        return _Pass(plan, rows, context, hold, keep).run()
 
 
 @dataclass
@@ -79,6 +85,7 @@ class _Pass:
     rows: Rows
     context: Context
     hold: frozenset[int] = frozenset()
+    keep: int | None = None
     away: list[_Away] = field(default_factory=list)
 
     def run(self) -> Result:
@@ -90,13 +97,19 @@ class _Pass:
         self.skips: list[tuple[Tensor, Band]] = []
         #: Rows whose token was released at a band while they go on, in the caller's numbers, with their head-ready rows.
         self.released: list[tuple[Tensor, Band, Tensor]] = []
+        if self.plan.history_wanted:
+            known = rows.carried.get(TAKEN)  # of rows that waited; -1 for the others
+            rows.carried[TAKEN] = torch.zeros_like(rows.seq, dtype=torch.int64) if known is None else known.clamp_min(0)
         self.work = [0] * model.depth
         self.block_work: dict[int, int] = {}
+        kept: Tensor | None = None
         bands = self.plan.bands
         propagate = self.plan.kv_policy == "propagate"
         idle_until = 0
         for number, end in itertools.pairwise(self.plan.stops):
             self._resume(number)
+            if number == self.keep:  # nobody has left or joined below it: rows lie as they came
+                kept = rows.hidden[: rows.live].clone()
             if number in bands:
                 self._boundary(bands[number])
             if number in self.hold and rows.live:
@@ -114,7 +127,9 @@ class _Pass:
             idle_until = 0  # who goes away from now on has nothing there
             self._layers(number, end, self._carried() if propagate else rows.live)
             self.work[number:end] = [rows.live] * (end - number)
-        return self._result()
+        result = self._result()
+        result.kept = kept
+        return result
 
     def _layers(self, begin: int, end: int, carried: int) -> None:
         """Rows `[0, live)` run layers [begin, end); rows `[live, carried)` only get their K,V."""
@@ -209,6 +224,12 @@ class _Pass:
         if block is not None:
             # Rows that wait have their own K,V here already, or will when they come; others give what they left with.
             block.store(rows, self.context, rows.live if plan.kv_policy == "recompute" else self._carried())
+        if plan.voting and band.leave in plan.votes and rows.live:
+            assert band.router is not None
+            scores = band.router(rows.hidden[: rows.live]).double()
+            plan.votes[band.leave].index_add_(
+                0, rows.seq[: rows.live].long(), torch.stack([scores, torch.ones_like(scores)], 1)
+            )
         if not plan.open or self.lead == 0 or plan.closed(band):
             return
         decided = self._decide(band, block)
@@ -226,6 +247,8 @@ class _Pass:
         for_good = band.resume == plan.model.depth
         if not for_good:
             self.skips.append((rows.index[leaving], band))
+            if plan.history_wanted:
+                rows.carried[TAKEN][leaving] |= 1 << plan.numbers[band.leave]
         elif ready is None:
             ready = self._head(band, block, slice(live, live + gone))
         self.away.insert(0, _Away(left, band.leave, band.resume, band, ready if for_good else None))
@@ -273,6 +296,9 @@ class _Pass:
                 here = (asked == band.leave) & (band.resume == plan.model.depth)
                 named = torch.where(here, -math.inf, math.inf)
                 threshold = torch.where(asked >= 0, named, band.thresholds(rows.step[:live]))
+            router = band.router
+            if router is not None and router.history:
+                threshold = router.shifted(threshold, plan.skipped(rows.carried[TAKEN][:live], router.history))
             _, state, ready = judge(hidden, threshold, rows.may_leave[:live], len(rows))
             if plan.previous_wanted:
                 rows.carry("previous", hidden)
@@ -296,11 +322,14 @@ class _Pass:
             heads.append(self._head(band, block, slice(0, live)))
             return plan.stats(band, heads[0])
 
+        votes = plan.votes.get(band.leave)
         carried = {name: value[:live] for name, value in rows.carried.items()}
-        previous = carried.pop("previous", None)
+        previous, taken = carried.pop("previous", None), carried.pop(TAKEN, None)
         view = View(
             hidden=hidden, seq=rows.seq[:live], step=rows.step[:live], previous=previous, stats=stats, depth=plan.depth,
             leave=band.leave, layers=plan.model.depth, carried=carried,
+            votes=None if votes is None else votes[rows.seq[:live].long()],
+            skipped=None if taken is None else functools.partial(plan.skipped, taken),
         )  # fmt: skip
         leaves = plan.named(band, view.seq, band.criterion.leaves(view, band.thresholds(view.step))) & rows.may_leave[:live]
         for name, value in view.carried.items():
@@ -323,7 +352,7 @@ class _Pass:
         """What the rows made, brought to the caller's order: those that are away lie behind the live ones, by group."""
         rows, model, total = self.rows, self.plan.model, len(self.rows)
         ready = self._ready()
-        numbers = {leave: number for number, leave in enumerate(self.plan.bands)}
+        numbers = self.plan.numbers
         facts = torch.tensor([[model.depth], [model.depth], [0]]).repeat(1, total)  # exit layer, layers run, bands taken
         held = torch.zeros(total, dtype=torch.bool) if self.hold else None
         if rows.moved or self.away:

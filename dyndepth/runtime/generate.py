@@ -12,15 +12,18 @@ from torch import Tensor
 
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
+from dyndepth.exits.criteria import HOLE_FREE
 from dyndepth.runtime.bind import bind
+from dyndepth.runtime.confidence import Confidence
 from dyndepth.runtime.decoding import Decoding
 from dyndepth.runtime.forward import Result
 from dyndepth.runtime.inputs import real_tokens
 from dyndepth.runtime.observe import Observer, check_observer, observed
 from dyndepth.runtime.pages import Indices
 from dyndepth.runtime.parked import Parked
-from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING, Session, Work
-from dyndepth.runtime.speculate import DEFAULT_DRAFTS, Speculation
+from dyndepth.runtime.policies import EXACT
+from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING, Session, Work, default_policy
+from dyndepth.runtime.speculate import DEFAULT_DRAFTS, Speculation, drafts_from
 from dyndepth.runtime.stops import has_eos
 
 PROMPTS = ("full", "dynamic")
@@ -47,7 +50,9 @@ def decode(
     mode: str = "dynamic",
     drafts: int = DEFAULT_DRAFTS,
     rollback: float | None = None,
+    confidence: float | Confidence | None = None,
     observe: Observer | None = None,
+    graphs: bool | str = False,
     generator: torch.Generator | None = None,
     streamer: Any = None,
     **model_kwargs: Any,
@@ -55,6 +60,8 @@ def decode(
     """Greedy search or sampling with dynamic depth; arguments are prepared by transformers (see `dyndepth.generate`)."""
     _refuse(generation_config, model_kwargs, prompt)
     verified = _verified(mode, drafts, rollback, exits, kv, bool(generation_config.do_sample))
+    if confidence is not None and not verified:
+        raise ArgumentError(f"generate: confidence stops drafting, which mode={mode!r} does not do")
     model = bind(causal_lm)
     batch, width = input_ids.shape
     prompts, embedded = _prompts(input_ids, model_kwargs)
@@ -65,24 +72,29 @@ def decode(
         model,
         lengths,
         exits,
-        kv="recompute" if verified else kv,
+        kv=_drafts_policy(exits, kv) if verified and exits is not None else kv,
         depth=_per_sequence(depth, batch, generation_config.num_return_sequences or 1),
         page_size=page_size,
         pages=pages,
         chunk=prefill_chunk,
         pending=pending,
         observed=observe is not None,
+        graphs=graphs,
         first=[min(length, prompt_rows.shape[0] + _ROOM) for length, prompt_rows in zip(lengths, prompts, strict=True)],
     )
     check_observer(observe, session.kv_policy)
     prompt_work, work = session.work(), session.work()
     if prompt == "dynamic" and session.kv_policy == "recompute":
         raise ArgumentError("generate: prompt must be 'full' with kv='recompute' (prompt rows run together), got 'dynamic'")
+    if prompt == "dynamic" and session.plan.votes:
+        raise ArgumentError("generate: prompt must be 'full' with bands that prompts decide (prompt_router), got 'dynamic'")
     # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
     session.prefill([rows[:-1] for rows in prompts], prompt_work, embeds=embedded, may_leave=prompt == "dynamic")
     parts = (model, session, generation_config, logits_processor, stopping_criteria, generator, streamer, work, observe)
-    loop = Speculation(*parts, drafts, rollback or 0.0) if verified else _Loop(*parts)
-    return loop.run(input_ids, prompts, embedded, prompt_work)
+    if not verified:
+        return _Loop(*parts).run(input_ids, prompts, embedded, prompt_work)
+    gate = Confidence(float(confidence)) if isinstance(confidence, int | float) else confidence
+    return Speculation(*parts, drafts, rollback or 0.0, gate).run(input_ids, prompts, embedded, prompt_work)
 
 
 def _verified(mode: str, drafts: int, rollback: float | None, exits: Exits | None, kv: str | None, sampled: bool) -> bool:
@@ -97,13 +109,28 @@ def _verified(mode: str, drafts: int, rollback: float | None, exits: Exits | Non
         return False
     if exits is None:
         raise ArgumentError(f"generate: mode={mode!r} drafts with early exits, got exits=None")
-    if kv not in (None, "recompute"):
-        raise ArgumentError(f"generate: mode={mode!r} works with kv='recompute' only, got kv={kv!r}")
+    if drafts_from(exits) is None:
+        if kv not in (None, "recompute"):
+            raise ArgumentError(f"generate: mode={mode!r} works with kv='recompute' only, got kv={kv!r}")
+    elif kv in EXACT:
+        raise ArgumentError(
+            f"generate: mode={mode!r} with bands that resume verifies from the lowest one on; kv says what drafts leave each "
+            f"other in the layers they skip and may not be {' or '.join(EXACT)}, got kv={kv!r}"
+        )
     if mode == "rollback" and sampled:
         raise ArgumentError("generate: mode='rollback' is greedy, got do_sample=True; mode='lossless' samples")
     if not isinstance(drafts, int) or drafts < 1:
         raise ArgumentError(f"generate: drafts must be at least 1, got {drafts}")
     return True
+
+
+def _drafts_policy(exits: Exits, kv: str | None) -> str:
+    """What drafts leave later drafts in the layers they skip, until verification writes over it."""
+    if drafts_from(exits) is None:
+        return "recompute"
+    if kv is not None:
+        return kv
+    return "none" if all(band.criterion.kind in HOLE_FREE for band in exits) else default_policy(exits)
 
 
 @dataclass

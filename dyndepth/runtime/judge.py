@@ -77,6 +77,8 @@ def judge_of(model: Model, band: Band, head: tuple[Tensor, Tensor | None] | None
         return None
     if type(criterion) is RouterScore and (router is None or router.stats_weight is None or router.cosine_weight is not None):
         return None
+    if router is not None and router.history and router.silu:  # history is no constant of the logit there
+        return None
     parts = [head[0], norm.weight, *(() if band.head is None else band.head.parameters())]
     if any(part.dtype != model.dtype or not part.is_contiguous() for part in parts):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,14 @@ from dyndepth.errors import ArgumentError, PagesFullError
 _SLOTS = 2**31
 #: Sequence or position numbers of rows; bookkeeping is numpy's because a tensor op costs ten times as much for a few numbers.
 Indices = NDArray[np.int64]
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A tensor over `values` on the CPU; a copy elsewhere, from pinned memory on a GPU, so that the host waits for nothing."""
+    value = torch.from_numpy(values)
+    if device.type == "cuda":
+        value = value.pin_memory()  # not reused before the copy is done: torch's host allocator sees to that
+    return value.to(device, non_blocking=True)
 
 
 class Pages:
@@ -94,10 +103,10 @@ class Pages:
         """int32 [sequences, max_pages] on the device of the pages, or its first columns, enough for `reach` positions."""
         if self._device_table is None:
             # A copy: the host's own goes on changing.
-            self._device_table = torch.from_numpy(self._table.copy()).to(self.kv.device)
+            self._device_table = to_device(self._table.copy(), self.kv.device)
         if reach is None:
             return self._device_table
-        return self._device_table[:, : max(1, self._pages_for(reach))].contiguous()
+        return self._device_table[:, : self.columns(reach)].contiguous()
 
     def reserve(self, sequence: int, length: int) -> None:
         """Make positions [0, length) of a sequence writable. Takes nothing if the pages do not suffice."""
@@ -162,14 +171,22 @@ class Pages:
     def slots(self, sequences: Sequence[int] | Indices | Tensor, positions: Sequence[int] | Indices | Tensor) -> Tensor:
         """int32 slots of (sequence, position) pairs, on the device of the pages. Positions must be reserved."""
         at, pos = np.asarray(sequences, dtype=np.int64), np.asarray(positions, dtype=np.int64)
+        return to_device(self.slots_of(at, pos), self.kv.device)
+
+    def slots_of(self, at: Indices, pos: Indices) -> NDArray[np.int32]:
+        """`slots` on the host."""
         if at.size == 0:
-            return torch.empty(0, dtype=torch.int32, device=self.kv.device)
+            return np.empty(0, dtype=np.int32)
         if pos.min() < 0 or pos.max() >= self._table.shape[1] * self.page_size:
             raise ArgumentError(f"Pages: positions must be in [0, {self._table.shape[1] * self.page_size}), got {pos.tolist()}")
         page = self._table[at, pos // self.page_size]
         if page.min() < 0:
             raise ArgumentError("Pages: slots asked for positions that were not reserved")
-        return torch.from_numpy((page * self.page_size + pos % self.page_size).astype(np.int32)).to(self.kv.device)
+        return (page * self.page_size + pos % self.page_size).astype(np.int32)
+
+    def columns(self, reach: int) -> int:
+        """Columns of the block table that `reach` positions need, one at least."""
+        return max(1, self._pages_for(reach))
 
     def _grow(self, missing: int) -> None:
         more = min(self.limit - self.total, max(missing, self.total // 2))

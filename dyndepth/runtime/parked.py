@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,12 @@ class Parked:
         seq, pos, step, at, wants = facts
         rows = Parked(hidden, seq, pos, step, at, wants, carried)
         return rows if len(rows) < 2 else rows._picked(np.lexsort((rows.pos, rows.seq, ~rows.wants, rows.at)))
+
+    @staticmethod
+    def following(hidden: Tensor, seq: Sequence[int], pos: Sequence[int], step: Sequence[int], at: int) -> Parked:
+        """Rows that wait at `at` until a later row of their sequence goes on there."""
+        facts = [np.asarray(each, dtype=np.int64) for each in (seq, pos, step, [at] * len(seq))]
+        return Parked.of(hidden, *facts, np.zeros(len(seq), dtype=np.bool_), carried={})
 
     def where(self, mask: NDArray[np.bool_]) -> Parked:
         return self if bool(mask.all()) else self._picked(np.flatnonzero(mask))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,10 @@ class Plan:
     depth: Tensor | None = None
     #: Criteria may decide; False keeps every row to the top (block heads still store their K,V).
     open: bool = True
+    #: float64 [sequences, 2] by boundary: what bands that are decided by the prompt (PromptRouter) sum over it, and of how many
+    #: rows; passes with `voting` add to it.
+    votes: dict[int, Tensor] = field(default_factory=dict)
+    voting: bool = False
     #: Somebody wants to know what exits make of every row (dyndepth.runtime.observe).
     observed: bool = False
     #: Rows of the LM head that a band's shortlist names, by boundary; filled on first use.
@@ -46,6 +51,11 @@ class Plan:
         return {} if self.exits is None else {band.leave: band for band in self.exits}
 
     @functools.cached_property
+    def numbers(self) -> dict[int, int]:
+        """Which bit of a row's history stands for the band that leaves at a boundary."""
+        return {leave: number for number, leave in enumerate(self.bands)}
+
+    @functools.cached_property
     def stops(self) -> list[int]:
         """Where a pass looks up from the layers: its ends, and the boundaries where rows leave or resume."""
         return sorted({0, self.model.depth} | {stop for band in self.bands.values() for stop in (band.leave, band.resume)})
@@ -54,6 +64,16 @@ class Plan:
     def previous_wanted(self) -> bool:
         """A criterion compares residuals with those at the previous boundary."""
         return any(band.criterion.needs_previous for band in self.bands.values())
+
+    @functools.cached_property
+    def history_wanted(self) -> bool:
+        """A criterion wants to know which bands a row skipped."""
+        return any(band.criterion.history for band in self.bands.values())
+
+    def skipped(self, taken: Tensor, boundaries: Sequence[int]) -> Tensor:
+        """float32 [n, k] from bits (int64 [n], bit i for the i-th band): 1 where the row took the band of each boundary."""
+        known = [self.numbers.get(boundary, 62) for boundary in boundaries]  # at most 62 bands: that bit is never set
+        return ((taken[:, None] >> torch.tensor(known, device=taken.device)) & 1).float()
 
     def closed(self, band: Band) -> bool:
         """No row can leave here, and judging it would tell later boundaries nothing."""
@@ -76,15 +96,21 @@ class Plan:
             self.shortlists[band.leave] = plain[0][ids], None if plain[1] is None else plain[1][ids]
         return self.shortlists[band.leave]
 
-    def stats(self, band: Band, ready: Tensor) -> ExitStats:
-        """exit_stats of head-ready rows over the band's shortlist; a head that is no plain linear runs as its module."""
+    def stats(self, band: Band, ready: Tensor, live: Tensor | None = None) -> ExitStats:
+        """exit_stats of head-ready rows over the band's shortlist; a head that is no plain linear runs as its module.
+
+        live: int32 [1] on the device, only so many rows are asked for. None: all.
+        """
         model, ids, head = self.model, band.shortlist, self.head(band)
         if head is None:
             logits = model.logits(ready)
             found = stats_of_logits(logits if ids is None else logits[:, ids])
         else:
-            found = exit_stats(ready.contiguous(), head[0], head_bias=head[1], softcap=model.logit_softcap)
-        return found if ids is None else found._replace(argmax=ids[found.argmax])
+            found = exit_stats(ready.contiguous(), head[0], head_bias=head[1], softcap=model.logit_softcap, live=live)
+        if ids is None:
+            return found
+        # A row that nobody asked for has any number there, and it must not be looked up.
+        return found._replace(argmax=ids[found.argmax if live is None else found.argmax.clamp(0, len(ids) - 1)])
 
     def logits(self, band: Band, ready: Tensor) -> Tensor:
         """fp32 [n, V] logits of head-ready rows, -inf for tokens outside the band's shortlist."""

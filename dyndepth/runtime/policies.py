@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndepth.errors import ExitsError
 from dyndepth.exits import Exits
-from dyndepth.exits.criteria import HOLE_FREE, FixedDepth, Schedule, View
+from dyndepth.exits.criteria import HOLE_FREE, FixedDepth, PromptRouter, Schedule, View
 from dyndepth.ops import ExitStats
 from dyndepth.runtime.layer import Layer
 
@@ -48,6 +48,13 @@ def _check_holes(exits: Exits) -> None:
 
     Each criterion of HOLE_FREE alone never does that, but a schedule can keep rows from another band's boundary.
     """
+    if any(isinstance(band.criterion, PromptRouter) for band in exits):
+        if any(isinstance(band.criterion, Schedule) for band in exits):
+            raise ExitsError(
+                "kv='none' leaves holes that later rows of a sequence would read: a schedule beside bands that prompts decide, "
+                "which keep rows from its boundaries"
+            )
+        return  # all tokens of a sequence go the same way
     steps = torch.arange(1 + max((b.criterion.length for b in exits if isinstance(b.criterion, Schedule)), default=0))
     zeros = torch.zeros_like(steps)
     resumes, ran = zeros, torch.ones(exits.model.layers, len(steps), dtype=torch.bool)

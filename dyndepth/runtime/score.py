@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyndepth.errors import ArgumentError
-from dyndepth.exits import Exits
+from dyndepth.errors import ArgumentError, ExitsError
+from dyndepth.exits import Exits, PromptRouter
 from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.policies import check_policy
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PENDING, Session, Work
@@ -72,6 +72,8 @@ def score(
         raise ArgumentError(f"score: start must have one entry per sequence ({len(sequences)}), got {len(starts)}")
     lengths = [int(tokens.shape[0]) for tokens in sequences]
     exact = kv == "recompute"
+    if any(isinstance(band.criterion, PromptRouter) for band in exits or ()):
+        raise ExitsError("score: criterion prompt_router is decided while generate runs a prompt, and there is none")
     if exact:
         check_policy(exits, "recompute")
     # Pages are taken as sequences come and given back as they end, so memory does not grow with their number.

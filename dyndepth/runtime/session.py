@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from dyndepth.errors import ArgumentError, ExitsError
-from dyndepth.exits import Exits
+from dyndepth.exits import Exits, PromptRouter
 from dyndepth.exits.heads import StoredBlock
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.block import Block, bind_block, restored
 from dyndepth.runtime.fingerprint import check_exits
 from dyndepth.runtime.forward import Result, forward
 from dyndepth.runtime.graph import GraphResult, forward_graph
+from dyndepth.runtime.graph_pool import GraphPool, pool_of
 from dyndepth.runtime.layer import Context
 from dyndepth.runtime.pages import Indices, Pages
 from dyndepth.runtime.parked import Parked
@@ -89,6 +90,8 @@ class Session:
         first: positions per sequence that memory is taken for now (default: the capacity); more is taken when needed.
         pending: under `recompute`, tokens of a sequence that may be parked before its next one runs to the top.
         observed: let rows carry what exits make of them (dyndepth.runtime.observe).
+        graphs: replay captured graphs for passes that start at the bottom, on CUDA devices (dyndepth.runtime.graph_pool).
+            True raises where that cannot be, "auto" goes without.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Session:
         first: Sequence[int] | None = None,
         pending: int = DEFAULT_PENDING,
         observed: bool = False,
+        graphs: bool | str = False,
     ) -> None:
         for name, value in (("chunk", chunk), ("pending", pending)):
             if value < 1:
@@ -145,7 +149,22 @@ class Session:
             depth=None if asked is None else asked.to(model.device),
             observed=observed,
         )
+        for band in exits or ():
+            if isinstance(band.criterion, PromptRouter):
+                self.plan.votes[band.leave] = torch.zeros(len(capacity), 2, dtype=torch.float64, device=model.device)
+        self._graphs, self._sequences = graphs, len(capacity)
+        self._follow()
+
+    def name_depths(self, depth: Tensor) -> None:
+        """From now on passes look at `depth` (int32 [sequences], -1 for none), which the caller may change between passes."""
+        self.plan = dataclasses.replace(self.plan, depth=depth, shut={})
+        self._follow()
+
+    def _follow(self) -> None:
+        """Make what depends on the plan."""
         self._closed = dataclasses.replace(self.plan, open=False)
+        #: Graphs of passes, None where passes run in slices.
+        self.graphs: GraphPool | None = pool_of(self._graphs, self.plan, self._sequences)
 
     def work(self) -> Work:
         """A fresh counter for this model."""
@@ -162,6 +181,8 @@ class Session:
         may_leave: Tensor | bool = True,
         parked: Parked | None = None,
         hold: frozenset[int] = frozenset(),
+        keep: int | None = None,
+        vote: bool = False,
     ) -> Result:
         """One pass. Rows of a sequence must be consecutive and ascending, and earlier positions must have been run.
 
@@ -172,10 +193,16 @@ class Session:
             may_leave: bool [n] or one bool for all rows; rows taken up may be left out, they may leave.
             parked: rows of earlier passes to take up (`left` makes them); they come after the others in the result.
             hold: boundaries where rows that do not leave stop, to be taken up later.
+            keep: boundary whose residuals the result has (`kept`), the lowest where a row may leave.
+            vote: these are rows of prompts, which bands that prompts decide (PromptRouter) ask.
         """
-        rows, context = self.rows(seq, pos, tokens=tokens, embeds=embeds, step=step, may_leave=may_leave, parked=parked)
         closed = isinstance(may_leave, bool) and not may_leave
-        return forward(self._closed if closed else self.plan, rows, context, hold)
+        fresh = tokens is not None and not hold and keep is None and not vote and (parked is None or not len(parked))
+        if self.graphs is not None and tokens is not None and fresh and not closed and 0 < len(tokens) <= self.graphs.most:
+            return self._replayed(self.graphs, _host(seq), _host(pos), tokens, step, may_leave)
+        rows, context = self.rows(seq, pos, tokens=tokens, embeds=embeds, step=step, may_leave=may_leave, parked=parked)
+        plan = self._closed if closed else self.plan
+        return forward(dataclasses.replace(plan, voting=True) if vote else plan, rows, context, hold, keep)
 
     def run_graph(
         self,
@@ -190,6 +217,34 @@ class Session:
         """`run` in graph style (dyndepth/runtime/graph.py): fixed shapes, results on the device. Arguments as for `run`."""
         rows, context = self.rows(seq, pos, tokens=tokens, step=step, may_leave=may_leave)
         return forward_graph(self.plan, rows, context, count)
+
+    def _replayed(
+        self,
+        graphs: GraphPool,
+        seq: Indices,
+        pos: Indices,
+        tokens: Tensor,
+        step: Sequence[int] | Tensor | None,
+        may_leave: Tensor | bool,
+    ) -> Result:
+        """`run` by a captured graph. The one look at the device comes after the pass: rows that ran each layer."""
+        self._reserve(seq, pos)
+        steps = np.zeros_like(seq) if step is None else _host(step)
+        may = np.full_like(seq, may_leave) if isinstance(may_leave, bool) else _host(may_leave)
+        found = graphs.run(tokens, seq, pos, steps, may, self.pages, self.reach, self.cos, self.sin)
+        counts = torch.cat([found.work, found.block_work]).tolist()
+        blocks = dict(zip(self.plan.blocks, counts[self.model.depth :], strict=True))
+        return Result(found.ready, found.exit_layer, found.layers_run, found.bands_taken, counts[: self.model.depth], blocks)
+
+    def _reserve(self, seq: Indices, pos: Indices) -> int:
+        """Pages and rotary tables for rows; returns how far they reach."""
+        reach = int(pos.max()) + 1 if pos.size else 1
+        self.pages.reserve_rows(seq, pos)
+        if reach > self.reach:
+            grown = self.reach + self.reach // 2
+            self.reach = max(reach, min(grown, self.model.positions_limit or grown))
+            self.cos, self.sin = self.model.rotary_tables(self.reach)
+        return reach
 
     def left(
         self,
@@ -238,12 +293,7 @@ class Session:
             steps = _host([0] * len(fresh) if step is None else step)
             step = torch.from_numpy(np.concatenate([steps, parked.step]))
         count = own.shape[0]
-        reach = int(at.max()) + 1 if count else 1
-        self.pages.reserve_rows(own, at)
-        if reach > self.reach:
-            grown = self.reach + self.reach // 2
-            self.reach = max(reach, min(grown, self.model.positions_limit or grown))
-            self.cos, self.sin = self.model.rotary_tables(self.reach)
+        reach = self._reserve(own, at)
         if embeds is None:
             assert tokens is not None
             hidden = self.model.embed(tokens.to(device), fresh)
@@ -274,7 +324,8 @@ class Session:
     ) -> None:
         """Run prompt rows (token ids [t], or embeddings [t, d] if `embeds`) of sequences `first`, `first` + 1, ... in chunks.
 
-        At full depth unless `may_leave`; nothing is returned, the K,V are in the pages.
+        At full depth unless `may_leave`; nothing is returned, the K,V are in the pages. Bands that prompts decide are decided
+        by these rows.
         """
         lengths = [prompt.shape[0] for prompt in prompts]
         if sum(lengths) == 0:
@@ -285,7 +336,7 @@ class Session:
         for begin in range(0, seq.shape[0], self.chunk):
             part = slice(begin, begin + self.chunk)
             source: dict[str, Any] = {"embeds": content[part]} if embeds else {"tokens": content[part]}
-            result = self.run(seq[part], pos[part], may_leave=may_leave, **source)
+            result = self.run(seq[part], pos[part], may_leave=may_leave, vote=bool(self.plan.votes), **source)
             work.add(result, result.ready.shape[0])
 
     def _fitting(self, exits: Exits) -> Exits:

@@ -4,7 +4,13 @@ Self-speculation (LayerSkip, Elhoushi et al. 2024, arXiv:2404.16710; Kangaroo, L
 machine: a row that leaves early parks with its residual, its token is a draft and the sequence's next row. When a row goes to
 the top, the parked rows of its sequence go with it from where they are, so no layer runs twice for a row, and their logits
 say what the full model would have said. Drafting ends where a row does not leave (it is not confident) or at a number of
-drafts; sequences of a batch draft together, and rows that need the other layers wait for each other at the last exit point.
+drafts. Where most sequences of a batch go on drafting, they do so together, and rows that need the other layers wait for each
+other at the last exit point; elsewhere one pass drafts for some and verifies for others. Neither changes what is drafted.
+
+Where a band resumes below the top, drafts skip layers (Draft & Verify, Zhang et al. 2023, arXiv:2309.08168): a drafting row
+runs what its bands leave of the model, to the head. What layers above the lowest band's boundary make of it is not the full
+model's, so the row parks with the residual that it had at that boundary, and verification begins there: it runs those layers
+for every drafted row and writes its K,V over the draft's. Layers below that boundary run once.
 """
 
 from __future__ import annotations
@@ -16,7 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyndepth.exits import Band, Exits
 from dyndepth.ops import accept_drafts
+from dyndepth.runtime.confidence import Confidence, Gate
 from dyndepth.runtime.decoding import Decoding
 from dyndepth.runtime.forward import Result
 from dyndepth.runtime.observe import observed
@@ -44,12 +52,18 @@ class _Sequence:
     drafts: list[int] = field(default_factory=list)
     at: list[int] = field(default_factory=list)
     drawn: list[Tensor | None] = field(default_factory=list)
+    #: Bands that each draft took, as bits.
+    took: list[int] = field(default_factory=list)
+    #: When it stops drafting, and whether it has.
+    gate: Gate | None = None
+    unsure: bool = False
     #: Its newest row waits at the last exit point for the layers above.
     held: bool = False
     ended: bool = False
     #: Tokens until it ended, with an end-of-sequence token or without.
     length: int | None = None
     exits: list[int] = field(default_factory=list)
+    bands: list[int] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     drafted: int = 0
@@ -66,6 +80,13 @@ class _Sequence:
         return self.number, ids if drafts == 0 else torch.cat([ids, ids.new_tensor(self.drafts[:drafts])])
 
 
+def drafts_from(exits: Exits) -> int | None:
+    """Boundary up to which drafts that skip layers are the full model's rows; None where exits only leave for good."""
+    if all(band.resume == exits.model.layers for band in exits):
+        return None
+    return min(band.leave for band in exits)
+
+
 @dataclass
 class Speculation(Decoding):
     """State of one lossless generation."""
@@ -74,11 +95,18 @@ class Speculation(Decoding):
     most: int
     #: Nats that a draft may be less likely than certain and stand nevertheless; 0 is lossless.
     rollback: float
+    #: When drafting stops, beside criteria and `most`; None: never.
+    confidence: Confidence | None
     streamed: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         model = self.model
         self.parked = Parked.nothing(torch.empty(0, model.hidden_size, dtype=model.dtype, device=model.device))
+        exits = self.session.plan.exits
+        #: Where verification of drafts that skip layers begins; None where drafts are early exits.
+        self.again = None if exits is None else drafts_from(exits)
+        #: Rows that might leave early so far, and those that did.
+        self.asked, self.left = 0, 0
 
     def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
         self.limit = max(self.config.max_length - input_ids.shape[1], 1)
@@ -87,7 +115,8 @@ class Speculation(Decoding):
         self.sequences: list[_Sequence] = []
         for number, (ids, rows) in enumerate(zip(input_ids.cpu(), prompts, strict=True)):
             room = torch.cat([ids, ids.new_zeros(self.limit)])
-            self.sequences.append(_Sequence(number, room, ids.shape[0], rows.shape[0]))
+            gate = None if self.confidence is None else self.confidence.begin()
+            self.sequences.append(_Sequence(number, room, ids.shape[0], rows.shape[0], gate=gate))
         first = torch.stack([rows[-1] for rows in prompts]) if prompts else input_ids.new_empty(0)
         while running := [each for each in self.sequences if not each.ended]:
             self._round(running, first if embedded else None)
@@ -102,15 +131,16 @@ class Speculation(Decoding):
     # -- passes -------------------------------------------------------------------------------------------------------
 
     def _round(self, running: list[_Sequence], embeds: Tensor | None) -> None:
-        """One pass: sequences that may draft do; when none may, those that wait go to the top and are verified."""
-        drafting = [each for each in running if not each.held and len(each.drafts) < min(self.most, self._left(each) - 1)]
-        # Alone there is nobody to wait for: a row that does not leave goes on at once.
+        """One pass: sequences that may draft do; those that wait go to the top when none may, or when few would."""
+        drafting = [each for each in running if self._drafts(each)]
         last = max((band.leave for band in self.session.plan.bands.values()), default=0)
-        hold = frozenset([last]) if drafting and len(running) > 1 else frozenset()
-        fresh = drafting or [each for each in running if not each.held]
+        alone = bool(drafting) and (self.again is not None or self._apart(len(drafting), len(running), last))
+        # Of one sequence nobody waits for the others: a row that does not leave goes on at once.
+        hold = frozenset([last]) if alone and len(running) > 1 and self.again is None else frozenset()
+        fresh = drafting if alone else [each for each in running if not each.held]
         present = np.ones(len(self.parked), dtype=np.bool_)
-        if drafting:
-            present = np.isin(self.parked.seq, [each.number for each in drafting])
+        if alone:
+            present = np.isin(self.parked.seq, [each.number for each in drafting]) & (self.again is None)
         if hold:  # nobody passes there, so nobody who waits there can follow
             present &= self.parked.at < last
         taken, others = self.parked.where(present), self.parked.where(~present)
@@ -121,46 +151,84 @@ class Speculation(Decoding):
         source: dict[str, Any] = {"tokens": torch.tensor(newest, dtype=torch.int64)}
         if embeds is not None and fresh and fresh[0].made == 0 and not fresh[0].drafts:  # all sequences begin together
             source = {"embeds": embeds[seq]}
-        result = self.session.run(seq, pos, step=step, parked=taken, hold=hold, may_leave=bool(drafting), **source)
+        keep = self.again if drafting else None
+        # One bool for all rows where they are alike: a closed pass does not judge.
+        free: bool | torch.Tensor = alone or (bool(drafting) and torch.tensor([self._drafts(each) for each in fresh]))
+        result = self.session.run(seq, pos, step=step, parked=taken, hold=hold, may_leave=free, keep=keep, **source)
         self.work.add(result, 0)
-        self.parked = self.session.left(result, seq, pos, step, taken) + others
-        self._drafted(fresh, result)
+        if self.again is None:
+            self.asked += len(drafting)
+            self.parked = self.session.left(result, seq, pos, step, taken) + others
+            self._drafted(fresh, result)
+        else:
+            self.parked = others
+            if drafting:
+                assert result.kept is not None
+                self.parked += Parked.following(result.kept, seq, pos, step, self.again)
+                self._drafted(fresh, result)
+                return
         self._verify(seq + taken.seq.tolist(), pos + taken.pos.tolist(), result)
+
+    def _drafts(self, each: _Sequence) -> bool:
+        """Its next row may make a draft."""
+        return not (each.held or each.unsure) and len(each.drafts) < min(self.most, self._left(each) - 1)
+
+    def _apart(self, drafting: int, running: int, last: int) -> bool:
+        """A pass of the drafting sequences alone, to the last exit point, is worth its while.
+
+        It runs a share of the layers; a pass of everybody gets a token from each. So the share of all sequences that will
+        leave, at the rate seen so far, must be as large (at first everybody is hoped to).
+        """
+        rate = (self.left + 1) / (self.asked + 1)
+        return drafting * rate >= running * last / self.model.depth
 
     def _left(self, each: _Sequence) -> int:
         """Tokens that a sequence may still make."""
         return self.limit - each.made
 
     def _drafted(self, fresh: list[_Sequence], result: Result) -> None:
-        """Tokens of the rows that left."""
+        """Tokens of the rows that left or, where drafts skip layers, of all."""
         depths = result.exit_layer[: len(fresh)].tolist()
         held = [False] * len(fresh) if result.held is None else result.held.tolist()
         for each, waits in zip(fresh, held, strict=False):
             each.held = waits
-        for leave, band in self.session.plan.bands.items():
+        # A row that came to the top after it had skipped layers drafts with the model's own head.
+        everywhere: dict[int, Band | None] = {**self.session.plan.bands}
+        if self.again is not None:
+            everywhere[self.model.depth] = None
+        for leave, band in everywhere.items():
             rows = [at for at, depth in enumerate(depths) if depth == leave and not held[at]]
             if not rows:
                 continue
             ready = result.ready[torch.tensor(rows, device=result.ready.device)]
             mine = [fresh[at] for at in rows]
             drawn: list[Tensor | None] = [None] * len(rows)
-            if self.processed.empty and not self.config.do_sample:
-                tokens = self.session.plan.stats(band, ready).argmax
+            if self.processed.empty and not self.config.do_sample and self.confidence is None:
+                tokens = self.model.argmax(ready) if band is None else self.session.plan.stats(band, ready).argmax
+                sure = None
             else:
-                scores = self.processed([each.prefix(len(each.drafts)) for each in mine], self.session.plan.logits(band, ready))
+                logits = self.model.logits(ready) if band is None else self.session.plan.logits(band, ready)
+                scores = self.processed([each.prefix(len(each.drafts)) for each in mine], logits)
                 tokens = scores.argmax(-1)
+                sure = torch.softmax(scores.float(), dim=-1)
                 if self.config.do_sample:
-                    chances = torch.softmax(scores.float(), dim=-1)
+                    chances = sure
                     # Where processors forbid all that the shortlist has, the draft is any token, for certain; it will not hold.
                     nothing = ~(chances.sum(-1) > 0)
                     certain = torch.nn.functional.one_hot(tokens, chances.shape[1]).to(chances.dtype)
                     chances = torch.where(nothing[:, None], certain, chances)
                     tokens = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
                     drawn = list(chances)
-            for each, token, chance in zip(mine, tokens.tolist(), drawn, strict=True):
+            self.left += len(rows)
+            took = result.bands_taken.tolist()
+            for each, row, token, chance in zip(mine, rows, tokens.tolist(), drawn, strict=True):
                 each.drafts.append(token)
                 each.at.append(leave)
                 each.drawn.append(chance)
+                each.took.append(took[row])
+            if sure is not None:
+                for each, chance in zip(mine, sure.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
+                    each.unsure = each.gate is not None and each.gate.stops(chance)
 
     # -- verification -------------------------------------------------------------------------------------------------
 
@@ -183,11 +251,14 @@ class Speculation(Decoding):
         before = {each.number: each.made for each in there}
         begin = 0
         for each, count, token in zip(there, accepted, tokens, strict=True):
+            each.bands += [*each.took[:count], 0]
             self._extend(each, [*each.drafts[:count], token], [*each.at[:count], depth], scores[begin:], logits[begin:])
+            if each.gate is not None:
+                each.gate.verified(len(each.drafts), count, self.most)
             each.accepted += min(count, each.made - before[each.number])
             each.drafted += len(each.drafts)
             begin += len(each.drafts) + 1
-            each.drafts, each.at, each.drawn, each.held = [], [], [], False
+            each.drafts, each.at, each.drawn, each.took, each.held, each.unsure = [], [], [], [], False, False
             self.session.pages.truncate(each.number, each.position)
         if self.observer is not None:
             self._observe(result, chosen, logits, places, before)
@@ -289,18 +360,20 @@ class Speculation(Decoding):
         from dyndepth.runtime.output import DynamicDepthOutput
 
         depths = torch.full((len(self.sequences), columns), -1, dtype=torch.int32)
+        taken = torch.zeros(len(self.sequences), columns, dtype=torch.int64)
         for row, each in enumerate(self.sequences):
             depths[row, : min(each.made, columns)] = torch.tensor(each.exits[:columns], dtype=torch.int32)
+            taken[row, : min(each.made, columns)] = torch.tensor(each.bands[: min(each.made, columns)], dtype=torch.int64)
         return DynamicDepthOutput(
             sequences=ids,  # type: ignore[arg-type]
             scores=self._steps("scores", columns) if self.config.output_scores else None,  # type: ignore[arg-type]
             logits=self._steps("logits", columns) if self.config.output_logits else None,  # type: ignore[arg-type]
             exit_layers=depths,
             layers_run=torch.where(depths >= 0, self.model.depth, -1).int(),
-            bands_taken=torch.zeros_like(depths, dtype=torch.int64),
+            bands_taken=taken,
             work=self.work,
             prompt_work=prompt_work,
-            kv="recompute",
+            kv=self.session.kv_policy,
             drafted=torch.tensor([each.drafted for each in self.sequences]),
             accepted=torch.tensor([each.accepted for each in self.sequences]),
         )

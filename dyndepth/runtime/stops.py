@@ -28,7 +28,7 @@ _STATEFUL = {
 Texts = Callable[[int], Tensor]
 
 
-def _refuse(plugs: Any) -> None:
+def refuse_stateful(plugs: Any) -> None:
     """Raise for what follows the rows of a batch from call to call (`follows_rows`): here it would meet drafts."""
     for each in plugs:
         if getattr(each, "follows_rows", False) or type(each).__name__ in _STATEFUL:
@@ -60,7 +60,7 @@ class Processed:
     """
 
     def __init__(self, processors: Any, requests: int, texts: Texts) -> None:
-        _refuse(processors)
+        refuse_stateful(processors)
         self.processors, self.requests, self.texts = list(processors), requests, texts
         self.empty = len(self.processors) == 0
         self._free = all(
@@ -133,7 +133,7 @@ class Stops:
     """
 
     def __init__(self, criteria: Any, requests: int, texts: Texts) -> None:
-        _refuse(criteria)
+        refuse_stateful(criteria)
         self.requests, self.texts = requests, texts
         self.has_eos = has_eos(criteria)
         self._ends: set[int] = set()

@@ -26,7 +26,7 @@ from dyndepth.training.config import TrainConfig
 from dyndepth.training.evaluate import mixed
 from dyndepth.training.objective import Objective
 from dyndepth.training.skip import SkipStudent
-from dyndepth.training.starts import fit_readout, start_head
+from dyndepth.training.starts import fit_readout, start_head, start_jump
 from dyndepth.training.student import Student, released
 from dyndepth.training.trainer import Trained, Trainer, check, readout_of
 
@@ -95,6 +95,7 @@ def tune_maps(
     prompts: Sequence[str | Tensor] | None = None,
     config: TrainConfig | None = None,
     share: float = 0.3,
+    jump: str = "linear",
     progress: bool = True,
 ) -> Exits:
     """Train the K,V maps (and jumps) of bands by what they do to the rows that see them, through the frozen layers above.
@@ -105,6 +106,8 @@ def tune_maps(
     Args:
         exits: fitted exits, whose bands either all end the network or all resume; each is trained alone.
         share: chance of a row to skip.
+        jump: kind of jump that bands which resume end with (dyndepth.exits.JUMPS): `linear`, `mlp`, or `adapter` (FlexiDepth's
+            light path), with `config.inner` neurons (per layer). It starts as the fitted linear one.
         texts, prompts, output, config: as for `train`; of the settings, `exits`, `head` and `init` are idle.
 
     Returns the same exits with other maps, and without a certificate or measured agreement: those spoke of
@@ -116,7 +119,9 @@ def tune_maps(
     bound = bind(model)
     check_exits(exits, bound)
     check(bound, config)
-    student = SkipStudent(bound, exits, share, config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    started_bands = [_with_jump(band, start_jump(jump, band, config.inner or None, generator)) for band in exits]
+    student = SkipStudent(bound, started_bands, share, config.seed)
     report = Progress(progress)
     with torch.no_grad(), report:
         corpus = _corpus(model, bound, texts, tokenizer, prompts, config, folder, report)
@@ -124,19 +129,26 @@ def tune_maps(
         trained = _run(bound, student, training, validation, config, folder, report)
     bands = []
     for band in exits:
-        other = copy.copy(band)
-        other._modules = dict(band._modules)
         maps: Any = released(trained.heads[band.leave], bound.dtype)
-        other.kv, other.jump = maps.kv, maps.jump
+        other = _with_jump(band, maps.jump)
+        other.kv = maps.kv
         bands.append(other)
     record = {key: value for key, value in exits.record.items() if key not in ("certificate", "tune", "test")}
     learned = _record("trained maps (dyndepth.training.tune_maps)", corpus, config, trained)
-    record["tuned_maps"] = {**learned["training"], "share": share}
+    record["tuned_maps"] = {**learned["training"], "share": share, "jump": jump}
     record["documents"] = sorted({*exits.record.get("documents", ()), *learned["documents"]})
     result = Exits(bands, exits.model, record)
     result.save_pretrained(folder / EXITS)
     _draw(folder, report)
     return result
+
+
+def _with_jump(band: Band, jump: Any) -> Band:
+    """The band with another jump; its other parts are shared."""
+    other = copy.copy(band)
+    other._modules = dict(band._modules)
+    other.jump = jump
+    return other
 
 
 def _corpus(

@@ -1,4 +1,4 @@
-"""Where heads start: copies of layers, random weights, and the closed-form readout that no gradient has to find again.
+"""Where heads and jumps start: copies of layers, random weights, and closed-form maps that no gradient has to find again.
 
 On SmolLM2-135M a ridge regression from an exit's residual to the final normed state agrees with the full model about as often
 as Balcony's start does after a hundred thousand tokens of training, so `ridge` starts are the default.
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dyndepth.closed_form.ridge import NormalEquations, solve_best
 from dyndepth.errors import ArgumentError
-from dyndepth.exits import MlpHead, NormHead, TranslatorHead
+from dyndepth.exits import JUMPS, AdapterJump, Band, JumpMap, MlpHead, MlpJump, NormHead, TranslatorHead
 from dyndepth.exits.heads import HEADS, Head
-from dyndepth.exits.maps import EPS
+from dyndepth.exits.maps import EPS, Jump
 from dyndepth.ops._math import rms_normalise
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.bind_layer import optional
@@ -65,6 +65,31 @@ def start_head(
         block.norm = copy.deepcopy(norm).requires_grad_(False)  # the readout corrects what the final norm makes of it
     block.readout = readout
     return block
+
+
+def start_jump(kind: str, band: Band, inner: int | None, generator: torch.Generator) -> Jump | None:
+    """A band's jump as a map of another kind that computes the same until a gradient changes it; the band's own if linear.
+
+    `inner`: neurons of the feed-forward block(s); None takes the width for an mlp and a sixth of it per layer for an adapter.
+    """
+    if kind not in JUMPS:
+        raise ArgumentError(f"train: jump must be one of {', '.join(JUMPS)}, got {kind!r}")
+    if kind == JumpMap.kind:
+        return band.jump
+    if not isinstance(band.jump, JumpMap):
+        raise ArgumentError(
+            f"train: band [{band.leave}, {band.resume}) has no linear jump that a jump of kind {kind} could start from"
+        )
+    width = band.jump.weight.shape[0]
+    jump: MlpJump | AdapterJump
+    if kind == MlpJump.kind:
+        jump = MlpJump(width, inner or width)
+    else:
+        jump = AdapterJump(width, band.resume - band.leave, inner or max(1, width // 6))
+        jump.gate.data.normal_(0, width**-0.5, generator=generator)
+    jump.up.data.normal_(0, width**-0.5, generator=generator)
+    jump.linear = copy.deepcopy(band.jump)
+    return jump
 
 
 def fit_readout(readout: TranslatorHead, rows: Iterable[tuple[Tensor, Tensor, Tensor]], rank_by: float = 1e-6) -> float:

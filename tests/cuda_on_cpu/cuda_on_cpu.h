@@ -31,7 +31,7 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 // One section holds all shared variables, so that it can be poisoned without knowing them.
 #define __shared__ __attribute__((section("cuda_shared"))) static
 

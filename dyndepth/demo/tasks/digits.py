@@ -149,16 +149,21 @@ def trained(epochs: int = EPOCHS, seed: int = 0, advance: Callable[[], None] = l
 def load(epochs: int = EPOCHS, seed: int = 0, advance: Callable[[], None] = lambda: None) -> tuple[Any, SampleExits]:
     """As `trained`, once: later calls read `dyndepth.env.cache_folder()`."""
     from transformers import ViTForImageClassification
+    from transformers.utils import logging
 
     folder = cached(epochs, seed)
-    if not (folder / "model" / "config.json").exists():
-        model, exits = trained(epochs, seed, advance)
-        _keep(folder, model, exits)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
+        if not (folder / "model" / "config.json").exists():
+            _keep(folder, *trained(epochs, seed, advance))
         loaded: Any = ViTForImageClassification.from_pretrained(folder / "model").eval()
         return loaded, SampleExits.from_pretrained(folder / "exits")
     except (OSError, ValueError) as error:
         raise ArgumentError(f"the trained model in {folder} is damaged ({error}); remove that folder") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def cached(epochs: int = EPOCHS, seed: int = 0) -> Path:

@@ -149,7 +149,7 @@ def measure(problem: Problem, sizes: Sequence[int], repetitions: int, advance: C
 
 def accuracy(labels: Tensor) -> Callable[[Sequence[Tensor]], float]:
     """Share of right answers; labels int64 [samples]."""
-    return lambda logits: float((torch.stack([row.argmax(-1) for row in logits]) == labels).float().mean())
+    return lambda logits: float((torch.stack([row.argmax(-1) for row in logits]) == labels).double().mean())
 
 
 def run_and_write(
@@ -194,7 +194,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
         result.add_row(
             str(row.batch),
             f"{row.system}, {row.mode}" if row.system == "transformers" else row.mode,
-            f"{row.samples_per_s_median:.1f}",
+            f"{row.samples_per_s_median:.0f}" if row.samples_per_s_median >= 100 else f"{row.samples_per_s_median:.1f}",
             f"{row.samples_per_s_p10:.0f}-{row.samples_per_s_p90:.0f}",
             f"{row.samples_x_layers:.1%}",
             f"{row.quality:.1%}",

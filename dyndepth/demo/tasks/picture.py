@@ -30,13 +30,13 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
             label = None if row.mode in named else row.mode
             named.add(row.mode)
             left.bar(x, median, 0.2, yerr=spread, color=_COLOURS[row.mode], label=label, capsize=3)
-            note = f"{median:.0f}\n{row.samples_x_layers:.0%} work"
+            note = f"{median:.0f}\n{row.samples_x_layers:.0%}"
             left.annotate(
                 note, (x, row.samples_per_s_p90), ha="center", va="bottom", fontsize=7, xytext=(0, 3),
                 textcoords="offset points",
             )  # fmt: skip
     left.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    left.set_ylabel("samples per second, median and p10-p90")
+    left.set_ylabel("samples per second, median and p10-p90; % of samples x layers run")
     left.set_ylim(0, 1.25 * max(row.samples_per_s_p90 for row in rows))
     left.legend(loc="upper left", fontsize=8)
     left.set_title(title, loc="left", fontsize=9)
@@ -46,6 +46,7 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
     right.set_xlabel("share of samples x layers run")
     right.set_ylabel(rows[0].metric)
     right.set_xlim(0, 1.05)
+    right.set_ylim(min(row.quality for row in rows) - 0.02, max(row.quality for row in rows) + 0.02)
     right.legend(fontsize=8)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

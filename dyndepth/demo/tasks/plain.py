@@ -40,9 +40,9 @@ def together(encoder: DynamicEncoder, inputs: Mapping[str, Tensor]) -> tuple[lis
         view = _view(samples, answers, pooled, previous, carried, number, encoder)
         threshold = torch.full((samples.count,), point.threshold, device=pooled.device)
         if bool(point.criterion.leaves(view, threshold).all()):
-            return _apart(samples, answers, point.head.per_token), layer + 1
+            return _apart(samples, answers, encoder.answers_per_token(point.head)), layer + 1
         carried, previous = view.carried, pooled
-    return _apart(samples, encoder.final_answers(samples), encoder.per_token), encoder.depth
+    return _apart(samples, encoder.final_answers(samples), bool(encoder.per_token)), encoder.depth
 
 
 def _view(

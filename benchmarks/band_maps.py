@@ -1,0 +1,60 @@
+"""Candidate bands of `make band-frontier` and `make jump-maps`: their ridge maps, fitted once and kept in the folder."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dyndepth.closed_form.candidates import MapFitter
+from dyndepth.closed_form.progress import Progress
+from dyndepth.closed_form.trace import trace
+from dyndepth.data import Piece
+from dyndepth.exits import Band, Exits
+from dyndepth.runtime.bind import Model
+from dyndepth.runtime.fingerprint import facts_of
+
+LEAVES, LENGTHS = (5, 8, 10, 13, 15, 18, 20, 23, 25), (2, 3, 5, 10)
+Span = tuple[int, int]
+
+
+def spans(depth: int, exits: Sequence[int]) -> list[Span]:
+    """Bands of every length from every boundary that resume below the top, and the exits."""
+    resuming = [(leave, leave + length) for leave, length in itertools.product(LEAVES, LENGTHS) if leave + length < depth]
+    return sorted([*resuming, *((leave, depth) for leave in exits)])
+
+
+def ridge_bands(
+    folder: Path, model: Model, wanted: Sequence[Span], pieces: Sequence[Piece], report: Progress
+) -> dict[Span, Band]:
+    """Bands with ridge maps; one document in eight judges the penalties. Kept by length, as exits hold one band a boundary."""
+    lengths = sorted({resume - leave for leave, resume in wanted})
+    done = folder / "done"
+    if not done.exists():
+        fitter = MapFitter(model, wanted)
+        judged = torch.cat([torch.arange(p.tokens.shape[0]) >= p.start for p in pieces])
+        held = torch.cat([torch.full((p.tokens.shape[0],), i % 8 == 0) for i, p in enumerate(pieces)])
+        with report.stage("regressing maps", len(judged)) as advance:
+            for chunk in trace(model, [p.tokens for p in pieces], *fitter.needs(), advance=advance):
+                part = slice(chunk.begin, chunk.begin + chunk.ready.shape[0])
+                fitter.add(chunk, judged[part] & ~held[part], judged[part] & held[part])
+        for length in lengths:
+            bands = [fitter.band(span)[0] for span in wanted if span[1] - span[0] == length]
+            Exits(bands, facts_of(model)).save_pretrained(folder / str(length))
+        done.touch()
+    found = {length: Exits.from_pretrained(folder / str(length)) for length in lengths}
+    return {(band.leave, band.resume): band for exits in found.values() for band in exits}
+
+
+def first(pieces: Sequence[Piece], judged: int, skip: int = 0) -> list[Piece]:
+    """Pieces with `judged` judged rows, after those that hold the first `skip`."""
+    taken, count = [], 0
+    for piece in pieces:
+        if count >= skip + judged:
+            break
+        if count >= skip:
+            taken.append(piece)
+        count += piece.judged
+    return taken

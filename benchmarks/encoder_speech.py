@@ -1,0 +1,117 @@
+"""Early-exit ASR on the demo's Conformer: error rates and work by threshold under both criteria, then speed by batch size.
+
+    python benchmarks/encoder_speech.py FOLDER
+
+Writes FOLDER/encoder_speech.json. Needs espeak-ng. Phrases are spoken by voices that training never heard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndepth import info
+from dyndepth.demo.tasks import espeak, speech, speech_model
+from dyndepth.demo.tasks.measure import measure
+from dyndepth.encoders import DynamicEncoder, SampleExits
+from dyndepth.files import replacing
+from dyndepth.recipes import asr
+
+SIZES, REPETITIONS, TEST = (1, 8, 32, 128), 5, 512
+LEVELS = {
+    "frame_entropy": [-value for value in (0.0003, 0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.012, 0.02)],
+    "sentence_posterior": [0.999, 0.99, 0.97, 0.95, 0.9, 0.8, 0.7, 0.6, 0.4],
+}
+#: Largest word error rate above full depth's at which speed is measured.
+SPARE = 0.01
+
+
+def read(encoder: DynamicEncoder, batches: list[dict[str, Tensor]], texts: list[str]) -> dict[str, Any]:
+    """Error rates, work and where samples left, by the model's own passes."""
+    found: list[str] = []
+    left: list[int] = []
+    run = possible = 0
+    for inputs in batches:
+        out = encoder(**inputs)
+        found += asr.decode(out, speech_model.VOCABULARY)
+        left += out.exit_layers.tolist()
+        run, possible = run + out.work.run, possible + out.work.possible
+    places = [*encoder.boundaries, encoder.depth]
+    return {
+        **asr.error_rates(found, texts),
+        "samples_x_layers": run / possible,
+        "left": {str(at): left.count(at) for at in places},
+        "texts": found,
+    }
+
+
+def per_exit(model: Any, exits: SampleExits, batches: list[dict[str, Tensor]], texts: list[str]) -> list[dict[str, Any]]:
+    """Error rates if everybody left at one exit."""
+    rows = []
+    for at in [*(point.leave for point in exits), model.config.num_hidden_layers]:
+        opened = exits.with_thresholds([-1e9 if point.leave == at else float("inf") for point in exits])
+        told = read(DynamicEncoder(model, opened), batches, texts)
+        rows.append({"leave": at, "wer": told["wer"], "cer": told["cer"]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    espeak.require()
+    model, exits = speech_model.load()
+    texts, sounds = speech.spoken("test", TEST)
+    batches = [speech_model.batch(sounds[at : at + 32]) for at in range(0, TEST, 32)]
+    full = read(DynamicEncoder(model, exits.closed()), batches, texts)
+    sweep: list[dict[str, Any]] = []
+    for criterion, levels in LEVELS.items():
+        for level in levels:
+            opened = asr.judged_by(exits, criterion, level)
+            begin = time.perf_counter()
+            told = read(DynamicEncoder(model, opened), batches, texts)
+            same = sum(a == b for a, b in zip(told.pop("texts"), full["texts"], strict=True)) / TEST
+            seconds = time.perf_counter() - begin
+            sweep.append({"criterion": criterion, "threshold": level, **told, "same_text": same, "seconds": seconds})
+            print(sweep[-1], flush=True)
+    rows = []
+    for criterion in LEVELS:
+        within = [row for row in sweep if row["criterion"] == criterion and row["wer"] <= full["wer"] + SPARE]
+        if not within:
+            continue
+        chosen = min(within, key=lambda row: row["samples_x_layers"])
+        encoder = DynamicEncoder(model, asr.judged_by(exits, criterion, chosen["threshold"]))
+        problem = speech.problem_of(encoder, texts, sounds)
+        rows += [
+            {"criterion": criterion, "threshold": chosen["threshold"], **asdict(row)}
+            for row in measure(problem, SIZES, REPETITIONS)
+        ]
+    found = {
+        "phrases": TEST,
+        "seconds_of_speech": sum(map(len, sounds)) / espeak.RATE,
+        "layers": model.config.num_hidden_layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "threads": torch.get_num_threads(),
+        "repetitions": REPETITIONS,
+        "spare_wer": SPARE,
+        "machine": info.collect(),
+        "full": {"wer": full["wer"], "cer": full["cer"]},
+        "exits": per_exit(model, exits, batches, texts),
+        "sweep": sweep,
+        "rows": rows,
+    }
+    with replacing(folder / "encoder_speech.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

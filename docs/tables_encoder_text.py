@@ -1,0 +1,78 @@
+"""Tables of encoders: what recipes reach on real text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def encoder_text(results: Path) -> str:
+    """What `make encoder-text` found: every setting of every system."""
+    found = _load(results)
+    lines = _header("system", "trained", "setting", "accuracy", "samples × layers", "mean layers")
+    for row in found["rows"]:
+        trained = "with the model" if row["with_model"] else "exits alone"
+        setting = row["setting"]
+        if "bound" in row:
+            setting += f" (bound {row['bound']:.2f})"
+        if "products" in row:
+            setting += f", {row['products']:.0%} of the products"
+        lines.append(
+            f"| {row['system']} | {trained} | {setting} | {row['accuracy']:.1%} | {row['samples_x_layers']:.1%} "
+            f"| {row['mean_layers']:.2f} |"
+        )
+    sizes = found["documents"]
+    text = (
+        f"{found['model']}, {found['layers']} layers; {found['data']}, {found['topics']} topics, the first {found['tokens']} "
+        f"tokens of a document; {sizes['train']} documents train, {sizes['held_out']} set thresholds and stop training, "
+        f"{sizes['test']} of the published test set are answered, in batches of {found['batch']}."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def encoder_text_systems(results: Path) -> str:
+    """System, what runs here, what differs, and the figure reached: at most a point is lost, for the least work."""
+    found = _load(results)
+    lines = _header("system", "what the paper adds", "what runs here", "what differs", "reached here")
+    for system, (adds, runs, differs) in found["about"].items():
+        reached = [
+            _reached(found["rows"], system, with_model)
+            for with_model in (False, True)
+            if any(row["system"] == system and row["with_model"] == with_model for row in found["rows"])
+        ]
+        if reached:
+            lines.append(f"| {system} | {adds} | {runs} | {differs} | {'; '.join(reached)} |")
+    text = "Accuracy at the share of samples × layers, of the setting that loses at most a point for the least work."
+    return "\n".join([*lines, "", text, ""])
+
+
+#: Whose full depth a system without a row of its own is held against: EERO and JEI-DNN share a model with DeeBERT.
+_REFERENCE = {"EERO": "DeeBERT", "JEI-DNN": "DeeBERT"}
+
+
+def _reached(rows: list[dict[str, Any]], system: str, with_model: bool) -> str:
+    own = [row for row in rows if row["with_model"] == with_model and row["system"] == system]
+    reference = _REFERENCE.get(system, system)
+    whole = next(
+        row["accuracy"]
+        for row in rows
+        if row["with_model"] == with_model and row["system"] == reference and row["setting"] == "full depth"
+    )
+    early = [row for row in own if row["setting"] != "full depth"]
+    near = [row for row in early if row["accuracy"] >= whole - 0.01]
+    best = min(near, key=lambda row: row["samples_x_layers"]) if near else max(early, key=lambda row: row["accuracy"])
+    how = "model trained" if with_model else "model frozen"
+    return f"{best['accuracy']:.1%} at {best['samples_x_layers']:.0%} ({best['setting']}; full depth {whole:.1%}; {how})"
+
+
+def _header(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+
+
+def _load(results: Path) -> Any:
+    return json.loads((results / "encoder_text.json").read_text(encoding="utf-8"))
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"encoder_text": encoder_text, "encoder_text_systems": encoder_text_systems}

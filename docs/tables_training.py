@@ -1,0 +1,115 @@
+"""Renderers of tables of docs/training.md, part of tables.py: rows shown, jumps, the frontier of bands, K,V weighting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def head_tokens(results: Path) -> str:
+    """What `make head-tokens` found: agreement and KL of translators by the rows they were shown."""
+    found = _load(results / "head_tokens.json")
+    exits = list(found["runs"][-1]["agreement"])
+    columns = [f"exit {leave}: {name}" for leave in exits for name in ("agreement", "KL")]
+    lines = _header("rows shown", *columns)
+    for run in found["runs"]:
+        cells = []
+        for leave in exits:
+            kl = run.get("kl", {}).get(leave)
+            cells += [f"{run['agreement'][leave]:.1%}", "–" if kl is None else f"{kl:.3f}"]
+        lines.append(f"| {run['rows']} | {' | '.join(cells)} |")
+    text = (
+        f"Translators from ridge starts, a run of its own (warm-up and cosine) for every count, on a corpus of "
+        f"{found['judged_rows_of_the_corpus']} rows; measured on {found['measured_on']} rows of unseen answers. "
+        f"{floor(results)}"
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def floor(results: Path) -> str:
+    """How often rounding alone leaves the arg max alone: the most that any agreement can mean."""
+    found = _load(results / "head_tokens.json")["rounding_floor"]
+    return (
+        f"The noise floor: the bfloat16 model's own arg max is that of the same weights in float32 on "
+        f"{found['agreement']:.1%} of {found['rows']} rows."
+    )
+
+
+def jump_maps(results: Path) -> str:
+    """What `make jump-maps` found: kinds of jump after equally many rows."""
+    found = _load(results / "jump_maps.json")
+    lines = _header(
+        "band", "jump", "weights", "rows shown", "KL, of all rows", "those that skip agree", "disagreements per skip"
+    )
+    starts = {tuple(row["span"]): row["kl_at_start"] for row in found["rows"] if row["jump"] == "linear"}
+    for row in found["rows"]:
+        leave, resume = row["span"]
+        kl = row.get("kl", starts.get((leave, resume)))
+        lines.append(
+            f"| [{leave}, {resume}) | {row['jump']} | {row['jump_weights'] / 1e6:.2f} M | {row.get('rows_shown', 0)} "
+            f"| {'–' if kl is None else f'{kl:.3f}'} | {row['agreement']:.1%} | {row['harm']:.3f} |"
+        )
+    text = (
+        f"{found['share']:.0%} of the rows skip by lot; KL on {_looked(found)} rows of the validation split, the rest in real "
+        f"passes over {found['rows'][0]['judged']} rows of unseen answers, where *disagreements per skip* are those of rows "
+        "that stayed and see predicted K,V. K,V maps are trained along."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def _looked(found: dict[str, Any]) -> int:
+    return next(row["looked_at"] for row in found["rows"] if "looked_at" in row)
+
+
+def band_frontier(results: Path) -> str:
+    """What `make band-frontier` found: mean layers at three agreements, then what routers know of each band."""
+    found = _load(results / "band_frontier.json")
+    shares = list(found["frontier"][0]["mean_layers"])
+    lines = _header("what rows may take", "confidence", *(f"mean layers at {share}" for share in shares), "bands at the last")
+    for row in sorted(found["frontier"], key=lambda row: ("exits", "bands", "bands and exits").index(row["family"])):
+        cells = ["–" if row["mean_layers"][share] is None else f"{row['mean_layers'][share]:.2f}" for share in shares]
+        point = min(row["points"], key=lambda point: abs(point["agreement"] - float(shares[-1].rstrip("%")) / 100))
+        taken = [
+            f"[{leave}, {resume}) {share:.0%}"
+            for (leave, resume), share in zip(point["spans"], point["taken"], strict=True)
+            if share >= 0.005
+        ]
+        lines.append(f"| {row['family']} | {row['confidence']} | {' | '.join(cells)} | {', '.join(taken) or 'none'} |")
+    lines += ["", *_header("band", "by lot: agree", "disagreements per skip", "router: AUC", "blind to what was skipped",
+                           "with a readout too")]  # fmt: skip
+    for band in found["bands"]:
+        leave, resume = band["span"]
+        auc = [band["router"].get(f"{name}: auc") for name in ("router", "router, blind to what was skipped", "with a readout")]
+        shown = ["–" if value is None else f"{value:.3f}" for value in auc]
+        lines.append(f"| [{leave}, {resume}) | {band['agreement']:.1%} | {band['harm']:.3f} | {' | '.join(shown)} |")
+    rows = found["rows"]
+    text = (
+        f"{found['model']}, {found['dtype']}; real passes, predicted K,V included. Routers from {rows['fit']} rows, how true "
+        f"scores are from {rows['tune']}, layers from {rows['test']} rows of unseen answers, read between measured points; "
+        f"layers of heads and shortlists that judge are not counted. {floor(results)}"
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def kv_weighting(results: Path) -> str:
+    """What `make kv-weighting` found."""
+    found = _load(results / "kv_weighting.json")
+    lines = _header("exit", "rows count", "squared error, every row alike", "KL of those that stay", "agreement")
+    for row in found["rows"]:
+        lines.append(f"| {row['exit']} | {row['weighting']} | {row['error']:.4f} | {row['kl']:.4f} | {row['agreement']:.1%} |")
+    text = (
+        f"{found['share']:.0%} of the rows gone by lot, maps from {found['fitted_rows']} rows, own answers, {found['dtype']}."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES = {"head_tokens": head_tokens, "jump_maps": jump_maps}
+
+
+def _header(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,142 @@
+"""Kernels are counted where they start: every op's cases, CUDA's own, and whole passes, against what pure functions say."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import op_harness
+import pytest
+import tiny_exits
+import tiny_models
+import torch
+from counting import Counting
+
+from dyndepth import env
+from dyndepth.exits import Router, RouterScore, TopProbability
+from dyndepth.op import REGISTRY, backend
+from dyndepth.plan import Sizes
+from dyndepth.plan.launches import Boundary, graph_launches
+from dyndepth.runtime.bind import bind
+from dyndepth.runtime.session import Session
+from dyndepth.testing import CASES
+
+counts: Any = importlib.import_module("dyndepth.kernels.counts")
+launch: Any = importlib.import_module("dyndepth.kernels.launch")
+interpreted = pytest.mark.skipif(not env.triton_interpret(), reason="runs under TRITON_INTERPRET=1 (make test-interpreted)")
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[Counter[str]]:
+    """Launches of Triton's kernels by name, in Triton's interpreter."""
+    from triton.runtime import interpreter
+
+    seen: Counter[str] = Counter()
+    call = interpreter.GridExecutor.__call__
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen[self.fn.__name__.lstrip("_")] += 1
+        return call(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = counting
+    try:
+        yield seen
+    finally:
+        interpreter.GridExecutor.__call__ = call
+
+
+def _said(op: str, given: dict[str, Any]) -> Counter[str]:
+    """What counts.py says of a call with these arguments."""
+    if op == "compact_rows":
+        payloads = [payload.numel() // max(1, payload.shape[0]) * payload.element_size() for payload in given["payloads"]]
+        return Counter(counts.compact_rows(given["state"].shape[0], payloads))
+    if op == "exit_stats":
+        ids = given.get("vocab_ids")
+        words = given["head_weight"].shape[0] if ids is None else ids.shape[0]
+        return Counter(counts.exit_stats(given["hidden"].shape[0], words, given.get("norm_gain") is not None))
+    if op == "ragged_attention":
+        (rows, heads, dim), pages = given["q"].shape, given["pages"]
+        reach, window = given["block_table"].shape[1] * pages.shape[2], given.get("window", 0)
+        reach = min(reach, window) if window else reach
+        kv_heads = pages.shape[3]
+        device = launch.Device()
+        return Counter(
+            counts.ragged_attention(rows, kv_heads, heads // kv_heads, dim, reach, device, given["q"].element_size())
+        )
+    first = {"project_qkv": "x", "ragged_linear": "x", "router_score": "hidden", "store_kv": "k", "backfill_kv": "residual"}[op]
+    more = {
+        "ragged_linear": [given.get("weight", torch.empty(0)).shape[0]],
+        "backfill_kv": [given.get("weight", torch.empty(0)).shape[0]],
+    }
+    return Counter(getattr(counts, op)(given[first].shape[0], *more.get(op, [])))
+
+
+@interpreted
+@pytest.mark.parametrize("op", sorted(name for name, op in REGISTRY.items() if "triton" in op.providers))
+def test_launches_of_every_case_triton(op: str) -> None:
+    seen = 0
+    for case in [case for case in CASES[op] if not (case.large or case.gpu or case.bench)][:8]:
+        given = case.build(torch.float32)
+        if op in ("project_qkv", "backfill_kv") and _composed(op, given):
+            continue  # the library's products, then store_kv
+        with _counted() as found, backend("triton"):
+            REGISTRY[op](**op_harness.copied(given))
+        assert found == Counter({name: count for name, count in _said(op, given).items() if name != "library"}), case.name
+        seen += 1
+    assert seen > 1
+
+
+def _composed(op: str, given: dict[str, Any]) -> bool:
+    dim, cos = given["pages"].shape[-1], given.get("cos")
+    return dim % 2 == 1 or (cos is not None and cos.shape[-1] != dim // 2)
+
+
+@interpreted
+@pytest.mark.parametrize(("judge", "kv"), [("router", "predict"), ("statistics", "propagate"), ("none", "predict")])
+def test_launches_of_a_pass_triton(judge: str, kv: str) -> None:
+    """The number is exact, the same whoever leaves, and no product is the library's."""
+    model, rows, page = tiny_models.shared("llama"), 3, 4
+    sizes = Sizes.of(model)
+    bands, boundaries = [], []
+    for leave in (2, 4) if judge != "none" else ():
+        words = tiny_models.VOCABULARY if judge == "statistics" else 0
+        router = tiny_exits.filled(Router(sizes.width), torch.Generator().manual_seed(leave), 30.0)
+        criterion = TopProbability() if words else RouterScore(router)
+        bands.append(tiny_exits.band(model, leave, 6, criterion, head="norm", threshold=0.5))
+        boundaries.append(Boundary(leave, words))
+    exits = tiny_exits.exits_of(model, *bands) if bands else None
+    session = Session(bind(model), [9] * rows, exits, kv=kv, page_size=page)
+    prompts = [torch.arange(3, 7) for _ in range(rows)]
+    session.prefill(prompts, session.work())
+    for token in (5, 11) if judge == "router" else (5,):
+        with _counted() as found, backend("triton"), Counting() as calls:
+            session.run_graph(range(rows), [4] * rows, tokens=torch.tensor([token, 9, 30]))
+        assert found == graph_launches(sizes, rows, 2 * page, boundaries, kv=kv, item=4)
+        assert not [name for name, _ in calls.seen if name == "product"]
+
+
+def test_counts_by_hand() -> None:
+    """Llama-3-8B on an H100, 32 rows, 2048 tokens: 5 kernels a layer and a sixth where the context is split."""
+    sizes = Sizes.known("Llama-3-8B")
+    plain = graph_launches(sizes, 32, 2048)
+    assert plain == {"project_qkv": 32, "attend": 32, "combine": 32, "ragged_linear": 96}
+    exits = graph_launches(sizes, 32, 2048, [Boundary(16), Boundary(24, words=128256)])
+    assert exits - plain == {"router_score": 1, "block_stats": 1, "fold": 1, "partition": 2, "move": 18, "backfill_kv": 2}
+    with_cuda = graph_launches(sizes, 32, 2048, [Boundary(16)], kv="propagate", compact="cuda")
+    assert with_cuda - plain == {"router_score": 1, "compact_rows_once": 1}
+    assert graph_launches(sizes, 256, 128)["combine"] == 0
+    assert counts.exit_stats(129, 128256, gained=True) == {"library": 9, "logit_stats": 8, "fold": 1}
+
+
+@pytest.mark.parametrize(("rows", "payloads"), [(0, 3), (1, 0), (5, 3), (1024, 16), (1024, 17), (1025, 33), (4000, 1)])
+def test_launches_of_compact_rows_by_cuda(rows: int, payloads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dyndepth.cuda import compact_rows, compiler
+
+    seen: Counter[str] = Counter()
+    monkeypatch.setattr(compiler, "launch", lambda name, function, *_: seen.update([function]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    compact_rows.compact_rows(torch.zeros(rows, dtype=torch.int8), [torch.zeros(rows, 2) for _ in range(payloads)])
+    assert seen == counts.compact_rows_by_cuda(rows, [8] * payloads)
