@@ -12,6 +12,7 @@ import torch
 
 import dyndepth
 from dyndepth.encoders import LambdaHead, LinearHead, QExit, SampleExits
+from dyndepth.encoders.criteria import draw
 from dyndepth.errors import ArgumentError
 from dyndepth.recipes import palbert
 from dyndepth.training.encoder_trainer import EncoderConfig
@@ -94,6 +95,14 @@ def test_draws_have_the_posteriors_distribution() -> None:
     errors = (wanted * (1 - wanted) / (12 * count)).sqrt()
     assert bool(((seen - wanted).abs() <= 5 * errors + 1e-9).all())
     assert float(wanted[1:].max()) < 0.98
+
+
+def test_draws_are_uniform_at_every_depth() -> None:
+    """Kolmogorov-Smirnov distance of 20 000 draws, at boundaries where the mixing runs past 64 bits too."""
+    for boundary, seed in ((1, 0), (5, 3), (48, 2**40)):
+        found = draw(torch.arange(20_000), boundary, seed).sort().values
+        assert float((found - torch.arange(20_000) / 20_000).abs().max()) < 1.95 / 20_000**0.5
+    assert not torch.equal(draw(torch.arange(9), 5, 0), draw(torch.arange(9), 6, 0))
 
 
 def test_the_expectation_averages_probabilities() -> None:
