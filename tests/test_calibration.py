@@ -274,6 +274,16 @@ def test_thresholds_by_hand() -> None:
     assert thresholds_for(scores, [0.0, 1.0])[0] == math.inf
 
 
+def test_ties_stay_in_the_precision_that_criteria_compare_in() -> None:
+    """Above a tie comes the next float32, not the next double, which float32 rounds back; doubles equal in float32 are ties."""
+    saturated = np.array([[1.0, 0.0]] * 8 + [[0.5, 0.0]] * 2)
+    threshold = thresholds_for(saturated, [0.3, 0.7])[0]
+    assert threshold == 1 + 2.0**-23
+    assert not (saturated[:, 0].astype(np.float32) >= np.float32(threshold)).any()
+    near = np.array([[0.7 + 1e-12, 0.0], [0.7, 0.0], [0.1, 0.0]])
+    assert not (near[:, 0].astype(np.float32) >= np.float32(thresholds_for(near, [0.4, 0.6])[0])).any()
+
+
 @pytest.mark.parametrize("budget", [3.0, 3.01, 10.0, 17.5, 29.9, 30.0])
 def test_shares_meet_the_budget(budget: float) -> None:
     costs = np.array([3.0, 15.0, 22.0, 30.0])

@@ -140,6 +140,51 @@ def test_thresholds_reach_the_fractions(power: float, factors: tuple[float, ...]
     assert counts[:3] == [math.floor(120 * share + 1e-9) for share in shares[:3]]
 
 
+def test_tied_scores_stay_in_inference_as_in_calibration() -> None:
+    """Heads so sure that most probabilities are 1 in float32: no threshold parts them, and none may let all of them leave."""
+    made = model()
+    for head in (made.early, made.late, made.convolutional):
+        head.weight.data *= 300
+    x = images(80)
+    scores, _ = dp.scores_of(made, [x])
+    assert (scores[:, :3] == 1).mean() > 0.5
+    thresholds = dp.geometric_thresholds(scores, 1.0)
+    wanted = (scores >= thresholds).argmax(1) + 1
+    assert (wanted == 4).sum() > 40
+    for compact in (True, False):
+        out = dp.DynamicPerceiver(made, thresholds, compact=compact)(x)
+        # A threshold that is one sample's score may come out an ulp lower in another batch.
+        assert (out.exits.numpy() != wanted).sum() <= 3
+        assert all(int((out.exits == number).sum()) <= 20 for number in (1, 2, 3))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_answers_that_are_not_numbers_are_refused(compact: bool) -> None:
+    made, x = model(), images(4)
+    x[1] = math.nan
+    thresholds = (math.inf, math.inf, 2.0, 0.0)
+    with pytest.raises(ArgumentError, match="DynamicPerceiver: logits must be numbers, got NaN at exit 1"):
+        dp.DynamicPerceiver(made, thresholds, compact=compact)(x)
+    with pytest.raises(ArgumentError, match=r"scores_of: logits must be numbers, got NaN at exit 1"):
+        dp.scores_of(made, [x])
+    made, x = model(), images(4)
+    with torch.no_grad():
+        made.convolutional.bias[0] = math.nan
+    with pytest.raises(ArgumentError, match="got NaN at exit 3"):
+        dp.DynamicPerceiver(made, thresholds, compact=compact)(x)
+    # Nobody asks exit 3 about samples that have left.
+    assert dp.DynamicPerceiver(made, (0.0, 0.0, 0.0, 0.0), compact=compact)(x).exits.tolist() == [1] * 4
+
+
+def test_calibration_leaves_the_model_as_it_is() -> None:
+    made = model().train()
+    before = copy.deepcopy(made.state_dict())
+    for call in (lambda: dp.scores_of(made, [images(4)]), lambda: dp.costs(made, images(1))):
+        with pytest.raises(ArgumentError, match=r"must be in eval mode, got training mode \(call model\.eval\(\)\)"):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
 def test_the_loss_written_out() -> None:
     made = model()
     labels = torch.tensor([0, 3, 5, 1])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ import tiny_text
 import torch
 
 import dyndepth
+from dyndepth.encoders import LinearHead
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits import TopProbability
+from dyndepth.exits.criteria import View
 from dyndepth.recipes import deebert, eero
+from dyndepth.recipes.sample_heads import confidences
 from dyndepth.training.encoder_trainer import EncoderConfig
 
 COSTS = np.array([1.0, 2.0, 4.0])
@@ -106,6 +110,50 @@ def test_budgets_of_a_model() -> None:
         assert layers[-1] <= about["layers_bound"]
         assert about["samples"] == 400
     assert layers == sorted(layers)
+
+
+@pytest.mark.parametrize("sure", [1.0, 40.0])
+def test_layers_of_the_record_are_those_that_the_encoder_runs(sure: float) -> None:
+    """Heads 40 times as sure score 1 in float32 for most samples: ties stay, in the record as in the encoder, which says so."""
+    model = tiny_text.bert()
+    trained = copy.deepcopy(exits_of(model))
+    for point in trained:
+        assert isinstance(point.head, LinearHead)
+        point.head.out.weight.data *= sure
+    inputs, labels = tiny_text.task(400, 11)
+    exits = eero.fit(model, trained, inputs, labels, 2.5, temperature=1.0)
+    about = exits.record["eero"]
+    scores = confidences(model, trained, inputs).double().numpy()
+    assert (scores[:, :-1] == 1).mean() > 0.3 or sure == 1.0
+    thresholds = np.array([*(point.threshold for point in exits), -math.inf])
+    layers = dyndepth.DynamicEncoder(model, exits)(**inputs).exit_layers
+    # A threshold is the score of a sample, which may come out an ulp lower in another batch: one sample an exit.
+    assert (layers.numpy() != eero.leaving(scores, thresholds) + 1).sum() <= 3
+    recorded = (about["layers_fitted"] + about["layers_checked"]) / 2
+    assert float(layers.float().mean()) == pytest.approx(recorded, abs=3 * 3 / 400)
+    assert about["budget_met"] == (sure == 1.0)
+    assert about["budget_met"] == (about["layers_fitted"] < 2.5 + 9 / 200)
+
+
+def test_scores_are_the_criterions_own() -> None:
+    """The bits that TopProbability sees in an encoder, not those of another formula."""
+    model = tiny_text.bert()
+    trained = exits_of(model).with_criterion(_Noted(), math.inf)
+    inputs, _ = tiny_text.task(32, 4)
+    _Noted.seen.clear()
+    dyndepth.DynamicEncoder(model, trained)(**inputs)
+    found = confidences(model, trained, inputs)
+    for k, (ids, scores) in enumerate(_Noted.seen):
+        assert torch.equal(found[ids, k], scores)
+    assert len(_Noted.seen) == 3
+
+
+class _Noted(TopProbability):
+    seen: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def score(self, view: View) -> torch.Tensor:
+        self.seen.append((view.seq.long(), super().score(view)))
+        return self.seen[-1][1]
 
 
 def test_errors() -> None:

@@ -22,6 +22,9 @@ def thresholds_for(scores: ArrayLike, shares: ArrayLike) -> Array:
 
     At every exit the floor(rows * share) surest rows of those still there leave. Rows tied with the last of them would leave
     as well, so the threshold then lies just above the tie: fewer leave, never more. The last threshold is -inf.
+
+    Criteria compare in float32, so scores that are equal there are ties, and "just above" is the next float32: a threshold
+    that is rounded to float32 parts the same rows.
     """
     values = np.asarray(scores, dtype=np.float64)
     wanted = np.asarray(shares, dtype=np.float64)
@@ -31,7 +34,7 @@ def thresholds_for(scores: ArrayLike, shares: ArrayLike) -> Array:
         raise ArgumentError(f"thresholds_for: shares must be {values.shape[1]} numbers from 0 up, got {wanted.tolist()}")
     if not math.isclose(wanted.sum(), 1, abs_tol=1e-9):
         raise ArgumentError(f"thresholds_for: shares must add up to 1, got {wanted.sum():.6g}")
-    rows = values.shape[0]
+    rows, compared = values.shape[0], values.astype(np.float32)
     present = np.ones(rows, dtype=bool)
     thresholds = np.full(values.shape[1], math.inf)
     for k in range(values.shape[1] - 1):
@@ -40,10 +43,10 @@ def thresholds_for(scores: ArrayLike, shares: ArrayLike) -> Array:
         if count == 0:
             continue
         threshold = left[count - 1]
-        if count < len(left) and left[count] == threshold:
-            threshold = np.nextafter(threshold, math.inf)
+        if count < len(left) and np.float32(left[count]) == np.float32(threshold):
+            threshold = np.nextafter(np.float32(threshold), np.float32(math.inf))
         thresholds[k] = threshold
-        present &= values[:, k] < threshold
+        present &= compared[:, k] < np.float32(threshold)
     thresholds[-1] = -math.inf
     return thresholds
 

@@ -105,12 +105,34 @@ def train(
 
 @torch.no_grad()
 def scores_of(model: DynPerceiver, batches: Iterable[Tensor]) -> tuple[Array, NDArray[np.int64]]:
-    """(largest probabilities, answers), both [samples, exits], with every exit computed: what calibration needs."""
+    """(largest probabilities, answers), both [samples, exits], with every exit computed: what calibration needs.
+
+    The model must be in eval mode: in training mode its batch norms would learn from these samples.
+    """
+    _evaluating(model, "dyn_perceiver.scores_of")
     found = [torch.stack(model(pixels).all(), 1) for pixels in batches]
     if not found:
         raise ArgumentError("dyn_perceiver.scores_of: wanted at least one batch, got none")
-    top = torch.cat(found).softmax(-1).max(-1)
-    return top.values.double().numpy(), top.indices.numpy()
+    logits = torch.cat(found).cpu()
+    for number in range(1, EXITS + 1):
+        _checked(logits[:, number - 1], number, "dyn_perceiver.scores_of")
+    return _surest(logits).double().numpy(), logits.argmax(-1).numpy()
+
+
+def _surest(logits: Tensor) -> Tensor:
+    """fp32 [...]: largest probability of logits [..., classes]; what thresholds are made of and compared with."""
+    return logits.float().softmax(-1).amax(-1)
+
+
+def _checked(logits: Tensor, number: int, op: str) -> None:
+    # NaN reaches no threshold, so such a sample would run to the end and be answered with the first class.
+    if bool(torch.isnan(logits).any()):
+        raise ArgumentError(f"{op}: logits must be numbers, got NaN at exit {number}")
+
+
+def _evaluating(model: DynPerceiver, op: str) -> None:
+    if model.training:
+        raise ArgumentError(f"{op}: the model must be in eval mode, got training mode (call model.eval())")
 
 
 def geometric_thresholds(scores: ArrayLike, power: float, factors: Sequence[float] = (1.0,) * EXITS) -> Array:
@@ -158,16 +180,17 @@ class DynamicPerceiver:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Output:
         """pixels [n, channels, height, width]."""
-        if self.model.training:
-            raise ArgumentError("DynamicPerceiver: the model must be in eval mode, got training mode (call model.eval())")
+        _evaluating(self.model, "DynamicPerceiver")
         return self._picked(pixels) if not self.compact else self._shrinking(pixels)
 
     def _picked(self, pixels: Tensor) -> Output:
         found = torch.stack(self.model(pixels).all(), 1)
-        surest = found.softmax(-1).amax(-1)
+        surest = _surest(found)
         leaves = surest >= torch.tensor(self.thresholds, device=surest.device)
         leaves[:, -1] = True
         first = leaves.int().argmax(1)
+        for number in range(1, EXITS + 1):  # those that have left before are not asked there
+            _checked(found[first >= number - 1, number - 1], number, "DynamicPerceiver")
         parts = ("latent", "features")
         work = {f"{part} {k + 1}": len(pixels) for k in range(STAGES) for part in parts} | {"merged": len(pixels)}
         return Output(found[torch.arange(len(first)), first], (first + 1).int(), work)
@@ -193,7 +216,9 @@ class DynamicPerceiver:
         x, z, ids, logits = pass_.leave(3, self.thresholds[2], model.exit_features(x), [x, z, ids, logits])
         if len(ids):
             pass_.work["merged"] = len(ids)
-            pass_.take(4, ids, model.exit_merged(x, z, logits))
+            merged = model.exit_merged(x, z, logits)
+            _checked(merged, 4, "DynamicPerceiver")
+            pass_.take(4, ids, merged)
         return pass_.output()
 
 
@@ -212,7 +237,8 @@ class _Pass:
 
     def leave(self, number: int, threshold: float, logits: Tensor, rows: list[Tensor]) -> tuple[Tensor, ...]:
         """Those that are sure leave with `logits`; the rest of `rows` (x, z, ids, logits of exit 2 so far), in order."""
-        leaves = logits.softmax(-1).amax(-1) >= threshold
+        _checked(logits, number, "DynamicPerceiver")
+        leaves = _surest(logits) >= threshold
         if not bool(leaves.any()):
             return tuple(rows)
         self.take(number, rows[2][leaves], logits[leaves])
@@ -232,8 +258,9 @@ def infer(model: DynPerceiver, pixels: Tensor, thresholds: Sequence[float] | Arr
 def costs(model: DynPerceiver, pixels: Tensor) -> dict[str, Any]:
     """Floating-point operations of a sample (pixels [1, ...]): of every part, and up to every exit.
 
-    As torch counts them: products, convolutions and attention.
+    As torch counts them: products, convolutions and attention. The model must be in eval mode.
     """
+    _evaluating(model, "dyn_perceiver.costs")
     from torch.utils.flop_counter import FlopCounterMode
 
     def flops(run: Callable[[], Any]) -> tuple[Any, float]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from dyndepth.calibration import betting_bound, exponential_weights, thresholds_
 from dyndepth.encoders import SampleExits, bind
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits.criteria import TopProbability
-from dyndepth.recipes.sample_heads import answers
+from dyndepth.recipes.sample_heads import answers, confidences
 from dyndepth.training.encoder_states import Inputs
 
 Array = NDArray[np.float64]
@@ -37,11 +36,17 @@ class Budgeted:
     fitted: float
     checked: float
     bound: float
+    #: Whether the fitting half keeps the budget, up to shares rounded to whole samples. Ties can make that impossible: where
+    #: heads are so sure that many scores are 1 in float32, no threshold lets a part of those samples leave, and all stay.
+    met: bool
 
 
 def leaving(scores: Array, thresholds: Array) -> NDArray[np.int64]:
-    """int64 [n]: the first exit whose score reaches its threshold; the last one (-inf) is reached by all."""
-    return (scores >= thresholds).argmax(1)
+    """int64 [n]: the first exit whose score reaches its threshold; the last one (-inf) is reached by all.
+
+    Compared in float32, as encoders do.
+    """
+    return (scores.astype(np.float32) >= thresholds.astype(np.float32)).argmax(1)
 
 
 def budgeted(
@@ -66,7 +71,7 @@ def budgeted(
         seed: of the halves.
 
     Thresholds are quantiles on one half of `scores`, where the mean cost exceeds the budget by at most what ties and the
-    rounding of shares to whole samples make. They do not depend on the other half, so its costs are a sample of what
+    rounding of shares to whole samples make; `met` says whether ties did. They do not depend on the other half, so its costs are a sample of what
     independent requests of the same kind cost, and a betting bound (Waudby-Smith and Ramdas 2024) on their mean holds.
     """
     if scores.ndim != 2 or wrong.ndim != 2 or not scores.shape[1] == wrong.shape[1] == len(costs):
@@ -84,7 +89,9 @@ def budgeted(
     reached = [costs[leaving(part, thresholds)] for part in (fit, check)]
     low, width = costs[0], max(costs[-1] - costs[0], 1e-12)
     bound = low + width * betting_bound((reached[1] - low) / width, 1 - confidence)
-    return Budgeted(shares, thresholds, errors, float(reached[0].mean()), float(reached[1].mean()), float(bound))
+    fitted, checked = (float(part.mean()) for part in reached)
+    rounding = (len(costs) - 1) * (costs[-1] - costs[0]) / len(fit)
+    return Budgeted(shares, thresholds, errors, fitted, checked, float(bound), bool(fitted <= budget + rounding + 1e-9))
 
 
 def fit(
@@ -108,17 +115,18 @@ def fit(
         unlabelled: samples for the thresholds; `inputs` by default.
 
     Returns exits whose `record["eero"]` holds budget, shares, errors, and the mean layers: on the half that thresholds were
-    fitted on, on the other half, and the bound that this one proves with `confidence`.
+    fitted on, on the other half, and the bound that this one proves with `confidence`. `budget_met` is False where tied scores
+    keep so many samples that the fitting half exceeds the budget.
     """
     costs = np.array([*(point.leave for point in exits), bind(model).depth], dtype=np.float64)
     logits = answers(model, exits, inputs)
     wrong = (logits.argmax(-1).cpu() != labels.cpu()[:, None]).double().numpy()
-    read = logits if unlabelled is None else answers(model, exits, unlabelled)
-    scores = torch.softmax(read, -1).amax(-1).double().cpu().numpy()
+    scores = confidences(model, exits, inputs if unlabelled is None else unlabelled).double().cpu().numpy()
     found = budgeted(scores, wrong, costs, budget, temperature=temperature, confidence=confidence, seed=seed)
     result = exits.with_criterion(TopProbability(), found.thresholds[:-1].tolist())
     about = {
         "budget": budget, "confidence": confidence, "shares": found.shares.tolist(), "errors": found.errors.tolist(),
-        "layers_fitted": found.fitted, "layers_checked": found.checked, "layers_bound": found.bound, "samples": len(scores),
+        "layers_fitted": found.fitted, "layers_checked": found.checked, "layers_bound": found.bound, "budget_met": found.met,
+        "samples": len(scores),
     }  # fmt: skip
     return SampleExits(result, exits.model, final=exits.final, record={**exits.record, "eero": about})

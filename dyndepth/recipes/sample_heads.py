@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyndepth.encoders import DynamicEncoder, LinearHead, SampleExit, SampleExits, bind, facts_of
+from dyndepth.encoders import DynamicEncoder, LinearHead, SampleExit, SampleExits, SampleHead, Samples, bind, facts_of
+from dyndepth.encoders.exits import prepared
 from dyndepth.errors import ArgumentError
 from dyndepth.exits.criteria import Criterion
-from dyndepth.training.encoder_states import Inputs, PooledStates, chosen
+from dyndepth.ops import ExitStats, exit_stats
+from dyndepth.ops.exit_stats import stats_of_logits
+from dyndepth.training.encoder_states import Everywhere, Inputs, PooledStates, chosen
 
 
 def layers_for(model: Any, leave: Sequence[int] | None) -> list[int]:
@@ -65,9 +68,41 @@ def linear_exits(
 @torch.no_grad()
 def answers(model: Any, exits: SampleExits, inputs: Inputs, *, batch: int = 32) -> Tensor:
     """fp32 [n, exits + 1, classes]: logits of every exit and the top, in the caller's order."""
+    return _everywhere(DynamicEncoder(model, exits), inputs, batch, lambda found: [each.float() for _, each in found])
+
+
+@torch.no_grad()
+def confidences(model: Any, exits: SampleExits, inputs: Inputs, *, batch: int = 32) -> Tensor:
+    """fp32 [n, exits + 1]: largest probability at every exit and the top, in the caller's order.
+
+    Computed as DynamicEncoder computes them for TopProbability, with the same op: thresholds that are quantiles of these
+    scores are compared with scores of the same kind, not with another formula's rounding.
+    """
     encoder = DynamicEncoder(model, exits)
+    some = next(iter(model.parameters()))
+    used = prepared(exits, some.device, some.dtype)
+    heads = [*(point.head for point in used), used.final]
+
+    def read(found: Everywhere) -> list[Tensor]:
+        each = (_stats(head, samples, logits) for head, (samples, logits) in zip(heads, found, strict=True))
+        return [torch.exp(stats.top1 - stats.logsumexp) for stats in each]
+
+    return _everywhere(encoder, inputs, batch, read)
+
+
+def _stats(head: SampleHead | None, samples: Samples, logits: Tensor) -> ExitStats:
+    last, features = (None, None) if head is None else (head.last, head.features(samples))
+    if last is None or features is None:
+        return stats_of_logits(logits)
+    return exit_stats(features.contiguous(), last.weight.contiguous(), head_bias=last.bias)
+
+
+def _everywhere(
+    encoder: DynamicEncoder, inputs: Inputs, batch: int, read: Callable[[Everywhere], list[Tensor]]
+) -> Tensor:
+    """[n, exits + 1, ...]: what `read` makes of every exit and the top, in the caller's order."""
     if isinstance(inputs, PooledStates):
-        return torch.stack([logits.float() for _, logits in inputs.everywhere(encoder)], 1)
+        return torch.stack(read(inputs.everywhere(encoder)), 1)
     count = len(next(iter(inputs.values())))
     mask = inputs.get("attention_mask")
     order = torch.arange(count) if mask is None else torch.argsort(mask.sum(1).cpu(), stable=True)
@@ -75,7 +110,7 @@ def answers(model: Any, exits: SampleExits, inputs: Inputs, *, batch: int = 32) 
     for rows in order.split(batch):
         given, _ = chosen(inputs, rows)
         found = encoder.everywhere(**given)
-        logits = torch.stack([each.float() for _, each in found], 1)
-        parts.append(logits[torch.argsort(found[0][0].ids).to(logits.device)])
+        values = torch.stack(read(found), 1)
+        parts.append(values[torch.argsort(found[0][0].ids).to(values.device)])
     whole = torch.cat(parts)
     return whole[torch.argsort(order).to(whole.device)]
