@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny_speech
 import torch
 import transformers as t
 from torch import Tensor
 
+from dyndepth.encoders import bind
 from dyndepth.errors import ArgumentError, UnsupportedModelError
 from dyndepth.recipes import mue
 
@@ -260,6 +264,69 @@ def test_the_loss_is_the_sum_over_layers_and_reaches_every_part() -> None:
     system.zero_grad(set_to_none=True)
     with pytest.raises(ArgumentError, match="labels must be int64"):
         mue.loss(logits, labels[:, 1:])
+
+
+def _with_stream(model: Any) -> mue.MuE:
+    return mue.MuE({"one": model}, _system().decoder).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2_stable", "hubert_stable", "wavlm_stable", "conformer"])
+def test_audio_is_read_as_the_encoder_gives_it(name: str) -> None:
+    """The encoder's norm above its layers included; of a batch, each sample as if it were alone."""
+    base = tiny_speech.model(name).base_model
+    encoder = type(base)(base.config).eval()
+    encoder.load_state_dict(base.state_dict())
+    system, batch = _with_stream(encoder), tiny_speech.inputs([400, 233, 95])
+    joined = system.encode({"one": batch})
+    tokens = torch.randint(3, WORDS, (3, 4), generator=torch.Generator().manual_seed(1))
+    logits = system({"one": batch}, tokens)[-1]
+    for row in range(3):
+        wanted = encoder(tiny_speech.alone(batch, row)).last_hidden_state
+        length = int(joined.lengths[row])
+        assert length == wanted.shape[1]
+        torch.testing.assert_close(joined.hidden[row, :length], wanted[0], rtol=1e-4, atol=1e-4)
+        alone = system.decoder(input_ids=tokens[row : row + 1], encoder_hidden_states=wanted, use_cache=False).logits
+        torch.testing.assert_close(logits[row], alone[0], rtol=1e-3, atol=1e-3)
+    assert len(set(joined.lengths.tolist())) == 3
+    stopped = system.encode({"one": batch}, {"one": -1.0})
+    assert stopped.exit_layers["one"].tolist() == [1, 1, 1]
+
+
+@torch.no_grad()
+def test_patches_that_merge_run_every_layer_or_are_refused() -> None:
+    config = t.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=WIDTH // 2, depths=[2, 3], num_heads=[2, 2], window_size=2, initializer_range=0.3
+    )
+    model = t.SwinModel(config, add_pooling_layer=False).eval()
+    system, pictures = _with_stream(model), {"one": {"pixel_values": torch.randn(3, 3, 16, 16)}}
+    wanted = model(**pictures["one"]).last_hidden_state
+    joined = system.encode(pictures)
+    torch.testing.assert_close(joined.hidden, wanted, rtol=1e-4, atol=1e-5)
+    assert joined.exit_layers["one"].tolist() == [5, 5, 5]
+    tokens = torch.ones(3, 2, dtype=torch.int64)
+    alike = system.decoder(input_ids=tokens, encoder_hidden_states=wanted, use_cache=False).logits
+    torch.testing.assert_close(system(pictures, tokens)[-1], alike, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ArgumentError, match=r"must have one width at all layers, the width of one \(SwinModel\) changes"):
+        system.encode(pictures, {"one": 0.9})
+
+
+def test_layers_that_change_the_number_of_tokens_are_refused() -> None:
+    class Halving(type(bind(_system().streams["image"]))):  # type: ignore[misc]
+        def step(self, layer: int, samples: Any) -> Any:
+            found = super().step(layer, samples)
+            return replace(found, hidden=found.hidden[::2], lengths=found.lengths // 2) if layer == 1 else found
+
+    family = Halving(_system().streams["image"])
+    with pytest.raises(ArgumentError, match="must keep its tokens, layer 2 of ViTModel made 30 of 60"):
+        mue.saturate(family, _inputs()["image"], 2.0)
+
+
+def test_nan_is_said() -> None:
+    system = copy.deepcopy(_system())
+    system.decoder.cls.predictions.bias.data[3] = math.nan
+    with pytest.raises(ArgumentError, match="logits of new token 1 hold NaN"):
+        system.generate(_inputs(), max_new_tokens=3)
 
 
 def test_what_mue_refuses() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import dyndepth
 from dyndepth.encoders import FrameEntropy, SampleExit, SampleStream
 from dyndepth.errors import ArgumentError
 from dyndepth.recipes import asr, splitformer
+from dyndepth.split import SplitEncoder, SplitServer, TcpLink
 
 
 def made(layers: int = 6, block: int = 2) -> Any:
@@ -143,6 +147,41 @@ def test_starts_as_the_conformer() -> None:
         loss.backward()
     for module in network.parallel:
         assert float(module.final_layer_norm.weight.grad.abs().max()) > 0, "training moves the half-rate layers"
+
+
+def test_shares_nothing_with_the_conformer() -> None:
+    conformer = copy.deepcopy(model("conformer"))
+    before = {name: value.clone() for name, value in conformer.state_dict().items()}
+    network = splitformer.of(conformer, block_layers=2)
+    for value in network.parameters():
+        value.data.add_(1)
+    network.half()
+    for name, value in conformer.state_dict().items():
+        assert value.dtype == before[name].dtype, name
+        assert torch.equal(value, before[name]), name
+    inside = {id(part) for part in conformer.modules()}
+    assert not any(id(part) in inside for part in network.modules())
+
+
+@pytest.mark.parametrize(("cut", "left"), [(1, True), (2, False), (3, False), (5, True)])
+def test_split_between_two_processes_takes_the_waiting_frames_along(cut: int, left: bool) -> None:
+    """Within a block that has a half-rate layer, its frames travel; elsewhere nothing but residuals is taken."""
+    network, batch = made(), inputs(poison=0.0)
+    encoder = dyndepth.DynamicEncoder(network, splitformer.exits(network))
+    samples, _ = encoder.advance(encoder.begin(**batch), cut)
+    said = {
+        name: (kind, tuple(value.shape[at + 1] if extent is None else extent for at, extent in enumerate(shape)))
+        for (name, (kind, shape)), value in zip(encoder.family.inputs_at(cut).items(), samples.inputs.values(), strict=True)
+    }
+    assert said == {name: (value.dtype, tuple(value.shape[1:])) for name, value in samples.inputs.items()}
+    assert bool(said) == left
+    here, there = socket.socketpair()
+    server = threading.Thread(target=lambda: SplitServer(encoder, cut, TcpLink(there), timeout=20.0, idle=20.0).serve())
+    server.start()
+    with SplitEncoder(encoder, cut, TcpLink(here), wire="fp32", timeout=20.0) as split:
+        out = split(**batch)
+    server.join(20)
+    assert torch.equal(out.logits, encoder(**batch).logits)
 
 
 def test_what_it_refuses() -> None:

@@ -19,6 +19,8 @@ from dyndepth.split.frames import Frame, Kind
 
 WIDTH = 6
 CARRIED = {"count": (torch.int64, ()), "previous": (torch.float32, (WIDTH,))}
+#: Of one extent the batch decides.
+INPUTS = {"bias": (torch.float32, (None,))}
 SMALL = Limits(payload_bytes=1 << 20, samples=64)
 
 
@@ -36,7 +38,9 @@ def _samples(lengths: list[int], seed: int = 0, scale: float = 1.0) -> Samples:
 
 
 def _decode(data: bytes, *, packed: bool = True, limits: Limits = SMALL) -> tuple[Samples, Tensor | None]:
-    return payload.decode(data, boundary=2, width=WIDTH, carried=CARRIED, dtype=torch.float32, packed=packed, limits=limits)
+    return payload.decode(
+        data, boundary=2, width=WIDTH, carried=CARRIED, inputs=INPUTS, dtype=torch.float32, packed=packed, limits=limits
+    )
 
 
 _lengths = st.lists(st.integers(1, 7), min_size=1, max_size=9)
@@ -65,6 +69,30 @@ def test_the_size_is_known_beforehand(lengths: list[int], wire: str, asked: bool
     depth = torch.zeros(len(lengths), dtype=torch.int64) if asked else None
     made = Frame(Kind.SAMPLES, 1, payload.encode(samples, wire, depth))
     assert frame_bytes(payload.layout_of(samples, wire, depth=asked)) == made.size == 32 + len(made.payload)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("bias", torch.zeros(3, 2, dtype=torch.float64), r"inputs.bias must be float32 \[3, 2\], got float64 \[3, 2\]"),
+        ("bias", torch.zeros(3, 2, dtype=torch.float8_e4m3fn), r"inputs.bias must be float32 \[3, 2\], got float8_e4m3fn"),
+        ("bias", torch.zeros(3, 2, dtype=torch.complex64), "inputs.bias must be float32"),
+        ("bias", torch.zeros(2, 2), r"inputs.bias must be float32 \[3, 2\], got float32 \[2, 2\]"),
+        ("bias", torch.zeros(3), r"inputs.bias must be float32 \[3, 0\], got float32 \[3\]"),
+        ("bias", torch.zeros(3, 2, 1), r"inputs.bias must be float32 \[3, 2\], got float32 \[3, 2, 1\]"),
+        ("bias", torch.full((3, 2), torch.nan), "inputs.bias holds NaN or infinity"),
+        ("bias", None, "inputs.bias is missing"),
+        ("more", torch.zeros(3, 2), "nobody asked for inputs.more"),
+    ],
+)
+def test_only_what_layers_leave_is_taken(name: str, value: Tensor | None, message: str) -> None:
+    samples = _samples([3, 1, 2])
+    if value is None:
+        del samples.inputs[name]
+    else:
+        samples.inputs[name] = value
+    with pytest.raises(SplitError, match=message):
+        _decode(payload.encode(samples, "fp32"))
 
 
 def test_precisions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from pathlib import Path
@@ -195,6 +196,22 @@ def test_exits_come_back_from_files(kind: str, tmp_path: Path) -> None:
     (tmp_path / "exits.json").write_text(manifest.replace('"width": 20', '"width": 21'))
     with pytest.raises(ExitsError, match=r"damaged|must read 20|must be 20"):
         SsmExits.from_pretrained(tmp_path)
+
+
+def test_the_callers_exits_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dyndepth.ssm.generate.check_facts", lambda *_: None)  # a model on meta has no weights to compare
+    points = copy.deepcopy(exits("linear"))
+    decoder = MambaDecoder(copy.deepcopy(tiny()).to("meta"), points)
+    assert {value.device.type for value in points.parameters()} == {"cpu"}
+    assert {value.device.type for value in decoder.exits.parameters()} == {"meta"}
+    assert MambaDecoder(tiny(), points).exits is points
+
+
+def test_nan_is_said() -> None:
+    model = copy.deepcopy(tiny())
+    model.backbone.layers[-1].mixer.out_proj.weight.data.fill_(math.nan)
+    with pytest.raises(ArgumentError, match="logits of new token 1 hold NaN"):
+        MambaDecoder(model, SsmExits([], facts_of(tiny()))).generate(**prompts(), max_new_tokens=3)
 
 
 def test_what_is_refused() -> None:

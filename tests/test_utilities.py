@@ -32,6 +32,19 @@ def test_moments_by_hand() -> None:
         assert float(ratio[row]) == pytest.approx(float(x.norm() / y.norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("a", "b"), [(1e-11, 1e-11), (1e10, 1e10), (1e-30, 3e-30), (1e30, 1e30), (1e-12, 1e12), (1e-42, 1e-41)]
+)
+def test_moments_do_not_depend_on_units(a: float, b: float) -> None:
+    x, y = torch.tensor([[3.0, 4.0, 0.0]]) * a, torch.tensor([[0.0, 4.0, 3.0]]) * b
+    wanted = [
+        float(v)
+        for v in (x.double() @ y.double().T / x.double().norm() / y.double().norm(), x.double().norm() / y.double().norm())
+    ]
+    cosine, ratio = moments(x, y)
+    assert [float(cosine), float(ratio)] == pytest.approx(wanted, rel=1e-5)
+
+
 def _geometric(n: int = 4, ratio: float = 0.5, steps: int = STEPS) -> list[Tensor]:
     """Outputs whose differences keep their direction and shrink by `ratio`: all can be told from the first two."""
     start, delta = torch.randn(n, 3), torch.randn(n, 3)
@@ -73,6 +86,71 @@ def test_what_can_be_told_is_told_and_only_the_others_run() -> None:
     assert noise_told == list(enumerate(wanted))
     assert cache.fraction == pytest.approx(sum(map(len, wanted)) / (4 * STEPS))
     assert torch.stack(cache.runs).sum(0).tolist() == [8, 12, 8, 12]
+
+
+def _told_by_hand(run: list[Tensor], table: TaoTable, threshold: float, most: int) -> tuple[list[Tensor], list[bool]]:
+    """One prompt, in float64: only what the model computed is ever compared, from scratch at every step."""
+    given: list[Tensor] = []
+    real: list[tuple[int, Tensor]] = []
+    runs: list[bool] = []
+    for step, computed in enumerate(run):
+        skip = False
+        if len(real) > 2 and step + 1 < len(run) and table.cosine[step] >= threshold:
+            (_, a), (_, b), (last, c) = real[-3:]
+            seen = float((c - b) @ (b - a) / (c - b).norm() / (b - a).norm())
+            skip = seen >= threshold and step - last <= most
+        if not skip:
+            given.append(computed)
+            real.append((step, computed))
+        else:
+            (first, b), (last, c) = real[-2:]
+            # Deltas of steps first + 1 .. last in units of the first one; they add up to c - b.
+            units = [1.0]
+            for at in range(first + 2, last + 1):
+                units.append(units[-1] * table.ratio[at])
+            delta = (c - b) / sum(units) * units[-1]
+            for at in range(last + 1, step + 1):
+                delta = delta * table.ratio[at]
+            given.append(given[-1] + delta)
+        runs.append(not skip)
+    return given, runs
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_only_computed_outputs_are_compared(most: int) -> None:
+    """Prompts that turn a little at every step: what was told is wrong, and must not be taken for what was seen."""
+    generator = torch.Generator().manual_seed(4)
+    n, steps = 12, 24
+    turn = torch.rand(n, 1, generator=generator)  # per prompt, from straight to wild
+    straight = torch.randn(n, 6, generator=generator)
+    deltas = [straight + turn * torch.randn(n, 6, generator=generator) for _ in range(steps)]
+    run = list(torch.stack(deltas).cumsum(0))
+    ratios = (0.8 + 0.02 * (k % 9) for k in range(steps - 2))
+    table = TaoTable((math.nan, math.nan, *[0.9] * (steps - 2)), (math.nan, math.nan, *ratios))
+    cache = TaoCache(table, threshold=0.6, start=0.0, most=most)
+    outputs = [cache(lambda rows, step=step: run[step][rows], step, torch.arange(n)) for step in range(steps)]
+    runs = torch.stack(cache.runs)
+    for row in range(n):
+        wanted, ran = _told_by_hand([part[row].double() for part in run], table, 0.6, most)
+        assert runs[:, row].tolist() == ran, row
+        torch.testing.assert_close(torch.stack(outputs)[:, row].double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
+    assert len(set(runs.sum(0).tolist())) > 3
+    assert 0.3 < cache.fraction < 0.9
+
+
+def test_the_caller_may_write_to_what_it_gets() -> None:
+    """And the model to the buffer that it returned."""
+    run, buffer = _geometric(), torch.empty(4, 3)
+    cache = TaoCache(calibrate_tao([run]), start=0.0, most=2)
+    for step in range(STEPS):
+
+        def model(number: Tensor, step: int = step) -> Tensor:
+            return buffer.copy_(run[step])[: len(number)]
+
+        out = cache(model, step, torch.arange(4))
+        torch.testing.assert_close(out, run[step], rtol=1e-3, atol=1e-3)
+        out.zero_()
+    assert cache.fraction < 1
 
 
 def test_nobody_runs_when_all_can_be_told() -> None:

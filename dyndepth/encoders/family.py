@@ -88,6 +88,13 @@ class EncoderFamily:
         """Width of the residuals at a boundary; families whose stages differ override it."""
         return self.width
 
+    def inputs_at(self, boundary: int) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
+        """dtype and shape per sample of `Samples.inputs` at a boundary, None for an extent that the batch decides.
+
+        Families whose layers leave something beside the residuals override it: split computing takes nothing else.
+        """
+        return {}
+
     def step(self, layer: int, samples: Samples) -> Samples:
         """The samples after layer `layer` (0-based); families whose layers change the number of tokens override it."""
         return replace(samples, hidden=self.run(layer, samples))

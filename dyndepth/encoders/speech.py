@@ -121,11 +121,13 @@ class SpeechFamily(EncoderFamily):
 
     # After them.
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        return self.base.encoder.layer_norm(hidden) if self.final_norm else hidden
+
     def finish(self, samples: Samples) -> Tensor:
         if self._head is None:
             raise ArgumentError(f"DynamicEncoder: {type(self.model).__name__} has no head of its own")
-        tokens = samples.tokens()
-        return self._head(samples, self.base.encoder.layer_norm(tokens) if self.final_norm else tokens)
+        return self._head(samples, self.normed(samples.tokens()))
 
     def _ctc(self, samples: Samples, tokens: Tensor) -> Tensor:
         return self.model.lm_head(self.model.dropout(tokens))

@@ -91,6 +91,9 @@ class Swin(EncoderFamily):
     def run(self, layer: int, samples: Samples) -> Tensor:
         return self.step(layer, samples).hidden
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        return self.base.layernorm(hidden)
+
     def finish(self, samples: Samples) -> Tensor:
         if self._head is None:
             raise ArgumentError(f"DynamicEncoder: {type(self.model).__name__} has no head of its own")
@@ -99,4 +102,4 @@ class Swin(EncoderFamily):
                 f"DynamicEncoder: the model's own head reads {self.width} channels, at boundary {samples.boundary} there are "
                 f"{samples.hidden.shape[-1]}"
             )
-        return self._head(self.base.layernorm(samples.hidden).mean(1))
+        return self._head(self.normed(samples.hidden).mean(1))

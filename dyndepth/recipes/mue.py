@@ -82,8 +82,7 @@ class MuE(nn.Module):
         for name, family in self._families.items():
             limit = math.inf if thresholds is None else thresholds.get(name, math.inf)
             samples, layers[name], work[name] = saturate(family, inputs[name], limit)
-            tokens = family.normed(samples.tokens())
-            parts.append(replace(samples, hidden=self.project[name](tokens) if name in self.project else tokens))
+            parts.append(self._read(name, samples))
         joined = join(parts)
         return Joined(joined.padded(), joined.lengths, layers, work)
 
@@ -124,20 +123,27 @@ class MuE(nn.Module):
     def forward(self, inputs: Inputs, tokens: Tensor) -> list[Tensor]:
         """Logits [n, t, vocabulary] after every decoder layer for given tokens [n, t], all layers run; differentiable."""
         self._check(inputs, {})
-        hidden, masks = [], []
-        for name, model in self.streams.items():
-            state = model(**inputs[name]).last_hidden_state
-            mask = inputs[name].get("attention_mask")
-            hidden.append(self.project[name](state) if name in self.project else state)
-            masks.append(torch.ones(state.shape[:2], dtype=torch.int64, device=state.device) if mask is None else mask)
+        parts = []
+        for name, family in self._families.items():
+            samples = pack(family.embed(**family.given(inputs[name])), packed_layout=family.packs)
+            for layer in range(family.depth):
+                samples = family.step(layer, samples)
+            parts.append(self._read(name, _ordered(_packed(samples))))
+        joined = join(parts)
+        read = Joined(joined.padded(), joined.lengths, {}, {})
         out = self.decoder(
             input_ids=tokens,
-            encoder_hidden_states=torch.cat(hidden, 1),
-            encoder_attention_mask=torch.cat(masks, 1),
+            encoder_hidden_states=read.hidden,
+            encoder_attention_mask=read.mask,
             output_hidden_states=True,
             use_cache=False,
         )
         return [self.decoder.cls(state) for state in out.hidden_states[1:]]
+
+    def _read(self, name: str, samples: Samples) -> Samples:
+        """Packed samples of a stream as the decoder reads them: after the encoder's own last norm, in the decoder's width."""
+        tokens = self._families[name].normed(samples.tokens())
+        return replace(samples, hidden=self.project[name](tokens) if name in self.project else tokens)
 
     def _check(self, inputs: Inputs, thresholds: Mapping[str, float]) -> None:
         for said, given in (("inputs", inputs), ("thresholds", thresholds)):
@@ -150,6 +156,13 @@ class MuE(nn.Module):
         wrong = {name: limit for name, limit in thresholds.items() if math.isnan(limit)}
         if wrong:
             raise ArgumentError(f"MuE: thresholds must be numbers, got {wrong}")
+        for name, limit in thresholds.items():
+            family = self._families[name]
+            if limit < math.inf and any(family.width_at(at) != family.width for at in range(1, family.depth)):
+                raise ArgumentError(
+                    f"MuE: a stream with a threshold must have one width at all layers, the width of {name} "
+                    f"({type(family.model).__name__}) changes; leave it without a threshold"
+                )
         counts = {name: next(iter(family.given(inputs[name]).values())).shape[0] for name, family in self._families.items()}
         if len(set(counts.values())) > 1:
             raise ArgumentError(f"MuE: all streams must have equally many samples, got {counts}")
@@ -170,9 +183,14 @@ def saturate(family: EncoderFamily, inputs: Mapping[str, Any], threshold: float)
     for layer in range(family.depth):
         before = samples.tokens()
         work.layers[layer] = samples.count
-        samples = replace(samples, hidden=family.run(layer, samples))
+        samples = family.step(layer, samples)
         if threshold == math.inf or layer + 1 == family.depth:
             continue
+        if samples.total != len(before):
+            raise ArgumentError(
+                f"MuE: a stream with a threshold must keep its tokens, layer {layer + 1} of {type(family.model).__name__} made "
+                f"{samples.total} of {len(before)}"
+            )
         leaves = similarity(samples, before) > threshold
         if bool(leaves.any()):
             stopped.append(_packed(samples.taken(leaves.nonzero()[:, 0])))
@@ -182,8 +200,7 @@ def saturate(family: EncoderFamily, inputs: Mapping[str, Any], threshold: float)
                 break
     if samples.count:
         stopped.append(_packed(samples))
-    whole = Samples.concatenate(stopped)
-    return whole.taken(torch.argsort(whole.ids)), layers, work
+    return _ordered(Samples.concatenate(stopped)), layers, work
 
 
 def similarity(samples: Samples, before: Tensor) -> Tensor:
@@ -194,6 +211,11 @@ def similarity(samples: Samples, before: Tensor) -> Tensor:
 
 def _packed(samples: Samples) -> Samples:
     return replace(samples, hidden=samples.tokens())
+
+
+def _ordered(samples: Samples) -> Samples:
+    """In the caller's order."""
+    return samples.taken(torch.argsort(samples.ids))
 
 
 def join(parts: list[Samples]) -> Samples:

@@ -77,7 +77,10 @@ class Decoder:
             work.rows += len(running)
             for layer in range(len(self.layers)):
                 work.layers[layer] += int((depths > layer).sum())
-            chosen = self.model.cls(last[:, None])[:, 0].argmax(-1)
+            logits = self.model.cls(last[:, None])[:, 0]
+            if bool(torch.isnan(logits).any()):
+                raise ArgumentError(f"MuE.generate: logits of new token {new + 1} hold NaN")
+            chosen = logits.argmax(-1)
             tokens[running, at + 1] = chosen
             running = running[chosen != end]
             if len(running) == 0:

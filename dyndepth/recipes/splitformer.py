@@ -6,6 +6,7 @@ results is repeated twice, cropped, and added to what the block gives. Exits are
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, cast
 
@@ -85,10 +86,22 @@ class Splitformer(Conformer):
     model_types = ("splitformer",)
     prefix = "Splitformer"
 
+    def _beside(self, layer: int) -> tuple[int | None, int]:
+        """(which half-rate layer runs beside the block of layer `layer`, if any; the layer's place in its block)."""
+        block, place = divmod(layer, self.config.block_layers)
+        return {0: 0, _blocks(self.config) - 1: len(self.model.parallel) - 1}.get(block), place
+
+    def inputs_at(self, boundary: int) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
+        if boundary == self.depth:
+            return {}
+        beside, place = self._beside(boundary)
+        if beside is None or place == 0:
+            return {}
+        return {_WAITING: (next(self.model.parallel.parameters()).dtype, (None, self.width))}
+
     def step(self, layer: int, samples: Samples) -> Samples:
-        size, blocks = self.config.block_layers, _blocks(self.config)
-        block, place = divmod(layer, size)
-        beside = {0: 0, blocks - 1: len(self.model.parallel) - 1}.get(block)
+        size = self.config.block_layers
+        beside, place = self._beside(layer)
         inputs = dict(samples.inputs)
         if beside is not None and place == 0:
             inputs[_WAITING] = self._halved(self.model.parallel[beside], samples)
@@ -123,7 +136,8 @@ def of(model: Any, *, block_layers: int = 2) -> SplitformerForCTC:
         raise ArgumentError(f"splitformer.of: model must be Wav2Vec2ConformerForCTC, got {type(model).__name__}")
     settings = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
     made: Any = SplitformerForCTC(SplitformerConfig(**settings | {"block_layers": block_layers}))
-    made.wav2vec2_conformer.feature_extractor = model.wav2vec2_conformer.feature_extractor
+    # It may be of another kind than the configuration's. A copy: the two models must not move or train each other.
+    made.wav2vec2_conformer.feature_extractor = copy.deepcopy(model.wav2vec2_conformer.feature_extractor)
     made.load_state_dict(model.state_dict(), strict=False)
     layers = made.wav2vec2_conformer.encoder.layers
     for number, module in enumerate(made.parallel):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndepth.encoders import Departure, DynamicEncoder, Samples, facts_of
+from dyndepth.encoders.criteria import SampleCriterion
+from dyndepth.encoders.exits import prepared
 from dyndepth.errors import ArgumentError, SplitError
 from dyndepth.runtime.session import Work
 from dyndepth.split import frames, payload
 from dyndepth.split.frames import Frame, Kind, Limits
 from dyndepth.split.links import Link
+
+#: Entries of each of the model's tensors that both sides compare when they meet.
+_ENTRIES = 256
 
 
 @dataclass
@@ -106,13 +112,18 @@ class SplitEncoder:
             self.traffic.received = frame.size
             if frame.kind not in (Kind.ANSWERS, Kind.ERROR) or frame.number != self._number:
                 raise SplitError(f"split: wanted the answer to request {self._number}, got {frame.kind.name} {frame.number}")
+            departures, layers = ([], torch.zeros(0)) if frame.kind == Kind.ERROR else self._read(frame, samples)
         except SplitError:
-            self.link.close()  # what is still on its way belongs to nobody
+            self.link.close()  # what is still on its way belongs to nobody, and who sends nonsense once is not asked again
             raise
         if frame.kind == Kind.ERROR:
             raise SplitError(f"split: the other side says: {reason(frame)}")
+        device = samples.hidden.device
+        return [Departure(d.ids, d.answers.to(device), d.lengths, d.boundary) for d in departures], layers
+
+    def _read(self, frame: Frame, samples: Samples) -> tuple[list[Departure], Tensor]:
         encoder = self.encoder
-        departures, layers = payload.decode_answers(
+        return payload.decode_answers(
             frame.payload,
             samples,
             depth=encoder.depth,
@@ -120,8 +131,6 @@ class SplitEncoder:
             per_token=encoder.per_token,
             limits=self.limits,
         )
-        device = samples.hidden.device
-        return [Departure(d.ids, d.answers.to(device), d.lengths, d.boundary) for d in departures], layers
 
     def close(self) -> None:
         """Tell the server that nothing follows, and give the link up."""
@@ -140,14 +149,56 @@ class SplitEncoder:
 
 
 def identity(encoder: DynamicEncoder, boundary: int) -> bytes:
-    """32 bytes that are the same for two sides that can work together: model, dtype, exits, criteria, boundary."""
+    """32 bytes that are the same for two sides that can work together.
+
+    They cover the boundary; the model's facts, dtype and spaced entries of every parameter and buffer; of every exit, and of
+    the final head, whatever decides an answer: thresholds, criteria with their settings, heads and judges with all weights
+    as they run. `SampleExits.record` decides none.
+    """
+    some = next(iter(encoder.model.parameters()))
+    exits = prepared(encoder.exits, some.device, some.dtype)
+    points = []
+    for point in exits:
+        criterion = point.criterion
+        fields = {field.name: getattr(criterion, field.name) for field in dataclasses.fields(criterion)}
+        settings = criterion.module_settings() if point.judge is not None and isinstance(criterion, SampleCriterion) else None
+        fields.pop("module", None)
+        points.append(
+            [
+                point.leave,
+                repr(point.threshold),
+                [criterion.kind, fields],
+                [point.head.kind, point.head.settings, digest(point.head)],
+                None if point.judge is None else [settings, digest(point.judge)],
+            ]
+        )
+    final = exits.final
     made = {
         "facts": repr(facts_of(encoder.model, encoder.exits.final)),
-        "dtype": str(next(iter(encoder.model.parameters())).dtype),
-        "exits": [(point.leave, point.criterion.kind, point.head.kind) for point in encoder.exits],
+        "dtype": str(some.dtype),
+        "model": digest(encoder.model, at_most=_ENTRIES),
+        "exits": points,
+        "final": None if final is None else [final.kind, final.settings, digest(final)],
         "boundary": boundary,
     }
-    return hashlib.sha256(json.dumps(made).encode()).digest()
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).digest()
+
+
+def digest(module: nn.Module, at_most: int | None = None) -> str:
+    """SHA-256 of a module's parameters and buffers by name, all entries or `at_most` spaced ones of each.
+
+    Tensors of a subclass (packed or quantised by a third party) are left out: their bytes are nobody else's to read.
+    """
+    made = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        if type(value) not in (Tensor, nn.Parameter):
+            continue
+        flat = value.detach().flatten()
+        if at_most is not None and len(flat) > at_most:
+            flat = flat[torch.linspace(0, len(flat) - 1, at_most, dtype=torch.float64).long().to(flat.device)]
+        made.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        made.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
 
 
 def greet(encoder: DynamicEncoder, boundary: int, link: Link, timeout: float, limits: Limits, *, first: bool) -> None:

@@ -121,13 +121,15 @@ def decode(
     boundary: int,
     width: int,
     carried: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    inputs: Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]],
     dtype: torch.dtype,
     packed: bool,
     limits: Limits,
 ) -> tuple[Samples, Tensor | None]:
     """(samples at `boundary` in this side's dtype and layout, depths asked for); SplitError says what does not fit.
 
-    `carried` has the dtype and the shape per sample of everything that criteria below `boundary` leave.
+    `carried` has the dtype and the shape per sample of everything that criteria below `boundary` leave, `inputs` those of what
+    layers leave (`EncoderFamily.inputs_at`); nothing else is taken.
     """
     tensors = loaded(payload)
     ids = _counted(tensors, limits)
@@ -141,14 +143,9 @@ def decode(
     hidden = _residuals(tensors, int(lengths.sum()), width)
     depth = _taken(tensors, "depth", torch.int64, (n,)) if "depth" in tensors else None
     state = {name: _taken(tensors, f"carried.{name}", kind, (n, *shape)) for name, (kind, shape) in carried.items()}
-    inputs = {}
-    for name in sorted(name for name in tensors if name.startswith("inputs.")):
-        value = tensors.pop(name)
-        if value.dim() == 0 or value.shape[0] != n:
-            raise SplitError(f"payload: {name} must be [{n}, ...], got {list(value.shape)}")
-        inputs[name.removeprefix("inputs.")] = value
+    left = {name: _fitting(tensors, f"inputs.{name}", kind, (n, *shape)) for name, (kind, shape) in inputs.items()}
     _finished(tensors)
-    samples = Samples(hidden.to(dtype), lengths, ids, boundary, state, inputs)
+    samples = Samples(hidden.to(dtype), lengths, ids, boundary, state, left)
     if not packed:
         slab = n * int(lengths.max()) * width * dtype.itemsize  # one long sample among many short ones takes much room
         if slab > 8 * limits.payload_bytes:
@@ -185,6 +182,16 @@ def _taken(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tup
     value = tensors.pop(name)
     if value.dtype != dtype or tuple(value.shape) != shape:
         raise SplitError(f"payload: {name} must be {str(dtype).removeprefix('torch.')} {list(shape)}, got {_said(value)}")
+    return value
+
+
+def _fitting(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+    """As `_taken`, where None in `shape` is for any extent; floating point must be finite, as residuals must."""
+    came = tuple(tensors[name].shape) if name in tensors else ()
+    whole = tuple((came[at] if at < len(came) else 0) if extent is None else extent for at, extent in enumerate(shape))
+    value = _taken(tensors, name, dtype, whole)
+    if dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+        raise SplitError(f"payload: {name} holds NaN or infinity")
     return value
 
 

@@ -83,6 +83,7 @@ class SplitServer:
                 boundary=self.boundary,
                 width=self.encoder.family.width_at(self.boundary),
                 carried=self._carried,
+                inputs=self.encoder.family.inputs_at(self.boundary),
                 dtype=some.dtype,
                 packed=self.encoder.packed,
                 limits=self.limits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,10 @@ class MambaDecoder:
         check_facts(exits, model)
         if model.training:
             raise ArgumentError("MambaDecoder: the model must be in eval mode, got training mode (call model.eval())")
-        self.model, self.exits = model, exits.to(model.device)
+        self.model = model
+        # Module.to moves in place: the caller's exits stay where they are.
+        stays = all(part.device == model.device for part in (*exits.parameters(), *exits.buffers()))
+        self.exits = exits if stays else copy.deepcopy(exits).to(model.device)
         self.layers = list(model.backbone.layers)
         #: Boundary -> its exit, and where its state stands among those of `_prefill`.
         self._at = {point.leave: (number, point) for number, point in enumerate(self.exits)}
@@ -100,6 +104,8 @@ class MambaDecoder:
                 work.layers[layer] += int((depths > layer).sum())
             updated += int((len(self.layers) - depths).sum()) if policy == "update" else 0
             logits = self.logits(last)
+            if bool(torch.isnan(logits).any()):
+                raise ArgumentError(f"MambaDecoder: logits of new token {new + 1} hold NaN")
             if repetition_penalty != 1.0:
                 logits = penalised(logits, tokens[running, :at], seen[running, :at], repetition_penalty)
             chosen = logits.argmax(-1)

@@ -4,6 +4,10 @@ Outputs of consecutive steps differ by Delta_i = e_i - e_{i-1} (i counts the ste
 Late in the process Delta_i points where Delta_{i-1} did, and the ratio of their norms hardly depends on the prompt: it is
 calibrated once per step. A skipped step takes e_{i-1} + ratio_i Delta_{i-1} for its output and runs nothing.
 
+Nothing that was told in this way is taken for something seen. After a step was skipped, the model's output e_i is compared with
+the last one that it really computed, e_j: their difference D is the sum of Delta_{j+1} ... Delta_i, each `ratio` times the one
+before, so Delta_i = D ratio_{j+2} ... ratio_i / (1 + ratio_{j+2} + ratio_{j+2} ratio_{j+3} + ...).
+
 Which prompts skip is decided for each by itself; those that do not run the model as one smaller batch. The paper's predictor is
 not public: this one is what its text says of cosines and ratios.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +33,13 @@ def moments(delta: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     Both are 0 where one of them is zero, so that nobody is thought predictable for standing still.
     """
     pair = torch.stack([delta.flatten(1).float(), before.flatten(1).float()], 1)
+    largest = pair.abs().amax(2)  # [n, 2]: squares of entries over it neither vanish nor overflow
+    pair = pair / torch.where(largest > 0, largest, 1.0)[:, :, None]
     products = pair @ pair.transpose(1, 2)  # [n, 2, 2]: norm^2, dot, dot, norm^2 in one product
-    square, dot, square_before = products[:, 0, 0], products[:, 0, 1], products[:, 1, 1]
-    known = (square > 0) & (square_before > 0)
-    cosine = torch.where(known, dot / (square * square_before).clamp_min(1e-38).sqrt(), 0.0)
-    ratio = torch.where(known, (square / square_before.clamp_min(1e-38)).sqrt(), 0.0)
+    norm, dot, norm_before = products[:, 0, 0].sqrt(), products[:, 0, 1], products[:, 1, 1].sqrt()
+    known = (largest > 0).all(1)
+    cosine = torch.where(known, dot / (norm * norm_before), 0.0)
+    ratio = torch.where(known, norm / norm_before * (largest[:, 0] / largest[:, 1]), 0.0)
     return cosine, ratio
 
 
@@ -101,8 +108,13 @@ class TaoCache:
             )
         self.table, self.threshold, self.start, self.most = table, threshold, start, most
         self.runs: list[Tensor] = []
+        #: What the last step gave out, and the Delta by which the next may go on.
         self._output: Tensor | None = None
         self._delta: Tensor | None = None
+        #: Of each prompt the last output that the model computed, its step (int64 [n], CPU), and what it differed by then.
+        self._real: Tensor | None = None
+        self._at: Tensor | None = None
+        self._seen: Tensor | None = None
         self._cosine: Tensor | None = None
         self._skipped: Tensor | None = None
 
@@ -135,7 +147,7 @@ class TaoCache:
             assert output is not None
             output = output.index_copy(0, at, computed)
         assert output is not None
-        self._remember(output, runs)
+        self._remember(output, runs, step)
         return output
 
     def _skips(self, step: int, n: int, device: torch.device) -> Tensor:
@@ -151,16 +163,34 @@ class TaoCache:
             return None
         return self._output + (self.table.ratio[step] * self._delta).to(self._output.dtype)
 
-    def _remember(self, output: Tensor, runs: Tensor) -> None:
+    def _remember(self, output: Tensor, runs: Tensor, step: int) -> None:
         n = len(output)
+        output = output.clone()  # what was returned is the caller's, who may write to it; so may the model to its buffer
+        ran = runs.view(-1, *[1] * (output.dim() - 1))
         cosine = torch.full((n,), -math.inf, device=output.device) if self._cosine is None else self._cosine
-        if self._output is not None:
-            delta = output - self._output
-            if self._delta is not None:
-                # A step that was skipped repeats its own direction; only those that ran say anything.
-                cosine = torch.where(runs, moments(delta, self._delta)[0], cosine)
-            self._delta = delta
+        if self._real is None or self._at is None:
+            self._real, self._at = output, torch.full((n,), step)
+        else:
+            difference = output - self._real
+            delta = difference * self._shares(step).to(output.device, output.dtype).view_as(ran)
+            if self._seen is None or self._delta is None:  # the second step, which all run
+                self._seen, self._delta = difference, delta
+            else:
+                cosine = torch.where(runs, moments(difference, self._seen)[0], cosine)
+                self._seen = torch.where(ran, difference, self._seen)
+                self._delta = torch.where(ran, delta, (self.table.ratio[step] * self._delta).to(output.dtype))
+            self._real = torch.where(ran, output, self._real)
+            self._at = torch.where(runs.cpu(), step, self._at)
         before = torch.zeros(n, dtype=torch.int32, device=output.device) if self._skipped is None else self._skipped
         self._skipped = torch.where(runs, 0, before + 1).to(torch.int32)
         self._output, self._cosine = output, cosine
         self.runs.append(runs.cpu())
+
+    def _shares(self, step: int) -> Tensor:
+        """fp32 [n]: Delta of `step` over the difference to each prompt's last computed output; 1 where nothing was skipped."""
+        assert self._at is not None
+        shares = torch.ones(len(self._at))
+        for at in self._at.unique().tolist():
+            products = list(itertools.accumulate(self.table.ratio[at + 2 : step + 1], operator.mul, initial=1.0))
+            shares[self._at == at] = products[-1] / sum(products)
+        return shares
