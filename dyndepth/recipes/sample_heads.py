@@ -97,9 +97,7 @@ def _stats(head: SampleHead | None, samples: Samples, logits: Tensor) -> ExitSta
     return exit_stats(features.contiguous(), last.weight.contiguous(), head_bias=last.bias)
 
 
-def _everywhere(
-    encoder: DynamicEncoder, inputs: Inputs, batch: int, read: Callable[[Everywhere], list[Tensor]]
-) -> Tensor:
+def _everywhere(encoder: DynamicEncoder, inputs: Inputs, batch: int, read: Callable[[Everywhere], list[Tensor]]) -> Tensor:
     """[n, exits + 1, ...]: what `read` makes of every exit and the top, in the caller's order."""
     if isinstance(inputs, PooledStates):
         return torch.stack(read(inputs.everywhere(encoder)), 1)
