@@ -71,8 +71,9 @@ def budgeted(
         seed: of the halves.
 
     Thresholds are quantiles on one half of `scores`, where the mean cost exceeds the budget by at most what ties and the
-    rounding of shares to whole samples make; `met` says whether ties did. They do not depend on the other half, so its costs are a sample of what
-    independent requests of the same kind cost, and a betting bound (Waudby-Smith and Ramdas 2024) on their mean holds.
+    rounding of shares to whole samples make; `met` says whether ties did. They do not depend on the other half, so its costs
+    are a sample of what independent requests of the same kind cost, and a betting bound (Waudby-Smith and Ramdas 2024) on
+    their mean holds.
     """
     if scores.ndim != 2 or wrong.ndim != 2 or not scores.shape[1] == wrong.shape[1] == len(costs):
         raise ArgumentError(
