@@ -229,6 +229,21 @@ def test_equilibrium_gives_every_exit_the_same_say() -> None:
         torch.testing.assert_close(slope, torch.full((layers,), 1 / layers))
 
 
+@pytest.mark.parametrize("leave", [[1], [2, 5], [3, 4, 11], []])
+def test_equilibrium_counts_exits_not_layers(leave: list[int]) -> None:
+    """Exits after some of twelve layers: each of them and the top counts one share, in which order they are given or not."""
+    count = len(leave) + 1
+    start = torch.zeros(count, requires_grad=True)
+    fork, hidden, total = losses.equilibrium(12, leave[::-1]), start, torch.zeros(())
+    for place, boundary in enumerate(leave):
+        read, hidden = fork(hidden, boundary)
+        total = total + read[place]
+    (slope,) = torch.autograd.grad(total + hidden[-1], start)
+    torch.testing.assert_close(slope, torch.full((count,), 1 / count))
+    with pytest.raises(ArgumentError, match=r"different boundaries in \[1, 12\), got \[2, 12\]"):
+        losses.equilibrium(12, [12, 2])
+
+
 def test_equilibrium_in_a_model() -> None:
     """Values as without; the gradient of one exit's loss at the words is 1 / L of what it was where layers are linear: here
     the ratio of both is the same number everywhere."""

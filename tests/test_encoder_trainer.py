@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_text
 import torch
@@ -16,7 +18,7 @@ from dyndepth.encoders import DynamicEncoder, SampleExits
 from dyndepth.errors import ArgumentError, TrainingError
 from dyndepth.exits import TopProbability
 from dyndepth.recipes.sample_heads import answers, linear_exits
-from dyndepth.training.encoder_losses import unweighted
+from dyndepth.training.encoder_losses import layer_weighted, unweighted
 from dyndepth.training.encoder_states import PooledStates
 from dyndepth.training.encoder_trainer import EncoderConfig, train_encoder
 
@@ -176,6 +178,89 @@ def test_a_run_that_was_killed_ends_with_the_weights_it_would_have_had(tmp_path:
     model, config = tiny_text.bert(), EncoderConfig(updates=13, checkpoint_every=4)
     with pytest.raises(TrainingError, match="holds another run"):
         train_encoder(model, made(model), *data, unweighted, config=config, folder=tmp_path / "b")
+
+
+def test_a_run_that_ended_early_is_over(tmp_path: Path) -> None:
+    """Started again it does no update and hands back the same weights."""
+    model, data = tiny_text.bert(), tiny_text.task(64)
+    config = EncoderConfig(updates=40, batch=64, evaluate_every=1, patience=2, checkpoint_every=1)
+    looks: list[float] = []
+
+    def judge(found: Any, labels: Tensor) -> Tensor:
+        looks.append(1.0 + len(looks))
+        return torch.tensor(looks[-1])
+
+    found = []
+    for number in range(3):
+        exits = made(model)
+        done = train_encoder(
+            model, exits, *data, unweighted, config=config, validation=data, judge=judge, folder=tmp_path
+        )  # fmt: skip
+        assert (done.updates, done.best_update, len(done.losses)) == (3, 1, 0 if number else 3)
+        found.append(weights(done.exits))
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+    assert len(looks) == 3
+
+
+def test_a_folder_is_of_one_run(tmp_path: Path) -> None:
+    """Other data of the same size, other labels, exits, losses or validation: refused, and named."""
+    model, (inputs, labels), other = tiny_text.bert(), tiny_text.task(32), tiny_text.task(32, 1)
+    config = EncoderConfig(updates=2, checkpoint_every=1)
+
+    def run(**changes: Any) -> Any:
+        given: dict[str, Any] = {
+            "exits": made(model), "inputs": inputs, "labels": labels, "loss": unweighted, "validation": other,
+        }  # fmt: skip
+        given |= changes
+        return train_encoder(model, config=config, folder=tmp_path, **given)
+
+    assert run().updates == 2
+    assert len(run(exits=made(model, seed=9)).losses) == 0, "weights come from the checkpoint"
+    for changes, said in (
+        ({"inputs": {name: value.flip(0) for name, value in inputs.items()}}, "data"),
+        ({"labels": labels.flip(0)}, "data"),
+        ({"validation": None}, "data"),
+        ({"validation": (other[0], other[1].flip(0))}, "data"),
+        ({"loss": layer_weighted}, "loss, judge"),
+        ({"judge": layer_weighted}, "judge"),
+        ({"exits": made(model, leave=[1, 2])}, "exits"),
+        ({"exits": made(model, dense=True)}, "exits"),
+    ):
+        with pytest.raises(TrainingError, match=f"holds another run, whose {said} differ; choose another folder"):
+            run(**changes)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_the_callers_draws_stay(tmp_path: Path, checkpoints: bool) -> None:
+    model, data = tiny_text.bert(dropout=0.1), tiny_text.task(32)
+    config = EncoderConfig(updates=2, base_lr=1e-4, checkpoint_every=int(checkpoints))
+
+    def draws() -> list[float]:
+        return [float(torch.rand(())), float(np.random.rand()), random.random()]  # noqa: NPY002
+
+    def seeded(seed: int) -> SampleExits:
+        exits = made(model)
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        return exits
+
+    seeded(5)
+    wanted = draws()
+    for _ in range(2):  # the second call resumes, where accelerate sets generators
+        exits = seeded(5)
+        train_encoder(model, exits, *data, unweighted, config=config, folder=tmp_path if checkpoints else None)
+        assert draws() == wanted
+        seeded(6)
+        draws()
+
+
+def test_every_seed_that_is_taken_trains() -> None:
+    model, data = tiny_text.bert(), tiny_text.task(16)
+    assert train_encoder(model, made(model), *data, unweighted, config=EncoderConfig(updates=1, seed=2**32 - 1)).updates == 1
+    with pytest.raises(ArgumentError, match=r"seed must be a whole number in \[0, 2\^32\), got 4294967296"):
+        EncoderConfig(seed=2**32)
 
 
 def test_the_weights_of_the_best_look_are_kept() -> None:

@@ -24,7 +24,7 @@ from dyndepth.recipes.costeff_slender import (
     prune,
     widths,
 )
-from dyndepth.training.encoder_losses import exit_losses, representation_mse, soft_ce, top_only
+from dyndepth.training.encoder_losses import equilibrium, exit_losses, representation_mse, soft_ce, top_only
 from dyndepth.training.encoder_trainer import EncoderConfig, train_encoder
 
 
@@ -169,6 +169,42 @@ def test_distillation_helps() -> None:
     exits = assistant()[1]
     exits = SampleExits(exits, dyndepth.encoders.facts_of(narrow, exits.final), final=exits.final)
     assert accuracy(narrow, exits.closed())[0] < accuracy(slender().model, slender().exits.closed())[0]
+
+
+def test_exits_at_some_layers_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What assist and slenderise give `everywhere`: shares of exits, where they are few."""
+    inputs, labels = tiny_text.task(20)
+    asked: list[tuple[Any, ...]] = []
+
+    def noted(*given: Any) -> Any:
+        asked.append(given)
+        return equilibrium(*given)
+
+    monkeypatch.setattr(costeff, "equilibrium", noted)
+    model = copy.deepcopy(teacher()[0])
+    exits = costeff.exits(model, tiny_text.CLASSES, leave=[3])
+    once = EncoderConfig(updates=1, base_lr=1e-6)
+    exits = costeff.assist(model, exits, *teacher(), inputs, labels, config=once)
+    costeff.slenderise(model, exits, inputs, labels, heads=3, neurons=30, steps=1, config=once)
+    assert asked == [(4, [3]), (4, [3])]
+
+
+def test_modes_of_teachers_come_back() -> None:
+    """Those in training mode, and a part of one that was not."""
+    inputs, labels = tiny_text.task(20)
+    (wide, exits), (other, tops) = assistant(), teacher()
+    wide, other = copy.deepcopy(wide), copy.deepcopy(other)
+    for each in (wide, other):
+        each.train()
+        each.embeddings.eval()
+    modes = [part.training for each in (wide, other) for part in each.modules()]
+    once = EncoderConfig(updates=1, base_lr=1e-6)
+    model = copy.deepcopy(teacher()[0])
+    costeff.assist(model, costeff.exits(model, tiny_text.CLASSES), other, tops, inputs, labels, config=once)
+    costeff.importance(wide, exits, inputs, labels, other, tops)
+    exits = SampleExits(exits, dyndepth.encoders.facts_of(wide, exits.final), final=exits.final)
+    costeff.slenderise(wide, exits, inputs, labels, heads=3, neurons=30, steps=1, config=once)
+    assert [part.training for each in (wide, other) for part in each.modules()] == modes
 
 
 def test_representations_come_first() -> None:

@@ -94,9 +94,13 @@ def test_files_keep_what_exits_say(tmp_path: Path) -> None:
     exits.save_pretrained(tmp_path)
     inputs, _ = tiny_text.task(20, 7)
     old = dyndepth.DynamicEncoder(model, exits)(**inputs)
-    new = dyndepth.DynamicEncoder(model, SampleExits.from_pretrained(tmp_path))(**inputs)
+    loaded = SampleExits.from_pretrained(tmp_path)
+    new = dyndepth.DynamicEncoder(model, loaded)(**inputs)
     assert torch.equal(old.logits, new.logits)
     assert torch.equal(old.exit_layers, new.exit_layers)
+    poolers = {id(head.dense) for head in [*(point.head for point in loaded), loaded.final]}  # type: ignore[union-attr]
+    assert len(poolers) == 1, "the pooler is still one"
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in exits.parameters())
 
 
 def test_a_models_own_head_is_the_top() -> None:
@@ -115,6 +119,10 @@ def test_errors() -> None:
         pabee.exits(model, 3, patience=-1)
     with pytest.raises(ArgumentError, match="tolerance is for regression with one answer, got classes 3"):
         pabee.exits(model, 3, tolerance=0.5)
+    with pytest.raises(ArgumentError, match="tolerance is for regression with one answer, got classes 3"):
+        pabee.exits(tiny_text.bert(head=True), tolerance=0.5)
+    with pytest.raises(ArgumentError, match="classes must be given"):
+        pabee.exits(model, tolerance=0.5)
     with pytest.raises(ArgumentError, match="classes must be given"):
         pabee.exits(model)
     with pytest.raises(ArgumentError, match=r"boundaries in \[1, 4\), got \[4\]"):

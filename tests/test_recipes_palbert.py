@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_text
 import torch
+import transformers as t
 
 import dyndepth
 from dyndepth.encoders import LambdaHead, LinearHead, QExit, SampleExits
@@ -129,6 +130,39 @@ def test_training_learns_answers_and_files_keep_one_head(tmp_path: Path) -> None
     assert loaded.exits[0].head is loaded.exits[2].head is loaded.final
     assert loaded.exits[0].judge is loaded.exits[2].judge
     assert torch.equal(dyndepth.DynamicEncoder(model, loaded)(**inputs).logits, out.logits)
+
+
+def test_q_of_one_closes_the_exits() -> None:
+    """Sums of probabilities in float32 come out above 1 now and then."""
+    torch.manual_seed(0)
+    config = t.BertConfig(
+        vocab_size=31, hidden_size=24, num_hidden_layers=12, num_attention_heads=4, intermediate_size=40,
+        initializer_range=0.35,
+    )  # fmt: skip
+    model = t.BertModel(config, add_pooling_layer=False).eval()
+    exits = palbert.exits(model, 3, q=1.0)
+    judge = exits.exits[0].judge
+    assert isinstance(judge, LambdaHead)
+    for parameter in judge.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.5
+    judge.body[-1].bias.data.fill_(3.5)
+    ids = torch.randint(1, 31, (1500, 6), generator=torch.Generator().manual_seed(0))
+    assert set(dyndepth.DynamicEncoder(model, exits)(input_ids=ids).exit_layers.tolist()) == {12}
+    assert int((dyndepth.DynamicEncoder(model, exits.with_thresholds(0.99))(input_ids=ids).exit_layers < 12).sum()) > 1000
+
+
+def test_one_classifier_even_where_the_model_has_its_own() -> None:
+    model = tiny_text.bert(head=True)
+    exits = palbert.exits(model)
+    assert exits.final is exits.exits[0].head
+    assert exits.model.vocab_size == tiny_text.CLASSES
+    inputs, _ = tiny_text.task(6)
+    out = dyndepth.DynamicEncoder(model, exits.with_thresholds(1.0))(**inputs)
+    head = exits.final
+    assert isinstance(head, LinearHead)
+    assert head.dense is not None
+    top = torch.stack([tiny_text.states(model, tiny_text.alone(inputs, row))[-1][0] for row in range(6)])
+    torch.testing.assert_close(out.logits, head.out(torch.tanh(head.dense(top))), rtol=1e-4, atol=1e-5)
 
 
 def test_errors() -> None:

@@ -12,7 +12,7 @@ from tiny_encoders import CLASSES, WIDTH, criteria, exits, inputs, model
 
 import dyndepth
 from dyndepth import Exits, SampleExits
-from dyndepth.encoders import CtcHead, FrameEntropy, LinearHead, ModelHead, QExit, SampleExit, facts_of
+from dyndepth.encoders import CtcHead, FrameEntropy, LinearHead, ModelHead, QExit, RegressionPatience, SampleExit, facts_of
 from dyndepth.errors import ExitsError
 from dyndepth.exits import TopProbability
 
@@ -45,6 +45,44 @@ def test_sharing_survives(tmp_path: Path) -> None:
     moved = dyndepth.DynamicEncoder(half, SampleExits(again, facts_of(half)))._exits
     assert next(iter(moved)).head is [*moved][1].head
     assert next(iter(moved)).criterion.module is next(iter(moved)).judge  # type: ignore[attr-defined]
+
+
+def test_shared_parts_of_heads_stay_one(tmp_path: Path) -> None:
+    """PABEE's pooler: one dense layer under all classifiers before and after, kept once; another size is refused."""
+    facts = facts_of(model("bert"))
+    heads = [LinearHead(WIDTH, CLASSES, dense=True) for _ in range(3)]
+    for head in heads:
+        head.dense = heads[0].dense
+    SampleExits([SampleExit(at, head, TopProbability()) for at, head in enumerate(heads, 1)], facts).save_pretrained(tmp_path)
+    again = SampleExits.from_pretrained(tmp_path)
+    loaded = [point.head for point in again]
+    assert all(isinstance(head, LinearHead) and head.dense is loaded[0].dense for head in loaded)  # type: ignore[union-attr]
+    assert len({id(head.out) for head in loaded}) == 3  # type: ignore[union-attr]
+    for old, new in zip(heads, loaded, strict=True):
+        assert {name: value.tolist() for name, value in new.state_dict().items()} == {
+            name: value.tolist() for name, value in old.state_dict().items()
+        }
+    assert sum(p.numel() for p in again.parameters()) == WIDTH * (WIDTH + 1) + 3 * CLASSES * (WIDTH + 1)
+    again.save_pretrained(tmp_path / "again")
+    kept = [path.read_bytes() for folder in (tmp_path, tmp_path / "again") for path in folder.glob("*.safetensors")]
+    assert len(kept) == 2
+    assert kept[0] == kept[1]
+    text = (tmp_path / "exits.json").read_text()
+    for wrong, said in (
+        ('"dense": "0.head.out"', "another kind or size"),
+        ('"dense": "9.head.dense"', "is damaged"),
+        ('"": "0.head.dense"', "another kind or size"),
+        ('"norm": "0.head.dense"', "another kind or size|is damaged"),
+    ):
+        assert text.count('"dense": "0.head.dense"') == 2
+        (tmp_path / "exits.json").write_text(text.replace('"dense": "0.head.dense"', wrong))
+        with pytest.raises(ExitsError, match=said):
+            SampleExits.from_pretrained(tmp_path)
+
+
+def test_regression_patience_wants_answers_per_sample() -> None:
+    with pytest.raises(ExitsError, match="criterion regression_patience reads answers per sample, a head of kind ctc"):
+        SampleExit(1, CtcHead(WIDTH, 1), RegressionPatience(), 1.0)
 
 
 def test_other_parts_come_back(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class RegressionPatience(SampleCriterion):
     kind: ClassVar[str] = "regression_patience"
     most: ClassVar[float] = float("inf")
     carries: ClassVar[bool] = True
+    needs_logits = True
     tolerance: float = 0.5
 
     def score(self, view: View) -> Tensor:
@@ -101,7 +102,7 @@ class LambdaHead(nn.Module):
 class QExit(SampleCriterion):
     """Leaves where the posterior of stopping, sum over j <= i of lambda_j prod_{k<j} (1 - lambda_k), exceeds q (PALBERT).
 
-    The threshold is q; 1/2 is the median of the posterior. Deterministic, unlike PonderNet's draws.
+    The threshold is q; 1/2 is the median of the posterior, 1 closes the exit. Deterministic, unlike PonderNet's draws.
     """
 
     kind: ClassVar[str] = "q_exit"
@@ -116,7 +117,8 @@ class QExit(SampleCriterion):
     def score(self, view: View) -> Tensor:
         lam = self.lam(view)
         rest = view.carried.get("q_rest", torch.ones_like(lam))
-        passed = view.carried.get("q_passed", torch.zeros_like(lam)) + lam * rest
+        # Rounding would take the sum above 1 by an ulp, and so past q = 1. 1 - rest would lose small probabilities instead.
+        passed = (view.carried.get("q_passed", torch.zeros_like(lam)) + lam * rest).clamp(max=1)
         view.carried["q_rest"], view.carried["q_passed"] = rest * (1 - lam), passed
         return passed
 

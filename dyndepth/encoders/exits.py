@@ -218,12 +218,27 @@ def _leave(point: SampleExit) -> int:
 def _described(
     part: nn.Module, kind: str, settings: dict[str, Any], name: str, seen: dict[int, str], tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """JSON of a head or judge; its tensors are added under `name`, once however many exits share it."""
+    """JSON of a head or judge; its tensors are added under `name`, once however many exits share it or a part of it.
+
+    `shared` names parts (PABEE's pooler) that another head or judge holds too, and where: {path: name there}.
+    """
     if id(part) in seen:
         return {"same_as": seen[id(part)]}
+    shared: dict[str, str] = {}
+    for path, module in part.named_modules():
+        if _below(path, shared) or not module.state_dict():
+            continue
+        if id(module) in seen:
+            shared[path] = seen[id(module)]
+        else:
+            seen[id(module)] = f"{name}.{path}" if path else name
     seen[id(part)] = name
-    tensors.update({f"{name}.{key}": value for key, value in part.state_dict().items()})
-    return {"kind": kind, "settings": settings, "tensors": name}
+    tensors.update({f"{name}.{key}": value for key, value in part.state_dict().items() if not _below(key, shared)})
+    return {"kind": kind, "settings": settings, "tensors": name, **({"shared": shared} if shared else {})}
+
+
+def _below(path: str, parents: Iterable[str]) -> bool:
+    return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
 
 
 class _Reader:
@@ -262,13 +277,30 @@ class _Reader:
         name = entry["tensors"]
         values = store.part(self.tensors, f"{name}.")
         module = make(entry["kind"], dict(entry["settings"]))
-        module.load_state_dict({key: value.clone() for key, value in values.items()}, assign=True)
+        shared = dict(entry.get("shared", {}))
+        for path, source in shared.items():
+            self.share(module, path, self.made[source])
+        found = module.load_state_dict({key: value.clone() for key, value in values.items()}, strict=False, assign=True)
+        lost = [key for key in found.missing_keys if not _below(key, shared)]
+        twice = [key for key in values if _below(key, shared)]
+        if lost or twice or found.unexpected_keys:
+            raise ExitsError(f"exits: {name} lacks {lost} and must not hold {[*found.unexpected_keys, *twice]}")
         for key, value in values.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise ExitsError(f"exits: {name}.{key} holds NaN or infinity")
         self.used |= {f"{name}.{key}" for key in values}
-        self.made[name] = module
+        self.made |= {f"{name}.{path}" if path else name: part for path, part in module.named_modules()}
         return module
+
+    @staticmethod
+    def share(module: nn.Module, path: str, other: nn.Module) -> None:
+        """Put `other` in the place of the part at `path`, which must be alike."""
+        parent, _, name = path.rpartition(".")
+        own = module.get_submodule(path)
+        shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (own, other)]
+        if not path or type(own) is not type(other) or shapes[0] != shapes[1]:
+            raise ExitsError(f"exits: the part {path!r} of a head is another kind or size than the one it is shared with")
+        setattr(module.get_submodule(parent), name, other)
 
 
 def _head(kind: str, settings: dict[str, Any]) -> SampleHead:

@@ -83,6 +83,31 @@ def attention_maps(model: Any) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Within, the models are in eval mode; afterwards every part of them is in the mode that it had."""
+    modes = [(part, part.training) for model in models for part in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
+def _differentiable(weights: Sequence[Tensor]) -> Iterator[None]:
+    flags = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight, flag in zip(weights, flags, strict=True):
+            weight.requires_grad_(flag)
+
+
 def assist(
     model: Any,
     exits: SampleExits,
@@ -110,12 +135,12 @@ def assist(
         folder: checkpoints go to `folder`/represent and `folder`/answers.
     """
     config = config or EncoderConfig(base_lr=2e-5, lr=2e-4)
-    taught = DynamicEncoder(teacher.eval(), _at_all(teacher, teacher_exits, exits))
+    taught = DynamicEncoder(teacher, _at_all(teacher, teacher_exits, exits))
 
     def watch(encoder: DynamicEncoder, batch: Mapping[str, Tensor]) -> Seen:
         with torch.no_grad():
             wanted = taught.everywhere(**batch)
-        return Seen(encoder.everywhere(equilibrium(encoder.depth), **batch), wanted)
+        return Seen(encoder.everywhere(equilibrium(encoder.depth, encoder.boundaries), **batch), wanted)
 
     def answer(seen: Seen, labels: Tensor) -> Tensor:
         top = seen.teacher[-1][1]
@@ -123,14 +148,15 @@ def assist(
         return (soft + exit_losses(seen.student, labels).mean(0).sum()) / 2
 
     places = [None if folder is None else Path(folder) / name for name in ("represent", "answers")]
-    if represent is not None:
-        exits = train_encoder(
-            model, exits, inputs, labels, lambda seen, _: seen.hidden_mse(), config=represent, watch=watch,
-            validation=validation, folder=places[0],
-        ).exits  # fmt: skip
-    return train_encoder(
-        model, exits, inputs, labels, answer, config=config, watch=watch, validation=validation, folder=places[1]
-    ).exits
+    with evaluating(teacher):
+        if represent is not None:
+            exits = train_encoder(
+                model, exits, inputs, labels, lambda seen, _: seen.hidden_mse(), config=represent, watch=watch,
+                validation=validation, folder=places[0],
+            ).exits  # fmt: skip
+        return train_encoder(
+            model, exits, inputs, labels, answer, config=config, watch=watch, validation=validation, folder=places[1]
+        ).exits
 
 
 def _at_all(teacher: Any, teacher_exits: SampleExits, exits: SampleExits) -> SampleExits:
@@ -155,7 +181,7 @@ def importance(
     for a head or neuron is |sum of weight x gradient| over the columns that carry it onward, which is the derivative by a
     factor on its output; terms of all exits and batches are added.
     """
-    encoder, taught = DynamicEncoder(model.eval(), exits), DynamicEncoder(teacher.eval(), teacher_exits)
+    encoder, taught = DynamicEncoder(model, exits), DynamicEncoder(teacher, teacher_exits)
     layers = layers_of(model)
     sums = [
         (torch.zeros(layer.attention.self.num_attention_heads), torch.zeros(layer.intermediate.dense.out_features))
@@ -163,10 +189,7 @@ def importance(
     ]
     carriers = [part.weight for layer in layers for part in (layer.attention.output.dense, layer.output.dense)]
     parts = [part for pair in sums for part in pair]
-    flags = [weight.requires_grad for weight in carriers]
-    for weight in carriers:
-        weight.requires_grad_(True)
-    try:
+    with evaluating(model, teacher), _differentiable(carriers):
         for rows in torch.arange(len(labels)).split(batch):
             given, rows = chosen(inputs, rows)
             with torch.no_grad():
@@ -187,9 +210,6 @@ def importance(
                     if slope is not None:  # layers above the exit
                         columns = (weight.detach() * slope).sum(0)
                         part += columns.reshape(len(part), -1).sum(1).abs().cpu()
-    finally:
-        for weight, flag in zip(carriers, flags, strict=True):
-            weight.requires_grad_(flag)
     return sums
 
 
@@ -288,14 +308,14 @@ def _distil(
     inputs: Mapping[str, Tensor], labels: Tensor, temperature: float, config: EncoderConfig,
     validation: tuple[Mapping[str, Tensor], Tensor] | None, folder: Path | None,
 ) -> SampleExits:  # fmt: skip
-    taught = DynamicEncoder(assistant.eval(), assistant_exits, layout="padded")
+    taught = DynamicEncoder(assistant, assistant_exits, layout="padded")
     left = [torch.tensor(each.heads) for each in kept]
 
     def watch(encoder: DynamicEncoder, batch: Mapping[str, Tensor]) -> Seen:
         with attention_maps(assistant) as theirs, torch.no_grad():
             wanted = taught.everywhere(**batch)
         with attention_maps(encoder.model) as mine:
-            found = encoder.everywhere(equilibrium(encoder.depth), **batch)
+            found = encoder.everywhere(equilibrium(encoder.depth, encoder.boundaries), **batch)
         keep = found[0][0].keep()
         # Queries that are padding attend to something too, which nobody reads.
         maps = [each.transpose(1, 2)[keep] for each in mine]
@@ -305,6 +325,8 @@ def _distil(
     def loss(seen: Seen, _: Tensor) -> Tensor:
         return seen.soft_ces(temperature) + seen.hidden_mse() + representation_mse(seen.student_maps, seen.teacher_maps)
 
-    return train_encoder(
-        model, exits, inputs, labels, loss, config=config, watch=watch, validation=validation, layout="padded", folder=folder
-    ).exits
+    with evaluating(assistant):
+        return train_encoder(
+            model, exits, inputs, labels, loss, config=config, watch=watch, validation=validation, layout="padded",
+            folder=folder,
+        ).exits  # fmt: skip

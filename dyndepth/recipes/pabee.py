@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dyndepth.encoders import RegressionPatience, SampleExits
+from dyndepth.encoders import RegressionPatience, SampleExits, bind
 from dyndepth.errors import ArgumentError
 from dyndepth.exits.criteria import Criterion, Patience
 from dyndepth.recipes.sample_heads import linear_exits
@@ -42,8 +42,10 @@ def exits(
         leave: boundaries; all by default.
         pooling: of the shared tanh pooler; the paper's is the first token.
     """
-    if tolerance is not None and classes not in (1, None):
-        raise ArgumentError(f"pabee.exits: tolerance is for regression with one answer, got classes {classes}")
+    if tolerance is not None:
+        classes = bind(model).classes if classes is None else classes
+        if classes not in (1, None):  # None: linear_exits says that classes must be given
+            raise ArgumentError(f"pabee.exits: tolerance is for regression with one answer, got classes {classes}")
     criterion: Criterion = Patience() if tolerance is None else RegressionPatience(tolerance=tolerance)
     name = "PABEE (arXiv 2006.04152)"
     return linear_exits(

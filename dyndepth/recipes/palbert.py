@@ -31,7 +31,7 @@ def exits(
     pooling: str = "first",
     inner: int | None = None,
 ) -> SampleExits:
-    """Untrained exits under Q-exit.
+    """Untrained exits under Q-exit: one classifier for all layers, the top included, even where the model has its own.
 
     Args:
         q: quantile of the posterior of stopping; 1/2, its median, in the paper. 1 closes the exits.

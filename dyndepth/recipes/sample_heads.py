@@ -45,7 +45,8 @@ def linear_exits(
     Args:
         classes: width of the answers; None takes the model's own head's.
         criterion: made for each boundary.
-        one_head: the same head at all of them; `one_dense`: the same pooler, each its own classifier.
+        one_head: the same head at all of them and at the top, in place of a head that the model may have; `one_dense`: the
+            same pooler, each its own classifier.
     """
     family = bind(model)
     if classes is None:
@@ -53,7 +54,7 @@ def linear_exits(
     if classes is None:
         raise ArgumentError(f"recipe: {type(model).__name__} has no head of its own, so classes must be given, got None")
     found = layers_for(model, leave)
-    own = family.classes is None
+    own = family.classes is None or one_head
     heads = [LinearHead(family.width, classes, pooling=pooling, dense=dense, norm=norm) for _ in range(len(found) + own)]
     if one_head:
         heads = [heads[0]] * len(heads)

@@ -241,15 +241,21 @@ def scaled_gradient(value: Tensor, factor: float) -> Tensor:
     return result
 
 
-def equilibrium(layers: int) -> Any:
-    """Gradient equilibrium for the first argument of `everywhere`, with exits after every layer (Li et al. 2019; COST-EFF).
+def equilibrium(layers: int, leave: Sequence[int] | None = None) -> Any:
+    """Gradient equilibrium for the first argument of `everywhere` (Li et al. 2019; COST-EFF).
 
-    At exit l the gradient is multiplied by 1 / (L - l + 1), and before that what comes from above by L - l: every exit then
-    counts 1 / L in the gradient of the embedding, instead of all that lie above adding up.
+    At the l-th of L exits, the top being the last, the gradient is multiplied by 1 / (L - l + 1), and before that what comes
+    from above by L - l: every exit then counts 1 / L in the gradient of the embedding, instead of all that lie above adding up.
+
+    `leave`: layers below each exit, the top left out; after each of the `layers` by default, as in the papers.
     """
+    at = sorted(range(1, layers) if leave is None else leave)
+    if len(set(at)) != len(at) or any(not 1 <= boundary < layers for boundary in at):
+        raise ArgumentError(f"equilibrium: leave must be different boundaries in [1, {layers}), got {at}")
+    above = {boundary: len(at) - number for number, boundary in enumerate(at)}
 
     def fork(hidden: Tensor, boundary: int) -> tuple[Tensor, Tensor]:
-        shared = scaled_gradient(hidden, 1 / (layers - boundary + 1))
-        return shared, scaled_gradient(shared, layers - boundary)
+        shared = scaled_gradient(hidden, 1 / (above[boundary] + 1))
+        return shared, scaled_gradient(shared, above[boundary])
 
     return fork

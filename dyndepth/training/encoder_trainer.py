@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
+import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dyndepth.encoders import DynamicEncoder, SampleExits, facts_of
+from dyndepth.encoders import DynamicEncoder, SampleExits, SampleHead, facts_of
 from dyndepth.errors import ArgumentError, TrainingError
 from dyndepth.files import replacing, require
 from dyndepth.training.encoder_states import Everywhere, Inputs, PooledStates, chosen
@@ -68,7 +71,9 @@ class EncoderConfig:
 
         for name in ("updates", "batch", "evaluate_every"):
             wanted(name, "a whole number from 1 up", type(getattr(self, name)) is int and getattr(self, name) >= 1)
-        for name in ("patience", "checkpoint_every", "seed"):
+        # Updates draw from generators seeded with seed * 2^32 + update, which torch takes below 2^64.
+        wanted("seed", "a whole number in [0, 2^32)", type(self.seed) is int and 0 <= self.seed < 2**32)
+        for name in ("patience", "checkpoint_every"):
             wanted(name, "a whole number from 0 up", type(getattr(self, name)) is int and getattr(self, name) >= 0)
         for name in ("lr", "base_lr", "weight_decay", "clip"):
             wanted(name, "a finite number from 0 up", math.isfinite(getattr(self, name)) and getattr(self, name) >= 0)
@@ -134,8 +139,9 @@ def train_encoder(
         train_only: of the exits' modules, the ones that learn; the others are frozen.
         folder: with `checkpoint_every`, where checkpoints go; a killed run that is started again resumes there.
 
-    Every update is a function of the settings, the data and the weights before it. A loss or a gradient that is not finite
-    is a TrainingError. Returns exits whose facts are those of the model as it is afterwards.
+    Every update is a function of the settings, the data and the weights before it; the caller's random numbers are neither
+    read nor moved on. A folder is of one run: other settings, data, exits or losses are refused there. A loss or a gradient
+    that is not finite is a TrainingError. Returns exits whose facts are those of the model as it is afterwards.
     """
     config = config or EncoderConfig()
     require("accelerate", "training needs the package accelerate: pip install 'dyndepth[train]'")
@@ -144,8 +150,21 @@ def train_encoder(
     if config.checkpoint_every and folder is None:
         raise ArgumentError("train_encoder: checkpoint_every needs a folder")
     run = _Run(model, exits, inputs, labels, loss, config, validation, judge or loss, watch, train_only, layout, folder)
-    with torch.enable_grad(), run.prepared():
+    with torch.enable_grad(), _own_draws(), run.prepared():
         return run.train()
+
+
+@contextmanager
+def _own_draws() -> Iterator[None]:
+    """Afterwards the generators of torch, NumPy and Python are where they were; accelerate's checkpoints set all three."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 (what accelerate sets)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002
 
 
 class _Run:
@@ -217,7 +236,8 @@ class _Run:
         if hasattr(self.loss, "state_dict"):
             accelerator.register_for_checkpointing(self.loss)
         best = self._resume(accelerator, state)
-        while state.update < self.config.updates:
+        # A checkpoint may be that of a run that ended early: it is over.
+        while state.update < self.config.updates and not self._tired(state):
             self._update(accelerator, optimizer, parameters, state)
             if self.validation is not None and self._due(state, self.config.evaluate_every):
                 found = self._look()
@@ -225,11 +245,8 @@ class _Run:
                 if found < state.best:
                     state.best, state.best_update, state.waited = found, state.update, 0
                     best = copy.deepcopy(kept.state_dict())
-            tired = bool(self.config.patience) and state.waited >= self.config.patience
-            if self.config.checkpoint_every and (self._due(state, self.config.checkpoint_every) or tired):
+            if self.config.checkpoint_every and (self._due(state, self.config.checkpoint_every) or self._tired(state)):
                 self._keep(accelerator, state, best)
-            if tired:
-                break
         if best is not None:
             kept.load_state_dict(best)
         known = self.validation is not None and math.isfinite(state.best)
@@ -237,6 +254,9 @@ class _Run:
         exits = SampleExits(self.exits, facts, final=self.exits.final, record=self.exits.record)
         where = state.best_update if known else state.update
         return TrainedEncoder(exits.eval(), self.losses, state.best if known else math.nan, where, state.update)
+
+    def _tired(self, state: _State) -> bool:
+        return bool(self.config.patience) and state.waited >= self.config.patience
 
     def _due(self, state: _State, every: int) -> bool:
         return state.update % every == 0 or state.update == self.config.updates
@@ -301,7 +321,22 @@ class _Run:
     # Checkpoints.
 
     def _claim(self) -> dict[str, Any]:
-        return json.loads(json.dumps({"config": dataclasses.asdict(self.config), "samples": len(self.labels)}))
+        """What a folder's run is of. Weights are left out: a checkpoint brings its own."""
+        points = [[e.leave, _named(e.head), e.criterion.kind, repr(e.threshold)] for e in self.exits]
+        final = None if self.exits.final is None else _named(self.exits.final)
+        data = [(self.inputs, self.labels), *([] if self.validation is None else [self.validation])]
+        losses = {"loss": self.loss, "judge": self.judge, "watch": self.watch}
+        return json.loads(
+            json.dumps(
+                {
+                    "config": dataclasses.asdict(self.config),
+                    "samples": len(self.labels),
+                    "data": [_digest(inputs, labels) for inputs, labels in data],
+                    "exits": [*points, final],
+                    **{name: getattr(part, "__qualname__", type(part).__qualname__) for name, part in losses.items()},
+                }
+            )
+        )
 
     def _resume(self, accelerator: Any, state: _State) -> dict[str, Any] | None:
         """Load the newest checkpoint if there is one; returns the best weights so far."""
@@ -309,10 +344,17 @@ class _Run:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / RUN
-        if path.exists() and json.loads(path.read_text()) != self._claim():
-            raise TrainingError(f"train_encoder: {self.folder} holds another run; choose another folder or remove it")
+        claim = self._claim()
+        if path.exists():
+            old = json.loads(path.read_text())
+            other = [name for name in claim if old.get(name) != claim[name]]
+            if other:
+                raise TrainingError(
+                    f"train_encoder: {self.folder} holds another run, whose {', '.join(other)} differ; choose another folder "
+                    "or remove it"
+                )
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self._claim()) + "\n")
+            temporary.write_text(json.dumps(claim) + "\n")
         found = sorted(self.folder.glob("checkpoint-*"))
         if not found:
             return None
@@ -333,3 +375,17 @@ class _Run:
         for folder in self.folder.glob("checkpoint-*"):
             if folder != final:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _named(head: SampleHead) -> list[Any]:
+    return [head.kind, head.settings]
+
+
+def _digest(inputs: Inputs, labels: Tensor) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    parts = dict(enumerate(inputs.states)) if isinstance(inputs, PooledStates) else inputs
+    for name, value in [*sorted(parts.items()), ("labels", labels)]:
+        found.update(f"{name} {value.dtype} {list(value.shape)};".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
