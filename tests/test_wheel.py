@@ -50,6 +50,12 @@ def test_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "dyndepth").rglob("*.py")} | {"dyndepth/py.typed"}
     sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "dyndepth" / "demo" / "exits").iterdir()}
     sources |= {f"dyndepth/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    sources |= {f"dyndepth/kernels/launch_tables/{p.name}" for p in (ROOT / "kernels" / "launch_tables").glob("*.json")}
+    sources |= {
+        str(p.relative_to(ROOT))
+        for folder in ("text_exits", "speech_weights")
+        for p in (ROOT / "dyndepth/demo/tasks" / folder).iterdir()
+    } | {"dyndepth/demo/tasks/words.txt"}
     sources |= {f"dyndepth/_cuda_sources/{p.name}" for p in (ROOT / "csrc" / "cuda").glob("*.*")}
     assert {name for name in names if ".dist-info/" not in name and not name.startswith("dyndepth/_C.")} == sources
 
