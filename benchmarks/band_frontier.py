@@ -27,7 +27,6 @@ from exit_heads import EXITS, KINDS, SHARES, TRAIN_ROWS, load_or_collect, traine
 from jump_maps import MAP_ROWS
 from torch import Tensor
 
-from dyndepth.calibration.reliability import Reliability
 from dyndepth.closed_form.heads import exit_argmax, exit_statistics, frequent, judging_cost
 from dyndepth.closed_form.history import Seen, below, see
 from dyndepth.closed_form.measure import Sample
@@ -84,6 +83,37 @@ def shown(stats: ExitStats, which: str) -> Tensor:
     return top if which == TOP else top - torch.exp(stats.top2 - stats.logsumexp)
 
 
+@dataclass(frozen=True)
+class Truth:
+    """Chance to agree of a score in (0, 1): sigmoid(slope * logit(score) + shift), by logistic regression (Platt scaling)."""
+
+    slope: float
+    shift: float
+
+    @classmethod
+    def of(cls, scores: Tensor, agrees: Tensor) -> Truth:
+        x = torch.stack([_odds(scores), torch.ones(len(scores), dtype=torch.float64)], dim=1)
+        found, y = torch.tensor([1.0, 0.0], dtype=torch.float64), agrees.double()
+        for _ in range(25):
+            p = torch.sigmoid(x @ found)
+            curvature = (x * (p * (1 - p))[:, None]).T @ x + 1e-3 * torch.eye(2, dtype=torch.float64)
+            found = found - torch.linalg.solve(curvature, x.T @ (p - y) + 1e-3 * found)
+        return cls(max(float(found[0]), 1e-3), float(found[1]))  # more confidence never means less
+
+    def chance(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid(self.slope * _odds(scores) + self.shift).float()
+
+    def score(self, chance: float) -> float:
+        """The lowest score with such a chance; inf where there is none."""
+        if not 0 < chance < 1:
+            return math.inf if chance >= 1 else -math.inf
+        return 1 / (1 + math.exp(min(700.0, -(math.log(chance / (1 - chance)) - self.shift) / self.slope)))
+
+
+def _odds(scores: Tensor) -> Tensor:
+    return torch.logit(scores.double().clamp(1e-6, 1 - 1e-6))
+
+
 @dataclass
 class Group:
     """Bands and exits that are tried together: what was seen of rows that came by, their routers and how true scores are."""
@@ -92,8 +122,8 @@ class Group:
     fitted: list[Seen]
     tuned: list[Seen]
     routers: dict[str, list[Router]] = field(default_factory=dict)
-    #: Per confidence and band: score -> share of the tuning rows with such a score that agreed.
-    bins: dict[str, list[Reliability]] = field(default_factory=dict)
+    #: Per confidence and band: how true scores are on the tuning rows.
+    truth: dict[str, list[Truth]] = field(default_factory=dict)
 
 
 def main(folder: Path, only: list[str]) -> None:
@@ -200,11 +230,11 @@ class Bench:
         group = Group(candidates, [Seen(**part) for part in fitted], [Seen(**part) for part in tuned])
         self._routers(group)
         for confidence in (ROUTER, BLIND, TOP, MARGIN):
-            group.bins[confidence] = []
+            group.truth[confidence] = []
             for i, part in enumerate(group.tuned):
                 assert part.agrees is not None
                 scores = self._scores(group, i, confidence, part.residual, part.skipped)
-                group.bins[confidence].append(Reliability.of(scores.double().numpy(), part.agrees.numpy(), bins=25))
+                group.truth[confidence].append(Truth.of(scores, part.agrees))
         return group
 
     def _routers(self, group: Group) -> None:
@@ -292,7 +322,7 @@ class Bench:
             self.chances[confidence] = []
             for i, candidate in enumerate(group.candidates):
                 scores = self._scores(group, i, confidence, self.residual[candidate.band.leave], None)
-                chance = scores if confidence == ROUTER else _chance(group.bins[confidence][i], scores)
+                chance = group.truth[confidence][i].chance(scores)
                 self.chances[confidence].append(chance)
         return self.chances[confidence]
 
@@ -305,7 +335,7 @@ class Bench:
             if router.history_weight is not None:
                 for leave, weight in zip(router.history, router.history_weight[0].tolist(), strict=True):
                     if leave in places:
-                        offsets[row, places[leave]] = weight
+                        offsets[row, places[leave]] = weight * group.truth[ROUTER][i].slope
         return offsets
 
     def _measured(self, chosen: Sequence[int], confidence: str, price: float) -> dict[str, Any]:
@@ -316,7 +346,7 @@ class Bench:
             if confidence in (TOP, MARGIN):
                 band.shortlist = None
         limits = thresholds(candidates, price)
-        raw = [_score_at(group.bins[confidence][i], limit) for i, limit in zip(chosen, limits, strict=True)]
+        raw = [group.truth[confidence][i].score(limit) for i, limit in zip(chosen, limits, strict=True)]
         exits = Exits(bands, facts_of(self.model)).with_thresholds(raw)
         of = [candidate.span for candidate in candidates]
         key = {"spans": [list(span) for span in of], "price": price, "thresholds": [str(value) for value in raw]}
@@ -355,22 +385,6 @@ def _between(best: Sequence[dict[str, Any]], share: float) -> float | None:
         if low <= share <= high:
             return fewer + (more - fewer) * (share - low) / max(high - low, 1e-12)
     return None
-
-
-def _chance(bins: Reliability, scores: Tensor) -> Tensor:
-    """Score -> share that agreed among tuning rows with such a score, never falling."""
-    edges, share = torch.from_numpy(bins.edges[1:-1]), torch.from_numpy(bins.agreement).cummax(0).values
-    return share[torch.searchsorted(edges, scores.double().contiguous(), right=True)].float()
-
-
-def _score_at(bins: Reliability, limit: float) -> float:
-    """The lowest score from where on such a share agreed; inf where none does."""
-    share = torch.from_numpy(bins.agreement).cummax(0).values
-    enough = (share >= limit).nonzero()[:, 0]
-    if math.isinf(limit) or len(enough) == 0:
-        return math.inf
-    at = int(enough[0])
-    return -math.inf if at == 0 else float(bins.edges[at])
 
 
 def _heads(folder: Path, model: Model, corpus: Any, report: Progress) -> dict[int, TranslatorHead]:

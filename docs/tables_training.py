@@ -104,7 +104,7 @@ def kv_weighting(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-TABLES = {"head_tokens": head_tokens, "jump_maps": jump_maps}
+TABLES = {"head_tokens": head_tokens, "jump_maps": jump_maps, "band_frontier": band_frontier, "kv_weighting": kv_weighting}
 
 
 def _header(*names: str) -> list[str]:
