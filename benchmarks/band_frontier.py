@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from band_maps import Span, first, ridge_bands, spans
 from exit_heads import EXITS, KINDS, SHARES, TRAIN_ROWS, load_or_collect, trained
 from jump_maps import MAP_ROWS
 from torch import Tensor
+from truth import Truth
 
 from dyndepth.closed_form.heads import exit_argmax, exit_statistics, frequent, judging_cost
 from dyndepth.closed_form.history import Seen, below, see
@@ -81,37 +81,6 @@ def readout_stats(model: Model, head: TranslatorHead, residual: Tensor) -> ExitS
 def shown(stats: ExitStats, which: str) -> Tensor:
     top = torch.exp(stats.top1 - stats.logsumexp)
     return top if which == TOP else top - torch.exp(stats.top2 - stats.logsumexp)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Chance to agree of a score in (0, 1): sigmoid(slope * logit(score) + shift), by logistic regression (Platt scaling)."""
-
-    slope: float
-    shift: float
-
-    @classmethod
-    def of(cls, scores: Tensor, agrees: Tensor) -> Truth:
-        x = torch.stack([_odds(scores), torch.ones(len(scores), dtype=torch.float64)], dim=1)
-        found, y = torch.tensor([1.0, 0.0], dtype=torch.float64), agrees.double()
-        for _ in range(25):
-            p = torch.sigmoid(x @ found)
-            curvature = (x * (p * (1 - p))[:, None]).T @ x + 1e-3 * torch.eye(2, dtype=torch.float64)
-            found = found - torch.linalg.solve(curvature, x.T @ (p - y) + 1e-3 * found)
-        return cls(max(float(found[0]), 1e-3), float(found[1]))  # more confidence never means less
-
-    def chance(self, scores: Tensor) -> Tensor:
-        return torch.sigmoid(self.slope * _odds(scores) + self.shift).float()
-
-    def score(self, chance: float) -> float:
-        """The lowest score with such a chance; inf where there is none."""
-        if not 0 < chance < 1:
-            return math.inf if chance >= 1 else -math.inf
-        return 1 / (1 + math.exp(min(700.0, -(math.log(chance / (1 - chance)) - self.shift) / self.slope)))
-
-
-def _odds(scores: Tensor) -> Tensor:
-    return torch.logit(scores.double().clamp(1e-6, 1 - 1e-6))
 
 
 @dataclass
@@ -234,7 +203,7 @@ class Bench:
             for i, part in enumerate(group.tuned):
                 assert part.agrees is not None
                 scores = self._scores(group, i, confidence, part.residual, part.skipped)
-                group.truth[confidence].append(Truth.of(scores, part.agrees))
+                group.truth[confidence].append(Truth.of(scores, part.agrees, confidence == MARGIN))
         return group
 
     def _routers(self, group: Group) -> None:

@@ -66,8 +66,7 @@ def band_frontier(results: Path) -> str:
     """What `make band-frontier` found: mean layers at three agreements, then what routers know of each band."""
     found = _load(results / "band_frontier.json")
     shares = list(found["frontier"][0]["mean_layers"])
-    layers = [f"mean layers at {share}" for share in shares]
-    lines = _header("what rows may take", "confidence", *layers, "who took what near the last")
+    lines = _header("what rows may take", "confidence", *(f"mean layers at {share}" for share in shares), "taken near the last")
     for row in sorted(found["frontier"], key=lambda row: ("exits", "bands", "bands and exits").index(row["family"])):
         cells = ["–" if row["mean_layers"][share] is None else f"{row['mean_layers'][share]:.2f}" for share in shares]
         point = min(row["points"], key=lambda point: abs(point["agreement"] - float(shares[-1].rstrip("%")) / 100))
