@@ -30,8 +30,8 @@ def encoder_speech(results: Path) -> str:
     lines += ["", *_header("criterion", "threshold", "samples × layers", "WER", "CER", "same text as full depth")]
     for row in found["sweep"]:
         lines.append(
-            f"| {row['criterion']} | {row['threshold']:g} | {row['samples_x_layers']:.1%} | {row['wer']:.1%} | {row['cer']:.1%} "
-            f"| {row['same_text']:.1%} |"
+            f"| {row['criterion']} | {row['threshold']:g} | {row['samples_x_layers']:.1%} | {row['wer']:.1%} "
+            f"| {row['cer']:.1%} | {row['same_text']:.1%} |"
         )
     lines += ["", *_header("criterion", "batch", "way", "phrases/s (p10–p90)", "samples × layers", "WER")]
     for row in found["rows"]:
@@ -42,9 +42,9 @@ def encoder_speech(results: Path) -> str:
         )
     cpu = found["machine"]["cpu"]
     text = (
-        f"{found['phrases']} phrases, {found['seconds_of_speech']:.0f} s of speech, {found['parameters'] / 1e6:.2f} M parameters; "
-        f"{found['threads']} threads, {cpu['name']} ({cpu['capability']}). Speed is at the freest threshold whose WER is at most "
-        f"{found['spare_wer'] * 100:.0f} points above full depth's; transformers' batch reads padding, hence its WER."
+        f"{found['phrases']} phrases, {found['seconds_of_speech']:.0f} s of speech, {found['parameters'] / 1e6:.2f} M "
+        f"parameters; {found['threads']} threads, {cpu['name']} ({cpu['capability']}). Speed is at the freest threshold whose "
+        f"WER is at most {found['spare_wer'] * 100:.0f} points above full depth's; transformers' batch reads padding, hence its WER."
     )
     return "\n".join([*lines, "", text, ""])
 

@@ -21,7 +21,7 @@ KINDS = ("ForCTC", "ForSequenceClassification")
 
 _COMMON: dict[str, Any] = {
     "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 3, "intermediate_size": 40,
-    "conv_dim": [12, 12, 12], "conv_kernel": [10, 3, 3], "conv_stride": [5, 2, 2], 
+    "conv_dim": [12, 12, 12], "conv_kernel": [10, 3, 3], "conv_stride": [5, 2, 2],
     "num_conv_pos_embeddings": 6, "num_conv_pos_embedding_groups": 4, "vocab_size": SYMBOLS, "num_labels": CLASSES,
     "classifier_proj_size": 10, "num_buckets": 12, "max_bucket_distance": 20, "conv_depthwise_kernel_size": 5,
 }  # fmt: skip
