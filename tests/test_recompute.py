@@ -197,7 +197,8 @@ def test_depth_by_request_and_full_depth_requests() -> None:
     exits = tiny_exits.exits_of(model, tiny_exits.band(model, 2, 6, FixedDepth()), tiny_exits.band(model, 4, 6, FixedDepth()))
     out = _generate(model, inputs, exits, kv="recompute", depth=[2, 6, 4, None], pending=3)
     release = _generate(model, inputs, exits, kv="release", depth=[2, 6, 4, None])
-    assert set(out.exit_layers[0].tolist()) - {-1} == {2, 6}, "every fourth token takes three parked ones to the top"
+    for row, named in ((0, 2), (2, 4)):  # nothing of theirs ever goes deeper, so the bound on what waits is not for them
+        assert set(out.exit_layers[row].tolist()) - {-1} == {named}
     assert set(out.exit_layers[1].tolist()) - {-1} == {6} == set(out.exit_layers[3].tolist()) - {-1}
     assert torch.equal(out.sequences[[1, 3]], release.sequences[[1, 3]])
 
