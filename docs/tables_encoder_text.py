@@ -78,4 +78,28 @@ def _load(results: Path) -> Any:
     return json.loads((results / "encoder_text.json").read_text(encoding="utf-8"))
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"encoder_text": encoder_text, "encoder_text_systems": encoder_text_systems}
+def demo_text(results: Path) -> str:
+    """What `dyndepth demo --task text` printed."""
+    found = json.loads((results / "text.json").read_text(encoding="utf-8"))
+    lines = _header("batch", "system", "documents/s (p10–p90)", "samples × layers", "accuracy", "agreement")
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['batch']} | {row['system']}, {row['mode']} | {row['samples_per_s_median']:.0f} "
+            f"({row['samples_per_s_p10']:.0f}–{row['samples_per_s_p90']:.0f}) | {row['samples_x_layers']:.1%} "
+            f"| {row['quality']:.1%} | {row['agreement']:.1%} |"
+        )
+    facts, cpu = found["facts"], found["machine"]["cpu"]
+    certificate = facts["record"]["certificate"]
+    text = (
+        f"`dyndepth demo --task text`: {facts['model']}; {facts['documents']['test']} test documents of {facts['data']}; "
+        f"disagreement with full depth at most {certificate['risk']:.0%} with {certificate['confidence']:.0%} confidence, "
+        f"certified on {certificate['n']} other documents. {facts['threads']} threads, {cpu['name']} ({cpu['capability']})."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "demo_text": demo_text,
+    "encoder_text": encoder_text,
+    "encoder_text_systems": encoder_text_systems,
+}

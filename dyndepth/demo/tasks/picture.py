@@ -36,7 +36,7 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
                 textcoords="offset points",
             )  # fmt: skip
     left.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    left.set_ylabel("samples per second, median and p10-p90; % of samples x layers run")
+    left.set_ylabel("samples/s, median, p10-p90; % of work run")
     left.set_ylim(0, 1.25 * max(row.samples_per_s_p90 for row in rows))
     left.legend(loc="upper left", fontsize=8)
     left.set_title(title, loc="left", fontsize=9)
