@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyndepth.encoders import Embedded, Samples
@@ -41,6 +41,7 @@ def _check(samples: Samples, lengths: list[int], ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
+@settings(deadline=None)
 @given(lengths=LENGTHS, data=st.data())
 def test_split_take_and_join(layout: str, lengths: list[int], data: st.DataObject) -> None:
     samples = _made(lengths, layout)
