@@ -75,7 +75,25 @@ class ModelHead(SampleHead):
         return finish(samples)
 
 
-class LinearHead(SampleHead):
+class ReadoutHead(SampleHead):
+    """Base of heads that end in `out`, one linear from as many features as residuals are wide."""
+
+    out: nn.Linear
+
+    @property
+    def classes(self) -> int:
+        return self.out.out_features
+
+    @property
+    def width(self) -> int:
+        return self.out.in_features
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.out
+
+
+class LinearHead(ReadoutHead):
     """`out(act(dense(norm(pool(h)))))`, each of norm and dense optional.
 
     With `dense` (tanh) on the first token this is BERT's pooler and classifier (DeeBERT, PABEE, COST-EFF); with `norm` and no
@@ -107,20 +125,8 @@ class LinearHead(SampleHead):
         }  # fmt: skip
 
     @property
-    def classes(self) -> int:
-        return self.out.out_features
-
-    @property
-    def width(self) -> int:
-        return self.out.in_features
-
-    @property
     def pooling(self) -> str:
         return self._pooling
-
-    @property
-    def last(self) -> nn.Linear:
-        return self.out
 
     def features(self, samples: Samples) -> Tensor:
         pooled = samples.pooled(self._pooling)
@@ -129,7 +135,7 @@ class LinearHead(SampleHead):
         return pooled if self.dense is None else torch.tanh(self.dense(pooled))
 
 
-class CtcHead(SampleHead):
+class CtcHead(ReadoutHead):
     """One linear per frame, log-softmax left to who reads it (early-exit ASR, Wright et al. 2023): answers per token."""
 
     kind = "ctc"
@@ -145,20 +151,8 @@ class CtcHead(SampleHead):
         return {"width": self.out.in_features, "classes": self.out.out_features, "norm": self.norm is not None}
 
     @property
-    def classes(self) -> int:
-        return self.out.out_features
-
-    @property
-    def width(self) -> int:
-        return self.out.in_features
-
-    @property
     def pooling(self) -> str:
         return "mean"
-
-    @property
-    def last(self) -> nn.Linear:
-        return self.out
 
     def features(self, samples: Samples) -> Tensor:
         tokens = samples.tokens()

@@ -27,6 +27,7 @@ from dyndepth.encoders import DynamicEncoder, SampleExits, SampleHead, facts_of
 from dyndepth.errors import ArgumentError, TrainingError
 from dyndepth.files import replacing, require
 from dyndepth.training.encoder_states import Everywhere, Inputs, PooledStates, chosen
+from dyndepth.training.state import RunState
 from dyndepth.training.weighting import warm_cosine
 
 #: (results of `everywhere`, labels in the order of their samples) -> scalar. An object with `at_update(update)` is told where
@@ -79,21 +80,6 @@ class EncoderConfig:
             wanted(name, "a finite number from 0 up", math.isfinite(getattr(self, name)) and getattr(self, name) >= 0)
         wanted("warmup", "in [0, 1)", 0 <= self.warmup < 1)
         wanted("precision", "fp32 or bf16", self.precision in ("fp32", "bf16"))
-
-
-@dataclass
-class _State:
-    update: int = 0
-    best: float = math.inf
-    best_update: int = 0
-    waited: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -231,7 +217,7 @@ class _Run:
         kept = nn.ModuleList([self.model, self.exits] if self.config.base_lr else [self.exits])
         # On one device in one process `prepare` hands back the very modules; checkpoints want to know them.
         _, optimizer = accelerator.prepare(kept, optimizer)
-        state = _State()
+        state = RunState()
         accelerator.register_for_checkpointing(state)
         if hasattr(self.loss, "state_dict"):
             accelerator.register_for_checkpointing(self.loss)
@@ -255,13 +241,13 @@ class _Run:
         where = state.best_update if known else state.update
         return TrainedEncoder(exits.eval(), self.losses, state.best if known else math.nan, where, state.update)
 
-    def _tired(self, state: _State) -> bool:
+    def _tired(self, state: RunState) -> bool:
         return bool(self.config.patience) and state.waited >= self.config.patience
 
-    def _due(self, state: _State, every: int) -> bool:
+    def _due(self, state: RunState, every: int) -> bool:
         return state.update % every == 0 or state.update == self.config.updates
 
-    def _update(self, accelerator: Any, optimizer: Any, parameters: Sequence[Tensor], state: _State) -> None:
+    def _update(self, accelerator: Any, optimizer: Any, parameters: Sequence[Tensor], state: RunState) -> None:
         share = warm_cosine(1.0, self.config.warmup, state.update, self.config.updates)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * share
@@ -284,7 +270,7 @@ class _Run:
         device = next(iter(self.model.parameters())).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _finite(self, value: float, name: str, state: _State) -> None:
+    def _finite(self, value: float, name: str, state: RunState) -> None:
         if not math.isfinite(value):
             raise TrainingError(f"train_encoder: {name} is {value} at update {state.update}")
 
@@ -338,7 +324,7 @@ class _Run:
             )
         )
 
-    def _resume(self, accelerator: Any, state: _State) -> dict[str, Any] | None:
+    def _resume(self, accelerator: Any, state: RunState) -> dict[str, Any] | None:
         """Load the newest checkpoint if there is one; returns the best weights so far."""
         if self.folder is None or not self.config.checkpoint_every:
             return None
@@ -362,7 +348,7 @@ class _Run:
         best = found[-1] / "best.pt"
         return torch.load(best, weights_only=True) if best.exists() else None
 
-    def _keep(self, accelerator: Any, state: _State, best: dict[str, Any] | None) -> None:
+    def _keep(self, accelerator: Any, state: RunState, best: dict[str, Any] | None) -> None:
         """A checkpoint that is there in full or not at all; older ones go once it is."""
         assert self.folder is not None
         staged, final = (self.folder / f"{prefix}checkpoint-{state.update:08d}" for prefix in (".", ""))

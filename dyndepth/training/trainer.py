@@ -29,6 +29,7 @@ from dyndepth.training.losses import Readout
 from dyndepth.training.objective import Objective
 from dyndepth.training.skip import SkipStudent
 from dyndepth.training.stack import frozen
+from dyndepth.training.state import RunState
 from dyndepth.training.student import Student
 from dyndepth.training.weighting import WEIGHTS
 
@@ -36,22 +37,9 @@ METRICS, RUN, BEST = "metrics.jsonl", "run.json", "best.pt"
 
 
 @dataclass
-class _State:
-    """What a checkpoint holds beside weights and the optimizer."""
-
-    update: int = 0
+class _State(RunState):
     #: Rows judged so far.
     rows: int = 0
-    best: float = math.inf
-    best_update: int = 0
-    waited: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 @dataclass(frozen=True)
