@@ -384,7 +384,6 @@ def _view(found: Any, answers: torch.Tensor, carried: dict[str, torch.Tensor], i
         reduce=lambda values: values,
         lengths=torch.ones(rows, dtype=torch.int64),
         classes=answers.shape[1],
-        number=0,
     )
 
 

@@ -34,8 +34,6 @@ class SampleView(View):
     lengths: Tensor = field(kw_only=True)
     #: Width of the answers.
     classes: int = field(kw_only=True)
-    #: Exits below this one.
-    number: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)

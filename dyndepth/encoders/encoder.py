@@ -78,7 +78,7 @@ class DynamicEncoder:
         self.exits = exits
         some = next(iter(model.parameters()))
         self._exits = prepared(exits, some.device, some.dtype)
-        self._at = {point.leave: (number, point) for number, point in enumerate(self._exits)}
+        self._at = {point.leave: point for point in self._exits}
         # Batch norms and dropout: what they do depends on the mode that the heads are in.
         self._by_mode = [
             part for part in self._exits.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm | nn.Dropout)
@@ -143,7 +143,7 @@ class DynamicEncoder:
         allowed = {
             -1,
             self.depth,
-            *(leave for leave, (_, point) in self._at.items() if isinstance(point.criterion, FixedDepth)),
+            *(leave for leave, point in self._at.items() if isinstance(point.criterion, FixedDepth)),
         }
         wrong = sorted(set(depth.tolist()) - allowed)
         if wrong:
@@ -174,10 +174,10 @@ class DynamicEncoder:
             found = self._at.get(layer + 1)
             if found is None:
                 continue
-            leaves, answers = self._judge(*found, samples, depth)
+            leaves, answers = self._judge(found, samples, depth)
             leaves = leaves & ~waiting
             if bool(leaves.any()):
-                departures.append(self._departure(found[1], samples, leaves, answers))
+                departures.append(self._departure(found, samples, leaves, answers))
                 if self.compact:
                     samples = samples.split(leaves)
                     waiting = waiting[~leaves]
@@ -239,19 +239,19 @@ class DynamicEncoder:
         for leave in self.boundaries:
             if leave > boundary:
                 break
-            number, point = self._at[leave]
+            point = self._at[leave]
             tokens = point.head.tokens
             hidden = torch.zeros(tokens, self.family.width_at(leave), device=some.device, dtype=some.dtype)
             samples = Samples(
                 hidden if self.packed else hidden[None], torch.tensor([tokens]), torch.tensor([0]), leave, carried
             )
-            self._judge(number, point, samples, torch.tensor([-1]))
+            self._judge(point, samples, torch.tensor([-1]))
             carried = dict(samples.carried)
         return {name: (value.dtype, tuple(value.shape[1:])) for name, value in carried.items()}
 
     # Judging.
 
-    def _judge(self, number: int, point: SampleExit, samples: Samples, depth: Tensor | None) -> tuple[Tensor, Any]:
+    def _judge(self, point: SampleExit, samples: Samples, depth: Tensor | None) -> tuple[Tensor, Any]:
         """bool [count] on the CPU, and what gives the logits of all of them."""
         head, criterion = point.head, point.criterion
         classes = self._exits.model.vocab_size
@@ -284,7 +284,6 @@ class DynamicEncoder:
             reduce=samples.reduce,
             lengths=samples.lengths,
             classes=classes,
-            number=number,
         )
         threshold = torch.full((samples.count,), point.threshold, dtype=torch.float32, device=pooled.device)
         leaves = criterion.leaves(view, threshold).cpu()

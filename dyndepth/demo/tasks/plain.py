@@ -27,17 +27,17 @@ def together(encoder: DynamicEncoder, inputs: Mapping[str, Tensor]) -> tuple[lis
     """
     family = encoder.family
     samples = pack(family.embed(**family.given(inputs)), packed_layout=False)
-    points = {point.leave: (number, point) for number, point in enumerate(encoder.exits)}
+    points = {point.leave: point for point in encoder.exits}
     carried: dict[str, Tensor] = {}
     previous: Tensor | None = None
     for layer in range(encoder.depth):
         samples = replace(family.step(layer, samples), boundary=layer + 1)
         if layer + 1 not in points:
             continue
-        number, point = points[layer + 1]
+        point = points[layer + 1]
         answers = point.head(samples, family.finish)
         pooled = samples.pooled(point.head.pooling) if point.criterion.needs_previous else samples.hidden[:, 0]
-        view = _view(samples, answers, pooled, previous, carried, number, encoder)
+        view = _view(samples, answers, pooled, previous, carried, encoder)
         threshold = torch.full((samples.count,), point.threshold, device=pooled.device)
         if bool(point.criterion.leaves(view, threshold).all()):
             return _apart(samples, answers, encoder.answers_per_token(point.head)), layer + 1
@@ -51,14 +51,13 @@ def _view(
     pooled: Tensor,
     previous: Tensor | None,
     carried: dict[str, Tensor],
-    number: int,
     encoder: DynamicEncoder,
 ) -> SampleView:
     stats: Any = functools.cache(lambda: stats_of_logits(answers))
     return SampleView(
         hidden=pooled, seq=samples.ids, step=torch.zeros_like(samples.ids), previous=previous, stats=stats, depth=None,
         leave=samples.boundary, layers=encoder.depth, carried=carried, answers=lambda: answers, reduce=samples.reduce,
-        lengths=samples.lengths, classes=answers.shape[-1], number=number,
+        lengths=samples.lengths, classes=answers.shape[-1],
     )  # fmt: skip
 
 
