@@ -4,9 +4,9 @@
 float32, token for token. *Speed*: tokens per second of every policy and of lossless generation, interleaved, beside full
 depth and transformers' own self-speculation (batch 1). *Quality*: a share of the tokens leaves by lot; agreement of the
 others with the full model and KL of their next-token distribution, per policy. *Engine*: requests over fewer slots, with
-rules that let rows wait; tokens per second and completion times. *Completion* (completion.py): the same for policies and
-lossless requests, 1 to 64 slots. *Skips* (draft_skips.py): drafts that leave out layers. Writes policies.json and policies.png;
-`--only` one part, `--cell` one batch size of speed or number of slots of completion, keeps the others.
+rules that let rows wait; tokens per second and completion times. *Skips* (draft_skips.py): drafts that leave out layers. Writes
+policies.json and policies.png; `--only` one part, `--batch` one batch size of speed, keeps the others. Completion times of
+policies and lossless requests, 1 to 64 slots, are `make compare`'s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 
 import draft_skips
 import torch
-from completion import CELLS, completion
 from torch import Tensor
 
 from dyndepth import info
@@ -245,9 +244,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="a few prompts and tokens: minutes")
-    names = ["speed", "quality", "engine", "lossless", "completion", "skips"]
+    names = ["speed", "quality", "engine", "lossless", "skips"]
     parser.add_argument("--only", choices=names, help="one part; the others are kept")
-    parser.add_argument("--cell", type=int, help="of speed this batch, of completion these slots; the others are kept")
+    parser.add_argument("--batch", type=int, help="of speed; the others are kept")
     wish = parser.parse_args()
     require("matplotlib", "the picture needs matplotlib: pip install 'dyndepth[demo]'")
     path = wish.folder / "policies.json"
@@ -255,28 +254,18 @@ def main() -> None:
     quick = wish.quick
     bench = Bench(torch.bfloat16)
 
-    def renewed(name: str, cells: Sequence[int], run: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """Every cell, or the one that is asked for and the others as they were."""
-        known = found.get("speed" if name == "batch" else "completion", [])
-        rows = [row for row in known if wish.cell is not None and row[name] != wish.cell]
-        for cell in cells if wish.cell is None else (wish.cell,):
-            rows += run(cell)
-        return sorted(rows, key=lambda row: int(row[name]))
+    def speeds() -> list[dict[str, Any]]:
+        """Every batch size, or the one that is asked for and the others as they were."""
+        kept = [row for row in found.get("speed", []) if wish.batch is not None and row["batch"] != wish.batch]
+        batches = (1, 16) if quick else (1, 4, 16, 64)
+        rows = speed(bench, batches if wish.batch is None else (wish.batch,), 32 if quick else 64, 2 if quick else 3)
+        return sorted([*kept, *rows], key=lambda row: int(row["batch"]))
 
     parts: dict[str, Callable[[], Any]] = {
-        "speed": lambda: renewed(
-            "batch",
-            (1, 16) if quick else (1, 4, 16),
-            lambda batch: speed(bench, (batch,), 32 if quick else 64, 2 if quick else 3),
-        ),
+        "speed": speeds,
         "quality": lambda: quality(bench, 8 if quick else 32, 32 if quick else 96),
         "engine": lambda: engine(bench, 16 if quick else 48, 16, 16 if quick else 48, 1 if quick else 2),
         "lossless": lambda: lossless(4 if quick else 32, 32 if quick else 128),
-        "completion": lambda: renewed(
-            "slots",
-            [slots for slots in CELLS if slots < 64 or not quick],
-            lambda slots: completion(bench, bench.at(DRAFTING), slots, 8 if quick else 32, quick=quick),
-        ),
         "skips": lambda: skips(bench, found.get("skips"), quick),
     }
     found["machine"] = info.collect()

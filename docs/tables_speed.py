@@ -143,21 +143,23 @@ def policies_engine(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-def policies_completion(results: Path) -> str:
-    """What `make policies` found about requests over slots."""
-    found = _load(results / "policies.json")
+def compare_served(results: Path) -> str:
+    """What `make compare` found about requests over slots."""
+    found = _load(results / "compare.json")
     lines = _header("slots", "", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "drafts accepted")
-    for row in found["completion"]:
+    for row in found["served"]:
         work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
         drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
         lines.append(
-            f"| {row['slots']} | {row['system']} | {row['tokens_per_s']:.1f} | {row['p50_s']:.2f} | {row['p99_s']:.2f} "
-            f"| {work} | {drafts} |"
+            f"| {row['slots']} | {row['system']}, {row['mode']} | {row['tokens_per_s']:.1f} | {row['p50_s']:.2f} "
+            f"| {row['p99_s']:.2f} | {work} | {drafts} |"
         )
-    asked = {row["slots"]: row["requests"] for row in found["completion"]}
+    asked = {row["slots"]: row["requests"] for row in found["served"]}
+    tokens = found["settings"]["new_tokens"]
     text = (
-        f"{', '.join(map(str, asked.values()))} requests of {found['completion'][0]['tokens']} tokens arrive at once over "
-        f"{', '.join(map(str, asked))} slots. {_policies(found)}"
+        f"{', '.join(map(str, asked.values()))} requests of {tokens // 2}, {tokens} and {3 * tokens // 2} new tokens in turn "
+        f"arrive at once over {', '.join(map(str, asked))} slots. `make compare`, {found['served'][0]['dtype']}, "
+        f"{found['settings']['threads']} threads. {_machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])
 
@@ -192,7 +194,7 @@ def _policies(found: dict[str, Any]) -> str:
 TABLES = {
     "kernel_ratios": kernel_ratios, "compare": compare, "depth_efficiency": depth_efficiency, "soak": soak,
     "policies_speed": policies_speed, "policies_lossless": policies_lossless, "policies_quality": policies_quality,
-    "policies_engine": policies_engine, "policies_completion": policies_completion, "policies_skips": policies_skips,
+    "policies_engine": policies_engine, "compare_served": compare_served, "policies_skips": policies_skips,
 }  # fmt: skip
 
 

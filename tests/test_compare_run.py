@@ -192,8 +192,10 @@ def test_systems_are_chosen_by_name() -> None:
     every = ours()
     assert len(runner.chosen(every, None)) == len(every)
     assert [s.mode for s in runner.chosen(every, ["dynamic", "naive PyTorch"])] == ["dynamic", "all rows agree", "mask only"]
+    known = [(system.system, system.mode) for system in every]
+    runner.check_names(["dynamic", "naive PyTorch", "self-speculation"], known)
     with pytest.raises(SystemExit, match="got 'dynamite'"):
-        runner.chosen(every, ["dynamite"])
+        runner.check_names(["dynamite"], known)
 
 
 # -- peers --------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ The first line says the settings; a journal of other settings is refused. Events
     judged  its agreement and work
     block   one repetition: seconds to the first token and of the whole call, context switches, agreement of its text
     failed  it cannot run this cell: the reason
+    served  requests over slots, here (dtype, slots, context): seconds until each was complete
 """
 
 from __future__ import annotations

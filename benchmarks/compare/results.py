@@ -116,10 +116,15 @@ def raw(journal: Journal) -> list[dict[str, Any]]:
 
 
 def write(
-    folder: Path, machine: dict[str, Any], journal: Journal, rows: list[dict[str, Any]], failed: list[dict[str, Any]]
+    folder: Path,
+    machine: dict[str, Any],
+    journal: Journal,
+    rows: list[dict[str, Any]],
+    failed: list[dict[str, Any]],
+    served: list[dict[str, Any]],
 ) -> None:
-    """compare.json, compare.csv (rows, then what could not run with its reason), compare_raw.csv."""
-    found = {"settings": journal.settings, "machine": machine, "rows": rows, "not_run": failed}
+    """compare.json (with `served`, completion times), compare.csv (rows, then what could not run and why), compare_raw.csv."""
+    found = {"settings": journal.settings, "machine": machine, "rows": rows, "not_run": failed, "served": served}
     with replacing(folder / "compare.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     _csv(folder / "compare.csv", [*rows, *failed])

@@ -1,5 +1,8 @@
 """`make compare`: everything that makes tokens here, beside dyndepth, in one run.
 
+First cells (dtype, batch, context) of prompts that all want the same number of tokens, then requests of different lengths over
+slots, for completion times (completion.py).
+
     PYTHONPATH=benchmarks python -m compare.run build [--quick] [--systems dyndepth,transformers] ...
 
 Writes compare.json, compare.csv, compare_raw.csv and compare.png into the folder after every cell (dtype, batch, context),
@@ -17,13 +20,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import dyndepth
-from compare import economize_peer, results, texts, vllm_peer
+from compare import completion, economize_peer, results, texts, vllm_peer
 from compare.generated import dyndepth_systems, exit_points, full_depth, transformers_systems
 from compare.journal import Journal
 from compare.measure import Effort, Key, measure
@@ -63,10 +66,11 @@ def compare(
     settings: dict[str, Any],
     effort: Effort,
     *,
+    serving: completion.Plan | None = None,
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Measure every cell and write the results after each; returns the rows of compare.json."""
+    """Measure every cell, then what `serving` asks for, and write the results after each; returns the rows of compare.json."""
     writable(folder)
     journal = Journal(folder / "compare_journal.jsonl", settings, fresh)
     machine, new_tokens = info.collect(), int(settings["new_tokens"])
@@ -82,9 +86,17 @@ def compare(
             found = [results.compared(journal, key, system, new_tokens, prompt_tokens) for system in systems]
             rows += [one.flat() for one in found if one is not None]
             failed = results.not_run(journal, systems)
-            results.write(folder, machine, journal, rows, failed)
+            results.write(folder, machine, journal, rows, failed, [] if serving is None else completion.rows(journal, serving))
             draw(folder / "compare.png", rows)
             say(f"{', '.join(map(str, key))}: {time.perf_counter() - begin:.0f} s, {len(rows)} rows so far")
+        if serving is not None:
+
+            def load(slots: int) -> completion.Load:
+                subject = loaded(serving.dtype)
+                prompts = subject.cell(2 * slots, serving.context, new_tokens).prompts
+                return completion.Load.of(subject.model, subject.exits, prompts, slots, new_tokens)
+
+            results.write(folder, machine, journal, rows, failed, completion.measure(journal, serving, load, say))
     finally:
         for system in systems:
             system.close()
@@ -115,15 +127,20 @@ def every_system(folder: Path, longest: int, most: int) -> list[System]:
     ]
 
 
-def chosen(systems: list[System], names: list[str] | None) -> list[System]:
+Named = TypeVar("Named", System, completion.Serving)
+
+
+def chosen(systems: list[Named], names: list[str] | None) -> list[Named]:
     """Systems whose system or mode is named; all without names."""
-    if names is None:
-        return systems
-    for name in names:
-        if not any(name in (system.system, system.mode) for system in systems):
-            known = "; ".join(system.name for system in systems)
-            raise SystemExit(f"--systems: wanted some of {known} (a system or a mode), got {name!r}")
-    return [system for system in systems if {system.system, system.mode} & set(names)]
+    return [system for system in systems if names is None or {system.system, system.mode} & set(names)]
+
+
+def check_names(names: list[str] | None, known: list[tuple[str, str]]) -> None:
+    """Exits with what there is (system, mode) where a name is nobody's."""
+    for name in names or ():
+        if not any(name in pair for pair in known):
+            wanted = "; ".join(dict.fromkeys(", ".join(pair) for pair in known))
+            raise SystemExit(f"--systems: wanted some of {wanted} (a system or a mode), got {name!r}")
 
 
 def code() -> str:
@@ -147,6 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--systems", type=lambda text: text.split(","), help="systems or modes; agreement is always with full depth"
     )
+    parser.add_argument("--slots", type=_ints, help="requests at once where completion times are measured; 0: not at all")
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--new-tokens", type=int, help="64; 32 with --quick")
     parser.add_argument("--minutes", type=float, help="per cell, after which no further repetition starts; one always runs")
@@ -166,14 +184,24 @@ def main() -> None:
     new_tokens = wish.new_tokens or (32 if wish.quick else 64)
     if min(contexts) <= new_tokens:
         raise SystemExit(f"--contexts hold the prompt and {new_tokens} new tokens: wanted more, got {min(contexts)}")
-    systems = chosen(every_system(wish.folder, max(contexts), max(batches)), wish.systems)
+    systems, serving = every_system(wish.folder, max(contexts), max(batches)), completion.serving_systems()
+    check_names(wish.systems, [(each.system, each.mode) for each in systems] + [(each.system, each.mode) for each in serving])
+    systems = chosen(systems, wish.systems)
     if wish.quick:
         systems = [system for system in systems if not isinstance(system, vllm_peer.Vllm)]
     effort = Effort(wish.repetitions or (3 if wish.quick else 5), 60 * (wish.minutes or (4 if wish.quick else 20)))
+    slots = [count for count in wish.slots or ([1, 4] if wish.quick else [1, 4, 16, 32, 64]) if count > 0]
+    plan = completion.Plan(
+        dtypes[0],
+        min(contexts),
+        slots,
+        min(effort.repetitions, 3),
+        chosen(serving, wish.systems),
+    )
     settings = {
         "new_tokens": new_tokens, "repetitions": effort.repetitions, "minutes": effort.seconds / 60,
         "systems": {system.name: system.missing() or "ok" for system in systems},
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "code": code(),
+        "slots": slots, "threads": torch.get_num_threads(), "torch": torch.__version__, "code": code(),
     }  # fmt: skip
     # Short cells first, dtypes one after the other: models and vllm's engine are loaded once per dtype.
     cells = [
@@ -181,7 +209,7 @@ def main() -> None:
         for dtype in dtypes
         for batch, context in sorted(((b, c) for b in batches for c in contexts), key=lambda cell: cell[0] * cell[1])
     ]
-    compare(wish.folder, cells, subject_of, systems, settings, effort, fresh=wish.fresh)
+    compare(wish.folder, cells, subject_of, systems, settings, effort, serving=plan, fresh=wish.fresh)
     print(f"wrote compare.json, compare.csv, compare_raw.csv and compare.png into {wish.folder}")
 
 
