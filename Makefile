@@ -27,8 +27,8 @@ test-interpreted: $(VENV)/.built
 # The kernels' versions for processors without matrix tiles, without AVX-512, without AVX2: the same tests, a process each.
 test-simd: $(VENV)/.built
 	for level in 4 3 1; do \
-	  DYNDEPTH_SIMD=$$level $(BIN)/pytest -q tests/test_ragged_linear.py tests/test_ragged_attention.py \
-	    tests/test_ragged_attention_segments.py tests/test_exit_stats.py tests/test_router_score.py tests/test_judge.py \
+	  DYNDEPTH_SIMD=$$level $(BIN)/pytest -q tests/test_ragged_linear.py tests/test_ragged_linear_blocks.py \
+	    tests/test_ragged_attention.py tests/test_ragged_attention_segments.py tests/test_exit_stats.py tests/test_router_score.py tests/test_judge.py \
 	    tests/test_stack.py tests/test_store_kv.py tests/test_accept_drafts.py || exit 1; \
 	done
 

@@ -1,6 +1,7 @@
 // Matrix tiles of Intel AMX (bf16): sums of products of 16 outputs x 16 rows x 32 channels per instruction.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/types.h"
@@ -29,6 +30,14 @@ void amx_end();
 struct Ahead {
   const char* at[2] = {nullptr, nullptr};
   const char* end[2] = {nullptr, nullptr};
+  // Cache lines of each stretch that a step of tiles (32 channels of two panels and two row tiles) asks for.
+  int64_t pace = 16;
+
+  // Spreads the stretches over so many steps: asked for at once, they would take the places of what is wanted now.
+  void spread(int64_t steps) {
+    const int64_t lines = std::max(end[0] - at[0], end[1] - at[1]) / 64 + 1;
+    pace = std::clamp<int64_t>((lines + steps - 1) / std::max<int64_t>(steps, 1), 1, 16);
+  }
 
   void set(int stretch, const void* from, int64_t bytes) {
     at[stretch] = static_cast<const char*>(from);

@@ -15,12 +15,16 @@ namespace dyndepth {
 namespace {
 
 template <class T>
-void finish(const Product<T>& p, const float* sums, const float* sums2, int64_t first, int64_t count) {
-  DYN_BEST(finish_panel, p, sums, sums2, first, count);
+void finish(const Product<T>& p, const float* sums, const float* sums2, int64_t begin, int64_t end, int64_t first,
+            int64_t count) {
+  DYN_BEST(finish_panel, p, sums, sums2, begin, end, first, count);
 }
 
 template <class T>
 constexpr bool kTiled = std::is_same_v<T, BFloat16>;
+
+// Rows whose sums are finished together: 128, whose sums of two panels take 16 KiB.
+constexpr int64_t kBlockTiles = 8;
 
 // What a thread takes at a time: two panels of a plain product, which share the rows that a tile instruction loads, or
 // one of both weights of a gated one.
@@ -62,16 +66,22 @@ void upcoming_chunk(const Chunk<T>& chunk, int64_t width, Ahead& ahead) {
   Upcoming::of(p.weight, p.weight2, p.outputs, width).fetch(ahead, chunk.number);
 }
 
-// A chunk whose panels are all full.
-void tiled_chunk(const Operand<BFloat16>& x, const Chunk<BFloat16>& chunk, Ahead& ahead, float* sums) {
+// A chunk whose panels are all full. Rows in blocks, so that epilogues find their sums in the first-level cache.
+void tiled_chunk(const Operand<BFloat16>& x, const Chunk<BFloat16>& chunk, Ahead& ahead) {
+  alignas(64) float sums[2 * kBlockTiles * 256];
   const Product<BFloat16>& p = *chunk.product;
-  const int64_t width = x.width(), row_tiles = (p.rows + kTileRows16 - 1) / kTileRows16, size = row_tiles * 256;
+  const int64_t width = x.width(), block_rows = kBlockTiles * kTileRows16;
   const bool gated = p.weight2 != nullptr;
   const BFloat16* here = chunk.weight(width);
   const BFloat16* panels[2] = {here, gated ? chunk.weight2(width) : here + kPanel * width};
-  amx_panels(x.tiles(), row_tiles, width, panels, gated || chunk.outputs > kPanel ? 2 : 1, width, ahead, sums);
-  finish(p, sums, sums + size, chunk.first, kPanel);
-  if (!gated && chunk.outputs > kPanel) finish(p, sums + size, nullptr, chunk.first + kPanel, kPanel);
+  const int64_t count = gated || chunk.outputs > kPanel ? 2 : 1;
+  ahead.spread((p.rows + 2 * kTileRows16 - 1) / (2 * kTileRows16) * (width / kTileDepth));
+  for (int64_t row = 0; row < p.rows; row += block_rows) {
+    const int64_t end = std::min(row + block_rows, p.rows), tiles = (end - row + kTileRows16 - 1) / kTileRows16;
+    const uint32_t* packed = x.tiles() + row * width / 2;
+    amx_panels(packed, tiles, width, panels, count, width, ahead, sums);
+    finish(p, sums, sums + tiles * 256, row, end, chunk.first, gated ? kPanel : chunk.outputs);
+  }
 }
 
 template <class T>
@@ -85,7 +95,7 @@ void vector_chunk(const Operand<T>& x, const Chunk<T>& chunk, Ahead& ahead, floa
     const int64_t outputs = std::min(kPanel, chunk.outputs - first);
     panel(chunk.weight(width) + first * width, outputs, sums);
     if (p.weight2 != nullptr) panel(chunk.weight2(width) + first * width, outputs, sums + size);
-    finish(p, sums, sums + size, chunk.first + first, outputs);
+    finish(p, sums, sums + size, 0, p.rows, chunk.first + first, outputs);
   }
 }
 
@@ -164,7 +174,7 @@ void multiply(const Operand<T>& x, const std::vector<Product<T>>& products, cons
           upcoming.fetch(ahead, worker);
         if constexpr (kTiled<T>) {
           if (tiled && chunk.outputs % kPanel == 0) {
-            tiled_chunk(x, chunk, ahead, sums.data());
+            tiled_chunk(x, chunk, ahead);
             continue;
           }
         }

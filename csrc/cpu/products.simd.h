@@ -110,21 +110,80 @@ DYN_INLINE void store_some(T* to, Lanes lanes, int64_t count) {
   std::memcpy(to, padded, count * sizeof(T));
 }
 
-// The epilogue of outputs [first, first + count), count <= 16, of all rows of a product.
+// Lanes that are rounded to T already.
 template <class T>
-void finish_panel(const Product<T>& p, const float* sums, const float* sums2, int64_t first, int64_t count) {
+DYN_INLINE void store_rounded(T* to, Lanes lanes) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const ShortLanes low = __builtin_convertvector((UintLanes)lanes >> 16, ShortLanes);
+    std::memcpy(to, &low, sizeof low);
+  } else {
+    store(to, lanes);
+  }
+}
+
+// The compiler may not go on from an unrounded product: modules round it before they add.
+DYN_INLINE void settle(Lanes& y) { asm("" : "+m"(y)); }
+
+// What the sums of 16 outputs of a row become, rounded to T.
+template <bool kGated, bool kResidual, class T>
+DYN_INLINE Lanes finished(const Product<T>& p, Lanes y, Lanes gate, Lanes bias, Lanes bias2, Lanes residual) {
+  y = rounded<T>(y + bias);
+  if constexpr (kGated) y = rounded<T>(rounded<T>(activated(y, p.activation)) * rounded<T>(gate + bias2));
+  if constexpr (kGated && std::is_same_v<T, float>) settle(y);
+  if constexpr (kResidual) y = rounded<T>(residual + y);
+  return y;
+}
+
+// Full panels, one or two beside each other (a gated product has one): both halves of a cache line are written
+// together.
+template <bool kGated, bool kResidual, int kPanels, class T>
+DYN_INLINE void finish_full(const Product<T>& p, const float* sums, const float* sums2, int64_t begin, int64_t end,
+                            int64_t first) {
+  Lanes bias[kPanels], bias2{};
+  for (int panel = 0; panel < kPanels; ++panel) bias[panel] = p.bias ? load(p.bias + first + panel * kPanel) : Lanes{};
+  if (kGated && p.bias2) bias2 = load(p.bias2 + first);
+  for (int64_t row = begin; row < end; ++row) {
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const int64_t from = (row - begin) * kPanel, at = row * p.outputs + first + panel * kPanel;
+      const Lanes gate = kGated ? load(sums2 + from) : Lanes{}, residual = kResidual ? load(p.residual + at) : Lanes{};
+      const Lanes y =
+          finished<kGated, kResidual>(p, load((panel ? sums2 : sums) + from), gate, bias[panel], bias2, residual);
+      if (p.wide != nullptr)
+        store(p.wide + at, y);
+      else
+        store_rounded(p.out + at, y);
+    }
+  }
+}
+
+// The epilogue of outputs [first, first + count) of rows [begin, end) of a product, whose sums start at row `begin`.
+// `sums2` are those of weight2, or of outputs 16 to 31: count <= 16 where there is none of the latter, else 32.
+template <class T>
+void finish_panel(const Product<T>& p, const float* sums, const float* sums2, int64_t begin, int64_t end, int64_t first,
+                  int64_t count) {
+  const bool gated = p.weight2 != nullptr, residual = p.residual != nullptr;
+  if (count == 2 * kPanel) {
+    if (residual) return finish_full<false, true, 2>(p, sums, sums2, begin, end, first);
+    return finish_full<false, false, 2>(p, sums, sums2, begin, end, first);
+  }
+  if (count == kPanel) {
+    if (gated && residual) return finish_full<true, true, 1>(p, sums, sums2, begin, end, first);
+    if (gated) return finish_full<true, false, 1>(p, sums, sums2, begin, end, first);
+    if (residual) return finish_full<false, true, 1>(p, sums, sums2, begin, end, first);
+    return finish_full<false, false, 1>(p, sums, sums2, begin, end, first);
+  }
   const Lanes bias = p.bias ? load_some(p.bias + first, count) : Lanes{};
   const Lanes bias2 = p.bias2 ? load_some(p.bias2 + first, count) : Lanes{};
-  for (int64_t row = 0; row < p.rows; ++row) {
-    Lanes y = rounded<T>(load(sums + row * kPanel) + bias);
-    if (p.weight2 != nullptr)
-      y = rounded<T>(rounded<T>(activated(y, p.activation)) * rounded<T>(load(sums2 + row * kPanel) + bias2));
-    const int64_t at = row * p.outputs + first;
-    if (p.residual != nullptr) y = load_some(p.residual + at, count) + y;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t from = (row - begin) * kPanel, at = row * p.outputs + first;
+    const Lanes y = load(sums + from), gate = gated ? load(sums2 + from) : Lanes{};
+    Lanes done = gated ? finished<true, false>(p, y, gate, bias, bias2, Lanes{})
+                       : finished<false, false>(p, y, gate, bias, bias2, Lanes{});
+    if (residual) done = load_some(p.residual + at, count) + done;
     if (p.wide != nullptr)
-      store_some(p.wide + at, rounded<T>(y), count);
+      store_some(p.wide + at, rounded<T>(done), count);
     else
-      store_some(p.out + at, y, count);
+      store_some(p.out + at, done, count);
   }
 }
 
