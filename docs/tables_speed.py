@@ -1,4 +1,4 @@
-"""Renderers of the tables of docs/speed.md, part of tables.py: comparison, depth efficiency, soak."""
+"""Renderers of the tables of docs/speed.md, part of tables.py: depth efficiency, kernels, policies, soak."""
 
 from __future__ import annotations
 
@@ -56,27 +56,6 @@ def soak(results: Path) -> str:
         f"{settings['requests']} a round, {settings['threads']} threads. {_machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])
-
-
-def compare(results: Path) -> str:
-    """What `make compare` found: every system in one run, by dtype, context and batch; then what could not run."""
-    found = _load(results / "compare.json")
-    lines = _header("dtype", "context", "batch", "system", "tokens/s (p10–p90)", "decode tokens/s", "prefill tokens/s",
-                    "rows × layers", "agreement", "free-running")  # fmt: skip
-    for row in sorted(found["rows"], key=lambda row: (row["dtype"], row["context"], row["batch"])):
-        work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
-        decode = "–" if row["decode_tokens_per_s_median"] is None else f"{row['decode_tokens_per_s_median']:.1f}"
-        lines.append(
-            f"| {row['dtype']} | {row['context']} | {row['batch']} | {row['system']}, {row['mode']} "
-            f"| {row['tokens_per_s_median']:.1f} ({row['tokens_per_s_p10']:.1f}–{row['tokens_per_s_p90']:.1f}) | {decode} "
-            f"| {row['prefill_tokens_per_s_median']:.0f} | {work} | {row['agreement_teacher_forced']:.1%} "
-            f"| {row['agreement_free']:.1%} |"
-        )
-    reasons = dict.fromkeys(f"{entry['system']}, {entry['mode']}: {entry['reason']}" for entry in found["not_run"])
-    lines += ["", "Not run: " + "; ".join(reasons) + "."] if reasons else []
-    asked = found["settings"]
-    text = f"{asked['repetitions']} repetitions of {asked['new_tokens']} new tokens, {asked['threads']} threads"
-    return "\n".join([*lines, "", f"`make compare`, {text}, on {_machine(found)}", ""])
 
 
 def kernel_ratios(results: Path) -> str:
@@ -143,27 +122,6 @@ def policies_engine(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-def compare_served(results: Path) -> str:
-    """What `make compare` found about requests over slots."""
-    found = _load(results / "compare.json")
-    lines = _header("slots", "", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "drafts accepted")
-    for row in found["served"]:
-        work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
-        drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
-        lines.append(
-            f"| {row['slots']} | {row['system']}, {row['mode']} | {row['tokens_per_s']:.1f} | {row['p50_s']:.2f} "
-            f"| {row['p99_s']:.2f} | {work} | {drafts} |"
-        )
-    asked = {row["slots"]: row["requests"] for row in found["served"]}
-    tokens = found["settings"]["new_tokens"]
-    text = (
-        f"{', '.join(map(str, asked.values()))} requests of {tokens // 2}, {tokens} and {3 * tokens // 2} new tokens in turn "
-        f"arrive at once over {', '.join(map(str, asked))} slots. `make compare`, {found['served'][0]['dtype']}, "
-        f"{found['settings']['threads']} threads. {_machine(found)}"
-    )
-    return "\n".join([*lines, "", text, ""])
-
-
 def policies_skips(results: Path) -> str:
     """What `make policies` found about drafts that leave out layers."""
     found = _load(results / "policies.json")["skips"]
@@ -192,9 +150,9 @@ def _policies(found: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "kernel_ratios": kernel_ratios, "compare": compare, "depth_efficiency": depth_efficiency, "soak": soak,
+    "kernel_ratios": kernel_ratios, "depth_efficiency": depth_efficiency, "soak": soak,
     "policies_speed": policies_speed, "policies_lossless": policies_lossless, "policies_quality": policies_quality,
-    "policies_engine": policies_engine, "compare_served": compare_served, "policies_skips": policies_skips,
+    "policies_engine": policies_engine, "policies_skips": policies_skips,
 }  # fmt: skip
 
 

@@ -128,3 +128,9 @@ def test_a_run_holds_them_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     calls.update(a=0, b=0)
     assert whole(0) == found
     assert calls == {"a": 0, "b": 0}
+
+
+def test_cells_as_written_on_the_command_line() -> None:
+    assert runner._cells("bfloat16:1024:1,4") == [("bfloat16", 1, 1024), ("bfloat16", 4, 1024)]
+    with pytest.raises(ValueError, match="unpack"):
+        runner._cells("bfloat16:1024")

@@ -154,10 +154,17 @@ def _ints(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _cells(text: str) -> list[Key]:
+    """bfloat16:1024:1,4 are two cells."""
+    dtype, context, batches = text.split(":")
+    return [(dtype, batch, int(context)) for batch in _ints(batches)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="batches 1,16, context 128, bfloat16, no vllm: ten minutes")
+    parser.add_argument("--cells", type=_cells, nargs="+", metavar="DTYPE:CONTEXT:BATCHES", help="instead of the next three")
     parser.add_argument("--batches", type=_ints)
     parser.add_argument("--contexts", type=_ints, help="prompt and new tokens")
     parser.add_argument("--dtypes", type=lambda text: text.split(","))
@@ -182,6 +189,12 @@ def main() -> None:
     contexts = wish.contexts or ([128] if wish.quick else [128, 1024])
     dtypes = wish.dtypes or (["bfloat16"] if wish.quick else ["bfloat16", "float32"])
     new_tokens = wish.new_tokens or (32 if wish.quick else 64)
+    # Short cells first, dtypes one after the other: models and vllm's engine are loaded once per dtype.
+    cells = [(dtype, batch, context) for dtype in dtypes for batch in batches for context in contexts]
+    if wish.cells:
+        cells = [cell for part in wish.cells for cell in part]
+        dtypes, batches, contexts = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
+    cells.sort(key=lambda cell: (dtypes.index(cell[0]), cell[1] * cell[2]))
     if min(contexts) <= new_tokens:
         raise SystemExit(f"--contexts hold the prompt and {new_tokens} new tokens: wanted more, got {min(contexts)}")
     systems, serving = every_system(wish.folder, max(contexts), max(batches)), completion.serving_systems()
@@ -203,12 +216,6 @@ def main() -> None:
         "systems": {system.name: system.missing() or "ok" for system in systems},
         "slots": slots, "threads": torch.get_num_threads(), "torch": torch.__version__, "code": code(),
     }  # fmt: skip
-    # Short cells first, dtypes one after the other: models and vllm's engine are loaded once per dtype.
-    cells = [
-        (dtype, batch, context)
-        for dtype in dtypes
-        for batch, context in sorted(((b, c) for b in batches for c in contexts), key=lambda cell: cell[0] * cell[1])
-    ]
     compare(wish.folder, cells, subject_of, systems, settings, effort, serving=plan, fresh=wish.fresh)
     print(f"wrote compare.json, compare.csv, compare_raw.csv and compare.png into {wish.folder}")
 

@@ -1,0 +1,119 @@
+"""Renderers of what `make compare` found, part of tables.py: docs/speed.md and docs/serving.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def compare(results: Path) -> str:
+    """Per dtype and context, tokens/s of every system by batch, and how it agrees with full depth; then what could not run."""
+    found = _load(results / "compare.json")
+    lines: list[str] = []
+    for dtype, context in sorted({(row["dtype"], row["context"]) for row in found["rows"]}):
+        rows = [row for row in found["rows"] if (row["dtype"], row["context"]) == (dtype, context)]
+        batches = sorted({row["batch"] for row in rows})
+        lines += [f"**{dtype}, context {context}**: tokens/s of whole calls, and of decoding alone", ""]
+        lines += _header("system", *(f"batch {batch}" for batch in batches), "rows × layers", "agreement", "free-running")
+        for name, own in _by_system(rows):
+            cells = [_speed(own[batch]) if batch in own else "–" for batch in batches]
+            shares = [
+                _range(own, "rows_x_layers"), _range(own, "agreement_teacher_forced"), _range(own, "agreement_free"),
+            ]  # fmt: skip
+            lines.append("| " + " | ".join([name, *cells, *shares]) + " |")
+        lines.append("")
+    return "\n".join([*lines, *_not_run(found), f"`make compare`, {_effort(found)}, on {_machine(found)}", ""])
+
+
+def compare_prefill(results: Path) -> str:
+    """Prompt tokens per second of the systems that run every layer, by dtype, context and batch."""
+    found = _load(results / "compare.json")
+    batches = sorted({row["batch"] for row in found["rows"]})
+    lines = _header("dtype", "context", "system", *(f"batch {batch}" for batch in batches))
+    wanted = {("dyndepth", "full depth"), ("transformers", "dynamic cache"), ("naive PyTorch", "mask only")}
+    for dtype, context in sorted({(row["dtype"], row["context"]) for row in found["rows"]}):
+        rows = [row for row in found["rows"] if (row["dtype"], row["context"]) == (dtype, context)]
+        for name, own in _by_system(rows):
+            first = next(iter(own.values()))
+            if (first["system"], first["mode"]) in wanted or first["system"] == "vllm-cpu":
+                cells = [f"{own[batch]['prefill_tokens_per_s_median']:.0f}" if batch in own else "–" for batch in batches]
+                lines.append("| " + " | ".join([dtype, str(context), name, *cells]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def compare_served(results: Path) -> str:
+    """Requests over slots: tokens/s and completion times."""
+    found = _load(results / "compare.json")
+    lines = _header("slots", "", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "drafts accepted")
+    for row in found["served"]:
+        work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
+        drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
+        lines.append(
+            f"| {row['slots']} | {row['system']}, {row['mode']} | {row['tokens_per_s']:.1f} | {row['p50_s']:.2f} "
+            f"| {row['p99_s']:.2f} | {work} | {drafts} |"
+        )
+    asked = {row["slots"]: row["requests"] for row in found["served"]}
+    tokens = found["settings"]["new_tokens"]
+    text = (
+        f"{', '.join(map(str, asked.values()))} requests of {tokens // 2}, {tokens} and {3 * tokens // 2} new tokens in turn "
+        f"arrive at once over {', '.join(map(str, asked))} slots. `make compare`, {found['served'][0]['dtype']}, "
+        f"{found['settings']['threads']} threads. {_machine(found)}"
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "compare": compare, "compare_prefill": compare_prefill, "compare_served": compare_served,
+}  # fmt: skip
+
+
+def _by_system(rows: list[Row]) -> list[tuple[str, dict[int, Row]]]:
+    """Rows by batch of every system, in the order in which systems ran."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        found.setdefault(f"{row['system']}, {row['mode']}", {})[row["batch"]] = row
+    return list(found.items())
+
+
+def _speed(row: Row) -> str:
+    decode = row["decode_tokens_per_s_median"]
+    return f"{row['tokens_per_s_median']:.1f} ({'–' if decode is None else f'{decode:.1f}'})"
+
+
+def _range(rows: dict[int, Row], key: str) -> str:
+    """What all batches have, or the least and the most."""
+    shown = [f"{value:.1%}" for value in sorted(row[key] for row in rows.values() if row[key] is not None)]
+    if not shown:
+        return "–"
+    return shown[0] if shown[0] == shown[-1] else f"{shown[0]}–{shown[-1]}"
+
+
+def _not_run(found: dict[str, Any]) -> list[str]:
+    """Reasons, each once, with the cells they are of."""
+    reasons: dict[str, list[str]] = {}
+    for entry in found["not_run"]:
+        reason = f"{entry['system']}, {entry['mode']}: {entry['reason'].rsplit(', got ', 1)[0]}"
+        reasons.setdefault(reason, []).append(f"{entry['dtype']}, {entry['context']}, {entry['batch']}")
+    return [*(f"Not run: {reason} ({'; '.join(cells)})." for reason, cells in reasons.items()), ""] if reasons else []
+
+
+def _effort(found: dict[str, Any]) -> str:
+    asked = found["settings"]
+    return f"up to {asked['repetitions']} repetitions of {asked['new_tokens']} new tokens, {asked['threads']} threads"
+
+
+def _machine(found: dict[str, Any]) -> str:
+    cpu = found["machine"]["cpu"]
+    return f"{cpu['name']} ({cpu['capability']}), torch {found['machine']['packages']['torch']}."
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _header(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
