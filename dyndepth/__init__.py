@@ -33,10 +33,10 @@ _LAZY = {
     "SampleExits": "dyndepth.encoders",
     "SampleStream": "dyndepth.encoders",
 }
-_MODULES = ("encoders", "ops", "exits", "errors", "demo", "recipes")
+_MODULES = ("data", "demo", "encoders", "errors", "exits", "ops", "plan", "recipes", "split", "ssm", "training", "utilities")
 
 if TYPE_CHECKING:
-    from dyndepth import demo, encoders, errors, exits, ops
+    from dyndepth import data, demo, encoders, errors, exits, ops, plan, split, ssm, training, utilities
     from dyndepth.calibration import calibrate
     from dyndepth.closed_form import fit
     from dyndepth.encoders import DynamicEncoder, SampleExit, SampleExits, SampleStream
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Band", "DynamicEncoder", "Engine", "Exits", "RaggedLinear", "Request", "SampleExit", "SampleExits", "SampleStream",
-    "__version__", "backend", "calibrate", "convert", "demo", "encoders", "errors", "exits", "fit", "generate", "ops",
-    "recipes", "revert", "train",
+    "__version__", "backend", "calibrate", "convert", "data", "demo", "encoders", "errors", "exits", "fit", "generate", "ops",
+    "plan", "recipes", "revert", "split", "ssm", "train", "training", "utilities",
 ]  # fmt: skip
 
 
