@@ -148,4 +148,4 @@ def _flat(value: Any) -> list[Tensor]:
         return []
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in value for tensor in _flat(item)]
+    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, list | tuple) else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from dyndepth.testing.accept_cases import ACCEPT_DRAFTS
@@ -24,7 +26,7 @@ _SMOL = {"heads": 9, "kv_heads": 3, "head_dim": 64}
 _LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128}
 
 
-def _decode(rows: int, context: int, shape: dict[str, int]) -> Paged:
+def _decode(rows: int, context: int, shape: dict[str, Any]) -> Paged:
     return Paged(rows=rows, sequences=rows, context=context, decode=True, **shape)
 
 
