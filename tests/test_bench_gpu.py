@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dyndepth import ops  # noqa: F401  (registers the ops)
 from dyndepth.op import REGISTRY, Provider
 from dyndepth.testing import CASES
 

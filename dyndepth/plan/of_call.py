@@ -57,9 +57,9 @@ def _ragged_attention(a: _Given) -> Traffic:
 
 
 def _ragged_linear(a: _Given) -> Traffic:
-    x = a["x"]
+    x, (outputs, columns) = a["x"], a["weight"].shape
     return traffic.ragged_linear(
-        a.live(len(x)), *a["weight"].shape, x.element_size(), biases=sum(a[name] is not None for name in ("bias", "gate_bias")),
+        a.live(len(x)), outputs, columns, x.element_size(), biases=sum(a[name] is not None for name in ("bias", "gate_bias")),
         gated=a["gate_weight"] is not None, residual=a["residual"] is not None,
     )  # fmt: skip
 
@@ -73,9 +73,9 @@ def _exit_stats(a: _Given) -> Traffic:
 
 
 def _router_score(a: _Given) -> Traffic:
-    hidden = a["hidden"]
+    hidden, (neurons, width) = a["hidden"], a["weight1"].shape
     return traffic.router_score(
-        a.live(len(hidden)), *a["weight1"].shape, hidden.element_size(), cosine=a["cosine_weight"] is not None,
+        a.live(len(hidden)), neurons, width, hidden.element_size(), cosine=a["cosine_weight"] is not None,
         extra=0 if a["extra"] is None else a["extra"].shape[1],
     )  # fmt: skip
 
