@@ -10,7 +10,7 @@ import importlib
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from harness import DTYPES, refuse_wrong_answers
 from dyndepth import ops  # noqa: F401  (registers the ops)
 from dyndepth.files import replacing
 from dyndepth.op import REGISTRY, backend
-from dyndepth.testing import CASES
+from dyndepth.plan.of_call import of_call
+from dyndepth.testing import CASES, Case
 
 _REPLAYS = 50
 
@@ -63,6 +64,56 @@ def copy_roof(clear: Callable[[], Any]) -> float:
     return 2 * source.numel() / (statistics.median(replay_us(lambda: target.copy_(source), clear)) * 1e-6)
 
 
+def entry(
+    op: str, case: str, dtype: torch.dtype, provider: str, arguments: dict[str, Any], times: list[float], roof: float
+) -> dict[str, Any]:
+    """One row of the report. `times`: microseconds in rising order; roof: bytes per second.
+
+    bytes: the fewest that the op must move (`moved` of its benchmark). flops: the planner's, two per multiply-add of products
+    and attention; None for an op that it has no figures for.
+    """
+    median, size = statistics.median(times), importlib.import_module(f"bench_{op}").moved(arguments)
+    try:
+        flops: int | None = of_call(op, arguments).flops
+    except KeyError:
+        flops = None
+    rate = size / (median * 1e-6)
+    return {
+        "op": op,
+        "case": case,
+        "dtype": str(dtype).removeprefix("torch."),
+        "provider": provider,
+        "median_us": median,
+        "p90_us": times[int(0.9 * len(times))],
+        "bytes": size,
+        "flops": flops,
+        "bytes_per_s": rate,
+        "flops_per_s": None if flops is None else flops / (median * 1e-6),
+        "share_of_copy_roof": rate / roof,
+    }
+
+
+def measure(
+    device: str, timed: Callable[[Callable[[], Any]], list[float]], roof: float, wanted: Callable[[str, Case], bool]
+) -> Iterator[dict[str, Any]]:
+    """A row per op, case and provider, GPU providers and the reference, as soon as it is there; wrong answers raise."""
+    for op in sorted(REGISTRY):
+        dtype = DTYPES.get(op, [torch.bfloat16])[-1]
+        for case in [case for case in CASES[op] if wanted(op, case)]:
+            for provider in REGISTRY[op].providers:
+                if provider == "cpp" or REGISTRY[op].providers[provider].missing() is not None:
+                    continue
+                arguments = case.build(dtype, device)
+                refuse_wrong_answers(op, arguments, provider)
+                with backend(provider):
+                    try:
+                        times = timed(lambda op=op, arguments=arguments: REGISTRY[op](**arguments))  # type: ignore[misc]
+                    except RuntimeError as error:  # the reference may not be capturable
+                        print(f"{op:<17}{case.name:<18}{provider:<9} cannot be captured: {str(error).splitlines()[0][:60]}")
+                        continue
+                yield entry(op, case.name, dtype, provider, arguments, times, roof)
+
+
 def main() -> None:
     torch.set_grad_enabled(False)
     if not torch.cuda.is_available():
@@ -71,45 +122,17 @@ def main() -> None:
     roof, floor = copy_roof(clear), empty_graph_us(clear)
     name = torch.cuda.get_device_name()
     print(f"{name}: copy roof {roof / 1e12:.2f} TB/s; an almost empty graph takes {floor:.1f} us (not subtracted)")
-    print(f"{'op':<17}{'case':<18}{'provider':<9}{'median us':>10}{'p90 us':>9}{'KiB':>10}{'GB/s':>8}{'of roof':>9}")
+    print(
+        f"{'op':<17}{'case':<18}{'provider':<9}{'median us':>10}{'p90 us':>9}{'KiB':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of roof':>9}"
+    )
     rows = []
-    for op in sorted(REGISTRY):
-        moved = importlib.import_module(f"bench_{op}").moved
-        dtype = DTYPES.get(op, [torch.bfloat16])[-1]
-        for case in CASES[op]:
-            if not case.bench:
-                continue
-            for provider in REGISTRY[op].providers:
-                if provider == "cpp" or REGISTRY[op].providers[provider].missing() is not None:
-                    continue
-                arguments = case.build(dtype, "cuda")
-                refuse_wrong_answers(op, arguments, provider)
-                with backend(provider):
-                    try:
-                        times = replay_us(lambda op=op, arguments=arguments: REGISTRY[op](**arguments), clear)  # type: ignore[misc]
-                    except RuntimeError as error:  # the reference may not be capturable
-                        print(f"{op:<17}{case.name:<18}{provider:<9} cannot be captured: {str(error).splitlines()[0][:60]}")
-                        continue
-                median, p90 = statistics.median(times), times[int(0.9 * len(times))]
-                size = moved(arguments)
-                rate = size / (median * 1e-6)
-                rows.append(
-                    {
-                        "op": op,
-                        "case": case.name,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "provider": provider,
-                        "median_us": median,
-                        "p90_us": p90,
-                        "bytes": size,
-                        "bytes_per_s": rate,
-                        "share_of_copy_roof": rate / roof,
-                    }
-                )
-                print(
-                    f"{op:<17}{case.name:<18}{provider:<9}{median:>10.1f}{p90:>9.1f}{size / 1024:>10.0f}{rate / 1e9:>8.0f}"
-                    f"{rate / roof:>9.1%}"
-                )
+    for row in measure("cuda", lambda call: replay_us(call, clear), roof, lambda _, case: case.bench):
+        rows.append(row)
+        products = "" if row["flops_per_s"] is None else f"{row['flops_per_s'] / 1e9:.0f}"
+        print(
+            f"{row['op']:<17}{row['case']:<18}{row['provider']:<9}{row['median_us']:>10.1f}{row['p90_us']:>9.1f}"
+            f"{row['bytes'] / 1024:>10.0f}{row['bytes_per_s'] / 1e9:>8.0f}{products:>9}{row['share_of_copy_roof']:>9.1%}"
+        )
     result = {"device": name, "torch": torch.__version__, "copy_roof_bytes_per_s": roof, "empty_graph_us": floor, "rows": rows}
     with replacing(Path("build") / "bench_gpu.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")

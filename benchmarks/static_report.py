@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ import torch
 import triton
 from occupancy import occupancy
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -32,6 +34,8 @@ from triton.runtime.jit import JITFunction
 import dyndepth.ops  # noqa: F401  (registers the ops)
 from dyndepth.files import replacing
 from dyndepth.op import REGISTRY
+from dyndepth.plan.of_call import of_call
+from dyndepth.plan.traffic import Traffic
 from dyndepth.testing import CASES
 from dyndepth.testing.cases import Case
 
@@ -98,6 +102,7 @@ def compiled(targets: list[str], ops: list[str], dtypes: list[torch.dtype]) -> l
                 for case in CASES[op]:
                     for dtype in dtypes if case.bench else ():
                         now = {"target": name, "op": op, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
+                        now |= figures(op, case, dtype)
                         host(**without_memory(case, dtype))
     return rows
 
@@ -137,6 +142,28 @@ def without_memory(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         arguments = case.build(dtype)
     return {name: emptied(value) for name, value in arguments.items()}
+
+
+class _OnMeta(TorchFunctionMode):
+    """Random floats have a shape and no memory; integers, drawn or not, keep their values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.randn, torch.rand):
+            return func(*args, device="meta")
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _figures(op: str, name: str, dtype: torch.dtype) -> Traffic:
+    case = next(case for case in CASES[op] if case.name == name)
+    with _OnMeta():
+        return of_call(op, case.make(dtype, torch.Generator().manual_seed(1)))
+
+
+def figures(op: str, case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes and FLOPs that the planner declares for the whole call, whichever of its kernels the entry is of."""
+    moved = _figures(op, case.name, dtype)
+    return {"bytes": moved.bytes, "flops": moved.flops}
 
 
 def facts(kernel: Any, target: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from dyndepth.plan import Sizes, peak, roofline
+from dyndepth.plan import Leaving, Sizes, calls, graph_calls, peak, roofline
+from dyndepth.plan.passes import total
 
 MODELS = {"roofline_smollm2": "SmolLM2-135M", "roofline_llama3": "Llama-3-8B", "roofline_qwen3": "Qwen3-8B"}
 MACHINES = ("h100-sxm", "h200", "b200", "mi300x")
@@ -57,7 +58,25 @@ def passes(_results: Path) -> str:
     return "\n".join([*lines, "", f"Arithmetic, not measured. {CONTEXT} tokens of context.", ""])
 
 
+def graph(_results: Path) -> str:
+    """The same pass of predict in slices and in graph style."""
+    lines = _header("model", "rows", "in slices, GB", "graph style, GB", "of slices", "nobody leaves, graph style, GB")
+    for name in MODELS.values():
+        sizes = Sizes.known(name)
+        for rows in ROWS:
+            half = [Leaving(sizes.layers // 2, -(-rows // 2))]
+            nobody = [Leaving(sizes.layers // 2, 0)]
+            slices = total(calls(sizes, rows, CONTEXT, half))[1].bytes
+            fixed, full = (total(graph_calls(sizes, rows, CONTEXT, exits))[1].bytes for exits in (half, nobody))
+            first = name if rows == ROWS[0] else ""
+            lines.append(
+                f"| {first} | {rows} | {slices / 1e9:.3g} | {fixed / 1e9:.3g} | {fixed / slices:.1%} | {full / 1e9:.3g} |"
+            )
+    return "\n".join([*lines, "", f"Arithmetic, not measured. {CONTEXT} tokens of context.", ""])
+
+
 TABLES = {
+    "roofline_graph": graph,
     "roofline_machines": machines,
     "roofline_passes": passes,
     **{table: functools.partial(ops, name) for table, name in MODELS.items()},

@@ -84,10 +84,15 @@ def _write_parts(logits, parts, best, row, row_mask, rows, block, blocks, first_
 
 @triton.jit
 def _logit_stats(
-    logits, parts, best, softcap, rows, words, blocks, first_block, row_stride,
-    BLOCK_WORDS: tl.constexpr,
+    logits, live, parts, best, softcap, rows, words, blocks, first_block, row_stride,
+    BLOCK_WORDS: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
     """The same numbers from logits that a library product wrote (many rows): a program per row and block of words."""
+    count = rows
+    if HAS_LIVE:
+        count = tl.minimum(tl.load(live), rows)
+    if tl.program_id(0) >= count:
+        return
     row = tl.program_id(0) + tl.arange(0, 1)
     block = tl.program_id(1)
     word = block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
@@ -184,7 +189,9 @@ def exit_stats(
     if rows == 0:
         return result
     if rows > launch.EXIT_STATS_HANDOVER:
-        parts, best, blocks = _parts_from_library(hidden, head_weight, head_bias, norm_gain, eps, vocab_ids, softcap, words)
+        parts, best, blocks = _parts_from_library(
+            hidden, head_weight, head_bias, norm_gain, eps, vocab_ids, softcap, words, live
+        )
     else:
         config = launch.exit_stats(rows, width, words, launch.Device.of(hidden), hidden.element_size())
         blocks = config.grid[1]
@@ -219,6 +226,7 @@ def _parts_from_library(
     vocab_ids: Tensor | None,
     softcap: float,
     words: int,
+    live: Tensor | None,
 ) -> tuple[Tensor, Tensor, int]:
     """Many rows: the product is compute-bound and the library's; its logits exist for one chunk of words at a time."""
     rows = hidden.shape[0]
@@ -233,7 +241,7 @@ def _parts_from_library(
         logits = torch.nn.functional.linear(hidden, head_weight[names], None if head_bias is None else head_bias[names])
         count = logits.shape[1]
         _logit_stats[(rows, launch.ceil_div(count, block))](
-            logits, parts, best, softcap, rows, count, blocks, start // block, logits.stride(0),
-            BLOCK_WORDS=block, num_warps=8,
+            logits, live, parts, best, softcap, rows, count, blocks, start // block, logits.stride(0),
+            BLOCK_WORDS=block, HAS_LIVE=live is not None, num_warps=8,
         )  # fmt: skip
     return parts, best, blocks

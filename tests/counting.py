@@ -29,7 +29,7 @@ def named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 
 def declared(given: dict[str, Any], out: Any, op: str) -> int:
     """Bytes of a call by its tensors: all of each, but of pages, tables and unused weights what is used of them."""
-    given = dict(given)
+    given, out = _live(dict(given), out, op)
     rest = 0
     pages, pos = given.pop("pages", None), given.get("pos")
     cos = given.pop("cos", None)
@@ -37,25 +37,46 @@ def declared(given: dict[str, Any], out: Any, op: str) -> int:
     if cos is not None:  # a row per token, of as many tables as there are
         tables = 1 if cos.dim() == 2 or given.get("variant") is None else len(given["variant"].unique())
         rest += 2 * tables * len(pos) * cos.shape[-1] * cos.element_size()
-    if op == "ragged_attention":
+    if op == "ragged_attention" and pages is not None:
         table, window, per_page = given.pop("block_table"), given.get("window", 0), pages.shape[2]
         for p in pos.tolist():
             seen = [at for at in range(p + 1) if not window or at > p - window]
             rest += 2 * len(seen) * pages[0, 0, 0].numel() * pages.element_size()
             rest += len({at // per_page for at in seen}) * table.element_size()
-    elif op == "backfill_kv":
-        rest += len(pos) * given["weight"][..., 0].numel() * pages.element_size()
+    elif op == "backfill_kv" and pages is not None:
+        layers = given["weight"][..., 0].numel()
+        rest += len(pos) * layers * pages.element_size()
     elif pages is not None:
-        rest += 2 * len(pos) * pages[0, 0, 0].numel() * pages.element_size()
+        rest += 2 * int((given["slots"] >= 0).sum()) * pages[0, 0, 0].numel() * pages.element_size()
     if given.get("vocab_ids") is not None:
         given["head_weight"] = given["head_weight"][given["vocab_ids"]]
         given["head_bias"] = None if given.get("head_bias") is None else given["head_bias"][given["vocab_ids"]]
-    if op == "project_qkv" and given.get("live") is not None:
-        wanted = int(given["live"])
-        out = out[:wanted]
-        if wanted == 0:
-            given |= {"q_weight": None, "q_bias": None, "q_gain": None}
     return rest + size(list(given.values())) + size(out)
+
+
+#: Arguments of ops that have a row per row; of these those below `live`, or of a section, are looked at.
+ROWS = {
+    "ragged_attention": ("q", "seq", "pos"), "ragged_linear": ("x", "residual"), "exit_stats": ("hidden",),
+    "router_score": ("hidden", "previous", "extra"), "backfill_kv": ("residual", "pos", "slots"),
+}  # fmt: skip
+
+
+def _live(given: dict[str, Any], out: Any, op: str) -> tuple[dict[str, Any], Any]:
+    """What is looked at of a call whose counter is on the device: no weight if nobody is there who asks for it."""
+    counter = given.get("section" if op == "backfill_kv" else "live")
+    if counter is None:
+        return given, out
+    begin, count = counter.tolist() if op == "backfill_kv" else (0, int(counter))
+    if out is not None:
+        out = [each[:count] for each in out] if isinstance(out, list | tuple) else out[:count]
+    if op == "store_kv":  # keys and values are everybody's
+        return given | {"q": given["q"][:count]}, out
+    if op == "project_qkv":
+        return (given if count else given | {"q_weight": None, "q_bias": None, "q_gain": None}), out
+    if count == 0:
+        return {"live": counter}, out
+    cut = {name: given[name][begin : begin + count] for name in ROWS[op] if given.get(name) is not None}
+    return given | cut, out
 
 
 #: Modules' work by the aten op that does it where everything runs through PyTorch.
@@ -65,11 +86,19 @@ MODULES = {
 }  # fmt: skip
 
 
+#: What keeps buffers in shape where nothing may depend on who is live.
+MOVES = {
+    "aten::where": "select", "aten::index": "gather", "aten::index_copy": "scatter", "aten::clone": "copy",
+    "aten::new_zeros": "fill",
+}  # fmt: skip
+
+
 class Counting(TorchDispatchMode):
     """Calls that reach the dispatcher, by (op, bytes of their tensors). What happens inside an op is the op's."""
 
-    def __init__(self) -> None:
+    def __init__(self, moves: bool = False) -> None:
         super().__init__()
+        self.modules = MODULES | (MOVES if moves else {})
         self.seen: Counter[tuple[str, int]] = Counter()
         #: Inside a norm: its parts are one call.
         self.quiet = False
@@ -87,15 +116,16 @@ class Counting(TorchDispatchMode):
             self.seen[op, declared(inputs, out, op)] += 1
         elif name == "aten::embedding":  # of the table, the rows asked for
             self.seen["embedding", 2 * size(out) + size(given["indices"])] += 1
-        elif name in MODULES and out.is_floating_point() and out.dim() == 2:
-            self.seen[MODULES[name], size(list(inputs.values())) + size(out)] += 1
+        elif name in self.modules and out.is_floating_point() and out.dim() == 2:
+            inputs |= {"self": None} if name == "aten::new_zeros" else {}
+            self.seen[self.modules[name], size(list(inputs.values())) + size(out)] += 1
         return out
 
 
 @contextlib.contextmanager
-def counting(model: Any) -> Iterator[Counting]:
-    """Everything in the block, with PyTorch's providers: layers run through their modules."""
-    with pytest.MonkeyPatch.context() as patched, backend("torch"), Counting() as mode:
+def counting(model: Any, moves: bool = False) -> Iterator[Counting]:
+    """Everything in the block, with PyTorch's providers: layers run through modules. moves: what fixed shapes cost, too."""
+    with pytest.MonkeyPatch.context() as patched, backend("torch"), Counting(moves) as mode:
         for norm in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
             patched.setattr(norm, "forward", _as_one(norm.forward, mode))
         yield mode

@@ -11,6 +11,7 @@ from torch import Tensor
 from dyndepth import env, ops  # noqa: F401  (ops registers them)
 from dyndepth.op import REGISTRY, backend
 from dyndepth.testing import CASES, Case, assert_as_exact_as, assert_same
+from dyndepth.testing.case import duplicate
 from dyndepth.testing.cases import Arguments, widened
 
 #: Names of the outputs, in order; `pages` is written in place.
@@ -40,6 +41,16 @@ def cases(op: str) -> list[Any]:
     ]
 
 
+def cases_in_dtypes(op: str) -> list[Any]:
+    """(case, dtype): every case in every dtype, but in the interpreter cases of very many programs in float32 only."""
+    return [
+        pytest.param(case, dtype, id=f"{case.name}-{dtype}")
+        for dtype in DTYPES
+        for case in (each.values[0] for each in cases(op))
+        if not (INTERPRETED and case.many and dtype != torch.float32)
+    ]
+
+
 def providers(op: str) -> list[str]:
     """Providers to compare with the reference. The cpp provider must be there: the build is part of what is tested."""
     return [name for name in REGISTRY[op].providers if name != "torch" and REGISTRY[op].providers[name].missing() is None]
@@ -49,7 +60,7 @@ def copied(arguments: Arguments) -> Arguments:
     def copy(value: Any) -> Any:
         if isinstance(value, list):
             return [copy(item) for item in value]
-        return value.clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
+        return duplicate(value) if isinstance(value, Tensor) else value
 
     return {name: copy(value) for name, value in arguments.items()}
 
@@ -137,4 +148,4 @@ def _flat(value: Any) -> list[Tensor]:
         return []
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in value for tensor in _flat(item)]
+    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, list | tuple) else []

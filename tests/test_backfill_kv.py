@@ -16,8 +16,7 @@ PROVIDERS = op_harness.providers(OP)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("dtype", op_harness.DTYPES, ids=str)
-@pytest.mark.parametrize("case", op_harness.cases(OP))
+@pytest.mark.parametrize(("case", "dtype"), op_harness.cases_in_dtypes(OP))
 def test_as_exact_as_pytorch(case: Case, dtype: torch.dtype, provider: str) -> None:
     op_harness.check_against_oracle(OP, case, dtype, provider)
 

@@ -19,8 +19,7 @@ PROVIDERS = op_harness.providers(OP)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("dtype", op_harness.DTYPES, ids=str)
-@pytest.mark.parametrize("case", op_harness.cases(OP))
+@pytest.mark.parametrize(("case", "dtype"), op_harness.cases_in_dtypes(OP))
 def test_as_exact_as_pytorch(case: Case, dtype: torch.dtype, provider: str) -> None:
     arguments = case.build(dtype)
     truth = op_harness.outcome(OP, widened(arguments))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import graph_bodies
 import op_harness
 import pytest
 import tiny_exits
@@ -11,14 +12,9 @@ import tiny_models
 import torch
 
 import dyndepth
-from dyndepth.exits import Patience, TopProbability
 from dyndepth.op import REGISTRY, backend
-from dyndepth.runtime.bind import bind
-from dyndepth.runtime.block import block_head
 from dyndepth.runtime.cuda_graphs import CudaCapture, no_conditions
-from dyndepth.runtime.graph import forward_graph
 from dyndepth.runtime.graph_pool import GraphPool
-from dyndepth.runtime.session import Session
 from dyndepth.testing import CASES, Case, assert_as_exact_as, assert_same
 from dyndepth.testing.cases import Arguments, widened
 from dyndepth.testing.linear_cases import linear
@@ -225,83 +221,24 @@ def test_dynamic_depth_is_the_cpu_s(family: str, kv: str) -> None:
 # -- passes as graphs -----------------------------------------------------------------------------------------------------
 
 
-def _exits_for_graphs(model: Any, kind: str) -> Any:
-    if kind == "mixed":
-        return tiny_exits.mixed(model)
-    if kind == "block":
-        bands = [tiny_exits.band(model, leave, 6) for leave in (2, 4)]
-        for band in bands:
-            band.head = block_head(bind(model), band.leave)
-        return tiny_exits.exits_of(model, *bands)
-    few = torch.tensor([3, 9, 20])
-    if kind == "patience":
-        return tiny_exits.exits_of(
-            model, *(tiny_exits.band(model, leave, 6, Patience(), threshold=1.0, shortlist=few) for leave in (2, 4, 5))
-        )
-    return tiny_exits.exits_of(
-        model, *(tiny_exits.band(model, leave, 6, TopProbability(), threshold=0.4, shortlist=few) for leave in (2, 3, 5))
-    )
-
-
-def _prefilled(model: Any, exits: Any, kv: str, lengths: list[int], **options: Any) -> Session:
-    made = Session(bind(model), [length + 40 for length in lengths], exits, kv=kv, **options)
-    generator = torch.Generator().manual_seed(2)
-    made.prefill([torch.randint(3, tiny_models.VOCABULARY, (length,), generator=generator) for length in lengths], made.work())
-    return made
+# What these check is run on the CPU too, with a recorder for the graph: tests/test_graph_bodies.py.
 
 
 @pytest.mark.parametrize("kv", ["predict", "propagate"])
-@pytest.mark.parametrize("kind", ["mixed", "probability", "patience", "block"])
+@pytest.mark.parametrize("kind", graph_bodies.KINDS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_a_pass_in_graph_style_reads_nothing_on_the_host(family: str, kind: str, kv: str) -> None:
-    """From embedded rows to head-ready ones, outside of any graph, with every synchronisation an error."""
-    model = tiny_models.tiny(family).cuda()
-    exits = _exits_for_graphs(model, kind)
-    lengths = [3, 9, 1, 12, 5]
-    made = _prefilled(model, exits, kv, lengths)
-    given: dict[str, Any] = {"tokens": torch.arange(5, 10, device="cuda")}
-    wanted = made.run_graph(range(5), lengths, **given)  # compiles
-    rows, context = made.rows(range(5), lengths, **given)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = forward_graph(made.plan, rows, context)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert_same(found.ready, wanted.ready, "the same rows again")
-    assert_same(found.exit_layer, wanted.exit_layer)
+    graph_bodies.reads_nothing_on_the_host(tiny_models.tiny(family).cuda(), kind, kv)
 
 
 @pytest.mark.parametrize("conditional", [False, True], ids=["early return", "conditional nodes"])
 @pytest.mark.parametrize("kv", ["predict", "propagate"])
-@pytest.mark.parametrize("kind", ["mixed", "probability", "patience", "block"])
+@pytest.mark.parametrize("kind", graph_bodies.KINDS)
 def test_replays_are_passes_of_slices(kind: str, kv: str, conditional: bool) -> None:
-    """fp32: rows come and go, one graph a bucket; decisions, residuals and pages of the pass in slices."""
     if conditional and (reason := no_conditions(torch.cuda.current_device())) is not None:
         pytest.skip(reason)
     model = tiny_models.tiny("llama").cuda()
-    exits = _exits_for_graphs(model, kind)
-    lengths = [3, 9, 1, 12, 5, 7, 2]
-    eager, replayed = (_prefilled(model, exits, kv, lengths) for _ in range(2))
-    pool = GraphPool(replayed.plan, lambda: CudaCapture(torch.device("cuda"), conditional), most=6)
-    replayed.graphs = pool
-    generator = torch.Generator().manual_seed(8)
-    at = torch.tensor(lengths)
-    for count in (6, 5, 3, 6, 1, 4, 2, 6, 6):
-        seq = torch.randperm(len(lengths), generator=generator)[:count].sort().values
-        tokens = torch.randint(3, tiny_models.VOCABULARY, (count,), generator=generator)
-        wanted, found = (each.run(seq, at[seq], tokens=tokens.cuda(), step=at[seq]) for each in (eager, replayed))
-        assert found.exit_layer.tolist() == wanted.exit_layer.tolist()
-        assert found.bands_taken.tolist() == wanted.bands_taken.tolist()
-        assert found.work == wanted.work
-        torch.testing.assert_close(found.ready, wanted.ready, rtol=2e-4, atol=2e-5)
-        at[seq] += 1
-    sequences = [sequence for sequence, length in enumerate(at.tolist()) for _ in range(length)]
-    positions = [pos for length in at.tolist() for pos in range(length)]
-    slots = eager.pages.slots(sequences, positions).long()
-    mine, theirs = (each.pages.kv.flatten(2, 3)[:, :, slots] for each in (replayed, eager))
-    torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-5)
-    assert pool.buckets == [1, 2, 4, 6]
+    graph_bodies.replays_are_passes_of_slices(model, kind, kv, lambda: CudaCapture(torch.device("cuda"), conditional))
 
 
 @pytest.mark.parametrize("kv", ["predict", "propagate"])
@@ -309,7 +246,7 @@ def test_a_replayed_pass_waits_for_nothing(kv: str) -> None:
     """Inputs copied in, replay, results copied out: no synchronisation, once the bucket is captured."""
     model = tiny_models.tiny("llama").cuda()
     lengths = [3, 9, 1]
-    made = _prefilled(model, tiny_exits.mixed(model), kv, lengths)
+    made = graph_bodies.prefilled(model, "mixed", kv, lengths)
     pool = GraphPool(made.plan, lambda: CudaCapture(torch.device("cuda")), most=4)
     seq, pos = torch.arange(3).numpy(), torch.tensor(lengths).numpy()
     made.pages.reserve_rows(seq, pos + 1)
@@ -331,17 +268,7 @@ def test_a_replayed_pass_waits_for_nothing(kv: str) -> None:
     assert pool.captured == 1
 
 
-@pytest.mark.parametrize("kind", ["mixed", "probability", "patience", "block"])
+@pytest.mark.parametrize("kind", graph_bodies.KINDS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_neox"])
 def test_generation_by_graphs(family: str, kind: str) -> None:
-    """`graphs=True` through transformers: tokens, bands and work of `graphs=False`, in fp32."""
-    model = tiny_models.tiny(family).cuda()
-    inputs = {name: value.cuda() for name, value in tiny_models.prompts(7).items()}
-    options: dict[str, Any] = {
-        "custom_generate": dyndepth.generate, "exits": _exits_for_graphs(model, kind), "max_new_tokens": 20,
-        "do_sample": False, "return_dict_in_generate": True,
-    }  # fmt: skip
-    wanted, found = (model.generate(**inputs, **options, graphs=graphs) for graphs in (False, True))
-    assert torch.equal(found.sequences, wanted.sequences)
-    assert torch.equal(found.bands_taken, wanted.bands_taken)
-    assert found.work.layers == wanted.work.layers
+    graph_bodies.generation_by_graphs(tiny_models.tiny(family).cuda(), kind)

@@ -8,6 +8,7 @@ import pytest
 import tiny_exits
 import tiny_models
 import torch
+from row_by_row import RowByRow
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -21,8 +22,15 @@ from dyndepth.runtime.graph import forward_graph, why_not
 from dyndepth.runtime.layer import Context
 from dyndepth.runtime.rows import Rows
 from dyndepth.runtime.session import Session
+from dyndepth.testing import assert_same
 
 FAMILIES = ["llama", "llama_bias", "qwen3", "gemma3", "olmo2", "phi3", "gpt2", "gpt_neox"]
+
+#: With these some rows of the tiny models leave at each of several boundaries, and not all.
+THRESHOLDS = {
+    ("llama", "saturation"): 0.82, ("qwen3", "saturation"): 0.82, ("gemma3", "saturation"): 0.98,
+    ("llama", "probability"): 0.95, ("qwen3", "probability"): 0.95, ("gemma3", "probability"): 0.999999,
+}  # fmt: skip
 
 
 def _start(family: str, exits: Exits | None, kv: str, rows: int = 9) -> tuple[Session, dict[str, Any]]:
@@ -46,8 +54,7 @@ def _exits(family: str, kind: str) -> Exits:
             model, tiny_exits.band(model, 1, 4), tiny_exits.band(model, 2, 4), tiny_exits.band(model, 4, 6)
         )
     criterion = Saturation() if kind == "saturation" else TopProbability()
-    threshold = 0.7 if kind == "saturation" else 0.1
-    options: dict[str, Any] = {"criterion": criterion, "threshold": threshold}
+    options: dict[str, Any] = {"criterion": criterion, "threshold": THRESHOLDS.get((family, kind), 0.8)}
     return tiny_exits.exits_of(model, *(tiny_exits.band(model, point, 6, **options) for point in (2, 3, 5)))
 
 
@@ -71,6 +78,35 @@ def test_says_what_the_pass_of_slices_says(family: str, kind: str, kv: str) -> N
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     if kind == "mixed":
         assert len(set(wanted.layers_run.tolist())) > 1, "rows must take several ways for this to test anything"
+
+
+@pytest.mark.parametrize("kv", ["predict", "propagate"])
+@pytest.mark.parametrize("kind", ["mixed", "jumps", "saturation", "probability"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_the_same_bits_as_the_pass_of_slices(family: str, kind: str, kv: str) -> None:
+    """fp32, reference providers, rows that leave at several depths: with no sum that knows how many rows there are, no bit
+    of any result, page or count differs.
+
+    But for K,V in layers that nobody is left for, under `propagate`: there the pass of slices folds norm and projection of all
+    layers into one product, which is another sum.
+    """
+    exits = _exits(family, kind)
+    (eager, arguments), (graph, _) = _start(family, exits, kv), _start(family, exits, kv)
+    graph.pages.kv.copy_(eager.pages.kv)  # what nobody wrote yet too
+    given = {"tokens": arguments["tokens"], "step": arguments["step"]}
+    with backend("torch"), RowByRow():
+        wanted = eager.run(arguments["seq"], arguments["pos"], **given)
+        found = graph.run_graph(arguments["seq"], arguments["pos"], **given)
+    assert found.exit_layer.tolist() == wanted.exit_layer.tolist()
+    assert found.layers_run.tolist() == wanted.layers_run.tolist()
+    assert found.bands_taken.tolist() == wanted.bands_taken.tolist()
+    assert found.work.tolist() == wanted.work
+    assert len(set(wanted.layers_run.tolist())) > 1, "rows must take several ways for this to test anything"
+    assert_same(found.ready, wanted.ready, "head-ready rows")
+    mine, theirs = graph.pages.kv, eager.pages.kv
+    ran = [layer for layer in range(len(mine)) if kv == "predict" or layer >= len(wanted.work) or wanted.work[layer]]
+    assert_same(mine[ran], theirs[ran], "pages")
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("kv", ["predict", "propagate"])

@@ -14,6 +14,7 @@ import tiny_exits
 import tiny_models
 import torch
 from counting import Counting
+from kernel_cases import composed, said
 
 from dyndepth import env
 from dyndepth.exits import Router, RouterScore, TopProbability
@@ -48,50 +49,19 @@ def _counted() -> Iterator[Counter[str]]:
         interpreter.GridExecutor.__call__ = call
 
 
-def _said(op: str, given: dict[str, Any]) -> Counter[str]:
-    """What counts.py says of a call with these arguments."""
-    if op == "compact_rows":
-        payloads = [payload.numel() // max(1, payload.shape[0]) * payload.element_size() for payload in given["payloads"]]
-        return Counter(counts.compact_rows(given["state"].shape[0], payloads))
-    if op == "exit_stats":
-        ids = given.get("vocab_ids")
-        words = given["head_weight"].shape[0] if ids is None else ids.shape[0]
-        return Counter(counts.exit_stats(given["hidden"].shape[0], words, given.get("norm_gain") is not None))
-    if op == "ragged_attention":
-        (rows, heads, dim), pages = given["q"].shape, given["pages"]
-        reach, window = given["block_table"].shape[1] * pages.shape[2], given.get("window", 0)
-        reach = min(reach, window) if window else reach
-        kv_heads = pages.shape[3]
-        device = launch.Device()
-        return Counter(
-            counts.ragged_attention(rows, kv_heads, heads // kv_heads, dim, reach, device, given["q"].element_size())
-        )
-    first = {"project_qkv": "x", "ragged_linear": "x", "router_score": "hidden", "store_kv": "k", "backfill_kv": "residual"}[op]
-    more = {
-        "ragged_linear": [given.get("weight", torch.empty(0)).shape[0]],
-        "backfill_kv": [given.get("weight", torch.empty(0)).shape[0]],
-    }
-    return Counter(getattr(counts, op)(given[first].shape[0], *more.get(op, [])))
-
-
 @interpreted
 @pytest.mark.parametrize("op", sorted(name for name, op in REGISTRY.items() if "triton" in op.providers))
 def test_launches_of_every_case_triton(op: str) -> None:
     seen = 0
     for case in [case for case in CASES[op] if not (case.large or case.gpu or case.bench)][:8]:
         given = case.build(torch.float32)
-        if op in ("project_qkv", "backfill_kv") and _composed(op, given):
+        if op in ("project_qkv", "backfill_kv") and composed(op, given):
             continue  # the library's products, then store_kv
         with _counted() as found, backend("triton"):
             REGISTRY[op](**op_harness.copied(given))
-        assert found == Counter({name: count for name, count in _said(op, given).items() if name != "library"}), case.name
+        assert found == Counter({name: count for name, count in said(op, given).items() if name != "library"}), case.name
         seen += 1
     assert seen > 1
-
-
-def _composed(op: str, given: dict[str, Any]) -> bool:
-    dim, cos = given["pages"].shape[-1], given.get("cos")
-    return dim % 2 == 1 or (cos is not None and cos.shape[-1] != dim // 2)
 
 
 @interpreted

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dyndepth import ops  # noqa: F401  (registers the ops)
 from dyndepth.op import REGISTRY
+from dyndepth.testing import CASES
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_86", "gfx942")  # the two with the least shared memory; `make static-report` does all of them
@@ -41,8 +43,26 @@ def test_every_op_compiles_and_fits(rows: list[dict[str, Any]]) -> None:
     assert all(row["registers"] > 0 and row["warps"] > 0 for row in rows)
     assert max(row["shared"] for row in rows if row["target"] == "gfx942") <= 65536
     assert max(row["shared"] for row in rows if row["target"] == "sm_86") <= 101376
+    idle, nobody = ("compact_rows", "store_kv"), ("llama64_none_live",)
+    assert all(row["bytes"] > 0 and (row["flops"] > 0) == (row["op"] not in idle) for row in rows if row["case"] not in nobody)
     products = [row for row in rows if row["op"] == "ragged_linear"]
     assert all(row["matrix"] > 0 and row["load"] >= 16 and row["spilled"] == 0 for row in products)
+
+
+def test_bytes_and_flops_of_a_call_by_hand() -> None:
+    """From shapes alone, however large: 32 rows at 8192 tokens of 8 K,V heads; 512 rows through two weights."""
+    report = importlib.import_module("static_report")
+    half = torch.bfloat16
+
+    def of(op: str, name: str) -> dict[str, int]:
+        return report.figures(op, next(case for case in CASES[op] if case.name == name), half)
+
+    seen = 32 * 8192
+    kv, row = seen * 2 * 8 * 128 * 2, 32 * (2 * 32 * 128 * 2 + 8 + 4 * 8192 // 16)
+    assert of("ragged_attention", "llama32_8192") == {"bytes": kv + row, "flops": 4 * seen * 32 * 128}
+    weights, rows = 2 * 4096 * 14336 * 2, 512 * (4096 + 14336) * 2
+    assert of("ragged_linear", "llama512_gated") == {"bytes": weights + rows, "flops": 4 * 512 * 4096 * 14336}
+    assert of("ragged_linear", "llama64_none_live") == {"bytes": 4, "flops": 0}
 
 
 def test_a_kernel_that_does_not_fit_is_a_fault() -> None:

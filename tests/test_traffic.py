@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from counting import declared, size
-from torch import Tensor
+from counting import declared
 
 from dyndepth.plan import traffic
+from dyndepth.plan.of_call import of_call
 from dyndepth.plan.traffic import Traffic
 from dyndepth.testing import CASES
 
@@ -68,71 +68,16 @@ def test_traffic_adds_up() -> None:
     assert (Traffic(3, 5) + Traffic(1, 2)) * 2 == Traffic(8, 14)
 
 
-def item_of(value: Tensor) -> int:
-    return value.element_size()
-
-
-def predicted(op: str, a: dict[str, Any]) -> Traffic:
-    """The planner's figure from the sizes of a call."""
-    pages = a.get("pages")
-    rotary = 0 if a.get("cos") is None else a["cos"].shape[-1]
-    if op == "project_qkv":
-        rows, width = a["x"].shape
-        live, kv = a["live"], 2 * a["k_weight"].shape[0]
-        return traffic.project_qkv(
-            rows, rows if live is None else int(live), width, a["q_weight"].shape[0], kv, rotary, item_of(a["x"]),
-            bias=a["q_bias"] is not None, gains=0 if a["q_gain"] is None else len(a["q_gain"]), counter=live is not None,
-        )  # fmt: skip
-    if op == "store_kv":
-        return traffic.store_kv(
-            len(a["k"]), len(a["q"]), a["q"].shape[1:].numel(), 2 * a["k"].shape[1:].numel(), rotary, item_of(a["q"])
-        )
-    if op == "ragged_attention":
-        assert pages is not None
-        _, heads, head_dim = a["q"].shape
-        found = Traffic(0)
-        for p in a["pos"].tolist():
-            found += traffic.ragged_attention(
-                1, p + 1, heads, pages.shape[3], head_dim, item_of(pages), window=a["window"], page_size=pages.shape[2]
-            )
-        return found
-    if op == "ragged_linear":
-        return traffic.ragged_linear(
-            len(a["x"]), *a["weight"].shape, item_of(a["x"]), biases=sum(a[name] is not None for name in ("bias", "gate_bias")),
-            gated=a["gate_weight"] is not None, residual=a["residual"] is not None,
-        )  # fmt: skip
-    if op == "exit_stats":
-        ids = a["vocab_ids"]
-        return traffic.exit_stats(
-            len(a["hidden"]), len(a["head_weight"] if ids is None else ids), a["hidden"].shape[1], item_of(a["hidden"]),
-            bias=a["head_bias"] is not None, gain=a["norm_gain"] is not None, listed=ids is not None,
-        )  # fmt: skip
-    if op == "router_score":
-        return traffic.router_score(
-            len(a["hidden"]), *a["weight1"].shape, item_of(a["hidden"]), cosine=a["cosine_weight"] is not None,
-            extra=0 if a["extra"] is None else a["extra"].shape[1],
-        )  # fmt: skip
-    if op == "compact_rows":
-        return traffic.compact_rows(len(a["state"]), sum(size(each[:1]) for each in a["payloads"]))
-    rows, width = a["residual"].shape
-    variants = 0 if a["variant"] is None or a["cos"] is None else len(a["variant"].unique())
-    return traffic.backfill_kv(
-        rows, len(a["weight"]), width, 2 * a["weight"].shape[2], rotary, item_of(a["residual"]),
-        bias=a["bias"] is not None, variants=variants,
-    )  # fmt: skip
-
-
 def fits(op: str, given: dict[str, Any]) -> bool:
-    """What a pass calls: all rows, all of them stored; rows that only bring K,V may be there for project_qkv."""
+    """Rows without a slot are figured for `project_qkv` alone, the one op that a pass gives any."""
     rows = len(next(given[name] for name in ("x", "k", "q", "hidden", "state", "residual") if name in given))
-    whole = op == "project_qkv" or (given.get("live") is None and given.get("section") is None)
-    return rows > 0 and whole and ("slots" not in given or bool((given["slots"] >= 0).all()))
+    return rows > 0 and (op == "project_qkv" or "slots" not in given or bool((given["slots"] >= 0).all()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_bytes_are_those_of_the_tensors(op: str, dtype: torch.dtype) -> None:
-    """Every case of the op's own tests that is like a call of a pass."""
+    """Every case of the op's own tests, counters and sections included."""
     func = getattr(torch.ops.dyndepth, op).default
     defaults = {a.name: a.default_value if a.has_default_value() else None for a in func._schema.arguments}
     seen = 0
@@ -141,5 +86,5 @@ def test_bytes_are_those_of_the_tensors(op: str, dtype: torch.dtype) -> None:
             continue
         seen += 1
         out = func(**given)
-        assert predicted(op, defaults | given).bytes == declared(defaults | given, out, op), case.name
-    assert seen >= 2
+        assert of_call(op, given).bytes == declared(defaults | given, out, op), case.name
+    assert seen >= 9

@@ -2,6 +2,7 @@
 
 from dyndepth.plan.advice import Advice, Option, advise
 from dyndepth.plan.costs import CostTable
+from dyndepth.plan.graph_passes import graph_calls
 from dyndepth.plan.machine import Machine, Timing
 from dyndepth.plan.passes import Call, Leaving, Sizes, calls
 from dyndepth.plan.predict import POLICIES, Step, full_depth, predict
@@ -13,6 +14,7 @@ from dyndepth.plan.times import HEADS
 
 __all__ = [
     "HEADS", "POLICIES", "Advice", "Call", "CostTable", "Exit", "Leaving", "Machine", "Option", "Shape", "Sizes", "Step",
-    "Timing", "advise", "art", "best_flush", "calls", "curve", "exits_of", "flushed", "full_depth", "parse_rates", "peak",
+    "Timing", "advise", "art", "best_flush", "calls", "curve", "exits_of", "flushed", "full_depth", "graph_calls",
+    "parse_rates", "peak",
     "predict", "rebatch",
 ]  # fmt: skip

@@ -154,7 +154,7 @@ def calls(
         raise ArgumentError(f"plan: wanted at least one row and a context of at least 1, got {rows}, {context}")
     if kv not in KV:
         raise ArgumentError(f"plan: kv must be one of {', '.join(KV)}, got {kv!r}")
-    return list(_Pass(sizes, rows, context, _checked(sizes, rows, exits), kv, item, page_size).calls())
+    return list(_Pass(sizes, rows, context, by_boundary(sizes, rows, exits), kv, item, page_size).calls())
 
 
 def total(found: Sequence[Call]) -> tuple[int, Traffic]:
@@ -162,15 +162,16 @@ def total(found: Sequence[Call]) -> tuple[int, Traffic]:
     return sum(call.count for call in found), sum((call.traffic * call.count for call in found), Traffic(0))
 
 
-def _checked(sizes: Sizes, rows: int, exits: Sequence[Leaving]) -> dict[int, Leaving]:
-    by_boundary = {each.leave: each for each in exits}
-    if len(by_boundary) < len(exits) or any(not 1 <= leave < sizes.layers for leave in by_boundary):
+def by_boundary(sizes: Sizes, rows: int, exits: Sequence[Leaving]) -> dict[int, Leaving]:
+    """In the order of boundaries; ArgumentError where no pass of `rows` rows can leave like that."""
+    found = {each.leave: each for each in exits}
+    if len(found) < len(exits) or any(not 1 <= leave < sizes.layers for leave in found):
         raise ArgumentError(
             f"plan: wanted different boundaries in [1, {sizes.layers}), got {sorted(each.leave for each in exits)}"
         )
     if any(each.rows < 0 for each in exits) or sum(each.rows for each in exits) > rows:
         raise ArgumentError(f"plan: {rows} rows cannot leave as {[each.rows for each in exits]}")
-    return dict(sorted(by_boundary.items()))
+    return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,13 @@ class Traffic:
         return Traffic(self.bytes * count, self.flops * count)
 
 
+#: `live` read on the device, what ops in graph style read beside their rows.
+COUNTER = Traffic(_INT)
+
+
 def project_qkv(
     rows: int, live: int, width: int, query: int, kv: int, rotary: int, item: int, *, bias: bool = False, gains: int = 0,
-    counter: bool = False,
+    counter: bool = False, stored: int | None = None,
 ) -> Traffic:  # fmt: skip
     """Queries of `live` of the rows, keys and values of all.
 
@@ -42,12 +46,14 @@ def project_qkv(
         rotary: pairs of channels that are rotated.
         gains: channels of a head where q and k are normed, 0 where they are not.
         counter: `live` is read on the device.
+        stored: rows that have a slot, all if None: the others' keys and values are computed and written nowhere.
     """
     if rows == 0:
         return Traffic(_INT * counter)
+    stored = rows if stored is None else stored
     asked = query if live else 0
     weights = (asked + kv) * (width + bias) * item + (1 + (live > 0)) * gains * _FLOAT
-    moved = (rows * (width + kv) + live * query) * item + rows * (2 * rotary * _FLOAT + 2 * _INT)
+    moved = (rows * width + stored * kv + live * query) * item + rows * (2 * rotary * _FLOAT + 2 * _INT)
     return Traffic(weights + moved + _INT * counter, 2 * width * (live * query + rows * kv))
 
 

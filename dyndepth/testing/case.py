@@ -27,6 +27,8 @@ class Case:
     large: bool = False
     #: Sized for a GPU: a small machine neither tests nor times it.
     gpu: bool = False
+    #: Small numbers in so many programs that Triton's interpreter runs them in one dtype, float32.
+    many: bool = False
 
     def build(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Arguments:
         generator = torch.Generator().manual_seed(20503005)
@@ -35,7 +37,15 @@ class Case:
 
 def _to(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value if value.device == torch.device(device) else duplicate(value, device)
     if isinstance(value, list):
         return [_to(item, device) for item in value]
     return value
+
+
+def duplicate(value: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """A copy at the same place of a memory of its own: strides and alignment stay, as `clone` and `to` do not promise."""
+    whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
+    whole = whole.clone() if device is None else whole.to(device, copy=True)
+    empty = torch.empty(0, dtype=value.dtype, device=whole.device)
+    return empty.set_(whole.untyped_storage(), value.storage_offset(), value.shape, value.stride())
