@@ -153,7 +153,7 @@ def test_words_that_cannot_be_cost_nothing(provider: str) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("name", ["live", "none_live"])
+@pytest.mark.parametrize("name", ["live", "none_live", "rows129_live128"])
 def test_rows_past_live_are_not_computed(name: str, provider: str) -> None:
     case = next(case for case in CASES[OP] if case.name == name)
     op_harness.assert_only_live_rows_are_written(OP, case, provider)

@@ -124,7 +124,7 @@ def test_rows_past_live_are_not_looked_at(provider: str) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("name", ["live", "none_live"])
+@pytest.mark.parametrize("name", ["live", "none_live", "split31_live30", "split32_live0"])
 def test_rows_past_live_are_not_computed(name: str, provider: str) -> None:
     op_harness.assert_only_live_rows_are_written(OP, _case(name), provider)
 
