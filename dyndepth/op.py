@@ -181,6 +181,8 @@ def forced_providers(op: str) -> tuple[str, ...] | None:
 
 def cpp_allowed(*ops: str) -> bool:
     """Nobody forced another provider than cpp for one of the ops: code of C++ that stands for all of them may run."""
+    if _forced.get() is None and env.backend() is None:
+        return True
     return all((forced := forced_providers(op)) is None or forced[0] == "cpp" for op in ops)
 
 

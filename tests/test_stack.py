@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.runtime.bind import Model, bind
+from dyndepth.runtime.climb import apart
 from dyndepth.runtime.layer import Context
 from dyndepth.runtime.session import Session
 from dyndepth.runtime.stack import Stack
@@ -237,7 +238,8 @@ def test_one_call_between_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
     for kv in ("predict", "propagate"):
         calls.clear()
         session = Session(bind(model), [23], exits, kv=kv)
-        session.run([0] * 23, list(range(23)), tokens=torch.arange(3, 26))
+        with apart():
+            session.run([0] * 23, list(range(23)), tokens=torch.arange(3, 26))
         assert calls == [(0, 2, False), (2, 4, kv == "propagate"), (4, 6, False)]
 
 

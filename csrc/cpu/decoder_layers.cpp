@@ -4,9 +4,13 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <optional>
+#include <tuple>
+#include <utility>
 
 #include "../common/normalise.h"
 #include "../common/rms_norm.h"
+#include "judge_rows.h"
 #include "products.h"
 #include "ragged_attention.h"
 #include "store_kv.h"
@@ -89,8 +93,8 @@ class Decoder {
         attended_(rows.live * shape.heads * shape.head_dim),
         inner_(rows.live * shape.inner) {}
 
-  // `next` are the weights of the layer after this one, null for the last.
-  void run(const LayerWeights<T>& w, const LayerWeights<T>* next, AttentionProblem attention, const Rotary& rotary,
+  // `upcoming` are the weights that are read after this layer.
+  void run(const LayerWeights<T>& w, const Upcoming& upcoming, AttentionProblem attention, const Rotary& rotary,
            T* keys, T* values) {
     const int64_t live = rows_.live, all = rows_.all, kv = shape_.kv_heads * shape_.head_dim;
     const T* x = normed(hidden_, all, w.part[kBeforeAttention]);
@@ -125,9 +129,12 @@ class Decoder {
                      .rows = live,
                      .out = inner_.data()};
     multiply<T>(operand_, {gated}, Upcoming::of<T>(w.part[kDown], nullptr, shape_.width, shape_.inner));
-    const T* query = next == nullptr ? nullptr : next->part[kQuery];
-    add(inner_.data(), shape_.inner, w.part[kDown], w.part[kDownBias], w.part[kAfterMlp],
-        Upcoming::of<T>(query, nullptr, attended, shape_.width));
+    add(inner_.data(), shape_.inner, w.part[kDown], w.part[kDownBias], w.part[kAfterMlp], upcoming);
+  }
+
+  // What a layer reads first.
+  Upcoming first(const LayerWeights<T>& w) const {
+    return Upcoming::of<T>(w.part[kQuery], nullptr, shape_.heads * shape_.head_dim, shape_.width);
   }
 
  private:
@@ -171,12 +178,56 @@ class Decoder {
   std::vector<T> normed_, q_, k_, v_, attended_, inner_;
 };
 
-// Order of `shape` and `numbers`, as in dyndepth/runtime/stack.py.
-void decoder_layers(const Tensor& hidden, const Tensor& pages, const Tensor& block_table, const Tensor& seq,
-                    const Tensor& pos, const Tensor& slots, const std::optional<Tensor>& cos,
-                    const std::optional<Tensor>& sin, std::vector<Tensor> weights, std::vector<int64_t> shape,
-                    std::vector<int64_t> windows, std::vector<int64_t> variants, std::vector<double> numbers,
-                    int64_t first_layer, int64_t live) {
+// Judges between layers, as lists of what dyndepth/runtime/climb.py gives per judge. Empty for none.
+struct Gates {
+  std::vector<Tensor> tensors;
+  std::vector<int64_t> facts;
+  std::vector<double> numbers;
+  const bool* may_leave = nullptr;
+  int64_t total = 0;
+  float* score = nullptr;
+  int8_t* state = nullptr;
+  void* ready = nullptr;
+};
+
+constexpr int64_t kGateFacts = 5, kGateNumbers = 5;
+
+template <class T>
+struct Gate {
+  int64_t after;  // so many layers of the call
+  Judge<T> judge;
+  float threshold;
+};
+
+template <class T>
+std::vector<Gate<T>> read_gates(const Gates& gates, int64_t width) {
+  std::vector<Gate<T>> made;
+  auto tensor = gates.tensors.begin();
+  for (size_t at = 0; at * kGateFacts < gates.facts.size(); ++at) {
+    const int64_t* fact = gates.facts.data() + at * kGateFacts;
+    const double* number = gates.numbers.data() + at * kGateNumbers;
+    const auto given = [&](int bit) { return fact[4] >> bit & 1 ? std::optional(*tensor++) : std::nullopt; };
+    const Tensor &gain = *tensor++, &head = *tensor++;
+    const std::optional<Tensor> down = given(0), up = given(1), bias = given(2), head_bias = given(3);
+    std::vector<Tensor> router;
+    for (int part = 0; part < 5 && (fact[4] >> 4 & 1); ++part) router.push_back(*tensor++);
+    made.push_back({fact[0],
+                    judge_of<T>(width, gain, fact[1], number[0], down, up, bias, number[1], head, head_bias, number[2],
+                                router, fact[3] != 0, number[3], fact[2]),
+                    static_cast<float>(number[4])});
+  }
+  return made;
+}
+
+// Order of `shape` and `numbers`, as in dyndepth/runtime/stack.py. Returns (judge at which rows left, how many), the
+// layers above it not run, or (-1, 0).
+std::pair<int64_t, int64_t> climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_table,
+                                  const Tensor& seq, const Tensor& pos, const Tensor& slots,
+                                  const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                                  const std::vector<Tensor>& weights, const std::vector<int64_t>& shape,
+                                  const std::vector<int64_t>& windows, const std::vector<int64_t>& variants,
+                                  const std::vector<double>& numbers, int64_t first_layer, int64_t live,
+                                  const Gates& gates) {
   const int64_t present = shape[4], layers = static_cast<int64_t>(windows.size());
   const Shape facts{.width = hidden.size(1),
                     .heads = shape[0],
@@ -215,7 +266,8 @@ void decoder_layers(const Tensor& hidden, const Tensor& pages, const Tensor& blo
   check(facts.heads % facts.kv_heads == 0, "a multiple of kv_heads in heads");
   for (const int64_t variant : variants)
     check(!cos.has_value() || (variant >= 0 && variant < cos->size(0)), "variants that there are tables of");
-  if (rows.all == 0) return;
+  std::pair<int64_t, int64_t> stopped{-1, 0};
+  if (rows.all == 0) return stopped;
   Rotary rotary{nullptr, nullptr, 0, 0};
   if (cos.has_value()) rotary = {nullptr, nullptr, cos->size(1), cos->size(2)};
   check_rows("decoder_layers", rows.pos, rows.slots, rows.all, pages.size(2) * pages.size(3), rotary);
@@ -228,6 +280,8 @@ void decoder_layers(const Tensor& hidden, const Tensor& pages, const Tensor& blo
     std::vector<LayerWeights<T>> read(layers);
     size_t at = 0;
     for (LayerWeights<T>& layer : read) layer.read(weights, at, present);
+    const std::vector<Gate<T>> between = read_gates<T>(gates, facts.width);
+    size_t gate = 0;
     for (int64_t layer = 0; layer < layers; ++layer) {
       T* keys = all_pages + (first_layer + layer) * pages.stride(0);
       if (cos.has_value()) {
@@ -236,10 +290,62 @@ void decoder_layers(const Tensor& hidden, const Tensor& pages, const Tensor& blo
         rotary.sin = sin->const_data_ptr<float>() + offset;
       }
       attention.window = windows[layer];
-      const LayerWeights<T>* next = layer + 1 < layers ? &read[layer + 1] : nullptr;
-      decoder.run(read[layer], next, attention, rotary, keys, keys + pages.stride(1));
+      const Upcoming next = layer + 1 < layers ? decoder.first(read[layer + 1]) : Upcoming{};
+      const bool judged = gate < between.size() && between[gate].after == layer + 1;
+      decoder.run(read[layer], judged ? between[gate].judge.upcoming() : next, attention, rotary, keys,
+                  keys + pages.stride(1));
+      if (!judged) continue;
+      const Verdict verdict{between[gate].threshold, nullptr, gates.may_leave, gates.total, gates.score, gates.state};
+      const int64_t left =
+          judge(between[gate].judge, hidden.const_data_ptr<T>(), live, verdict, static_cast<T*>(gates.ready), next);
+      if (left > 0) {
+        stopped = {static_cast<int64_t>(gate), left};
+        return;
+      }
+      ++gate;
     }
   });
+  return stopped;
+}
+
+void decoder_layers(const Tensor& hidden, const Tensor& pages, const Tensor& block_table, const Tensor& seq,
+                    const Tensor& pos, const Tensor& slots, const std::optional<Tensor>& cos,
+                    const std::optional<Tensor>& sin, std::vector<Tensor> weights, std::vector<int64_t> shape,
+                    std::vector<int64_t> windows, std::vector<int64_t> variants, std::vector<double> numbers,
+                    int64_t first_layer, int64_t live) {
+  climb(hidden, pages, block_table, seq, pos, slots, cos, sin, weights, shape, windows, variants, numbers, first_layer,
+        live, {});
+}
+
+// The same with judges in between, up to the first one at which a row leaves: its number (-1: none), int8 [total]
+// states for compact_rows, and the head-ready rows of those that leave.
+std::tuple<int64_t, Tensor, Tensor> climb_layers(const Tensor& hidden, const Tensor& pages, const Tensor& block_table,
+                                                 const Tensor& seq, const Tensor& pos, const Tensor& slots,
+                                                 const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                                                 std::vector<Tensor> weights, std::vector<int64_t> shape,
+                                                 std::vector<int64_t> windows, std::vector<int64_t> variants,
+                                                 std::vector<double> numbers, int64_t first_layer, int64_t live,
+                                                 std::vector<Tensor> judge_tensors, std::vector<int64_t> judge_facts,
+                                                 std::vector<double> judge_numbers, const Tensor& may_leave) {
+  const int64_t total = may_leave.size(0);
+  STD_TORCH_CHECK(may_leave.is_contiguous() && total >= live && hidden.size(0) >= live && live > 0,
+                  "climb_layers: wanted live rows, and may_leave of every row");
+  STD_TORCH_CHECK(judge_facts.size() % kGateFacts == 0 && judge_numbers.size() == judge_facts.size(),
+                  "climb_layers: wanted facts and numbers of every judge");
+  Tensor scores = torch::stable::new_empty(hidden, {live}, ScalarType::Float);
+  Tensor state = torch::stable::new_empty(hidden, {total}, ScalarType::Char);
+  Tensor ready = torch::stable::new_empty(hidden, {live, hidden.size(1)});
+  const Gates gates{.tensors = std::move(judge_tensors),
+                    .facts = std::move(judge_facts),
+                    .numbers = std::move(judge_numbers),
+                    .may_leave = may_leave.const_data_ptr<bool>(),
+                    .total = total,
+                    .score = scores.mutable_data_ptr<float>(),
+                    .state = state.mutable_data_ptr<int8_t>(),
+                    .ready = ready.mutable_data_ptr()};
+  const auto [stopped, left] = climb(hidden, pages, block_table, seq, pos, slots, cos, sin, weights, shape, windows,
+                                     variants, numbers, first_layer, live, gates);
+  return {stopped, state, rows_of(ready, 0, left)};
 }
 
 }  // namespace
@@ -249,7 +355,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dyndepth_cpp, library) {
       "decoder_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor block_table, Tensor seq, Tensor pos, Tensor slots, "
       "Tensor? cos, Tensor? sin, Tensor[] weights, int[] shape, int[] windows, int[] variants, float[] numbers, "
       "int first_layer, int live) -> ()");
+  library.def(
+      "climb_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor block_table, Tensor seq, Tensor pos, Tensor slots, "
+      "Tensor? cos, Tensor? sin, Tensor[] weights, int[] shape, int[] windows, int[] variants, float[] numbers, "
+      "int first_layer, int live, Tensor[] judge_tensors, int[] judge_facts, float[] judge_numbers, Tensor may_leave) "
+      "-> (int, Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(dyndepth_cpp, CPU, library) { library.impl("decoder_layers", TORCH_BOX(&decoder_layers)); }
+STABLE_TORCH_LIBRARY_IMPL(dyndepth_cpp, CPU, library) {
+  library.impl("decoder_layers", TORCH_BOX(&decoder_layers));
+  library.impl("climb_layers", TORCH_BOX(&climb_layers));
+}
 
 }  // namespace dyndepth

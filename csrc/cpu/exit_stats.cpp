@@ -21,16 +21,19 @@ constexpr int64_t kColumns = 2048;
 
 template <class T>
 void absorb_head(const Operand<T>& x, const T* weight, const T* bias, int64_t outputs, int64_t base, float softcap,
-                 std::vector<RowStats>& stats) {
+                 std::vector<RowStats>& stats, const Upcoming& next) {
   const int64_t rows = x.rows(), width = x.width();
   std::vector<float> logits(rows * std::min(kColumns, outputs));
   for (int64_t first = 0; first < outputs; first += kColumns) {
-    const int64_t count = std::min(kColumns, outputs - first);
-    multiply<T>(x, {{.weight = weight + first * width,
-                     .outputs = count,
-                     .bias = bias == nullptr ? nullptr : bias + first,
-                     .rows = rows,
-                     .wide = logits.data()}});
+    const int64_t count = std::min(kColumns, outputs - first), rest = outputs - first - count;
+    const T* block = weight + first * width;
+    multiply<T>(x,
+                {{.weight = block,
+                  .outputs = count,
+                  .bias = bias == nullptr ? nullptr : bias + first,
+                  .rows = rows,
+                  .wide = logits.data()}},
+                rest == 0 ? next : Upcoming::of<T>(block + count * width, nullptr, rest, width));
     torch::stable::parallel_for(0, rows, 1 + 4096 / count, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         DYN_BEST(absorb_logits, stats[row], logits.data() + row * count, count, base + first, softcap);
@@ -39,11 +42,11 @@ void absorb_head(const Operand<T>& x, const T* weight, const T* bias, int64_t ou
 }
 
 template void absorb_head(const Operand<float>&, const float*, const float*, int64_t, int64_t, float,
-                          std::vector<RowStats>&);
+                          std::vector<RowStats>&, const Upcoming&);
 template void absorb_head(const Operand<BFloat16>&, const BFloat16*, const BFloat16*, int64_t, int64_t, float,
-                          std::vector<RowStats>&);
+                          std::vector<RowStats>&, const Upcoming&);
 template void absorb_head(const Operand<Half>&, const Half*, const Half*, int64_t, int64_t, float,
-                          std::vector<RowStats>&);
+                          std::vector<RowStats>&, const Upcoming&);
 
 HeadStats head_stats(const RowStats& s) {
   const double log_mass = std::log(s.mass), log_mass2 = std::log(s.mass2);

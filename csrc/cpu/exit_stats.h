@@ -20,9 +20,10 @@ struct RowStats {
 };
 
 // Takes in the logits of head rows weight [outputs, width] whose first has vocabulary position `base`, block by block.
+// `next` are the weights that are read after them.
 template <class T>
 void absorb_head(const Operand<T>& x, const T* weight, const T* bias, int64_t outputs, int64_t base, float softcap,
-                 std::vector<RowStats>& stats);
+                 std::vector<RowStats>& stats, const Upcoming& next = {});
 
 // What ops.exit_stats returns, of one row.
 struct HeadStats {

@@ -1,21 +1,18 @@
 // Judging rows at a boundary in one call: final norm, translator, statistics over the shortlist, and a score made of
 // them. The same arithmetic as the ops one by one (dyndepth/exits/heads.py, ops/exit_stats.py, exits/router.py); what
 // it saves is ten steps of Python at every boundary of every pass.
+#include "judge_rows.h"
+
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <tuple>
 
-#include "../common/rms_norm.h"
-#include "../common/tensor.h"
 #include "exit_stats.h"
-#include "router_score.h"
 
 namespace dyndepth {
 
 namespace {
-
-// In the order of dyndepth/runtime/judge.py.
-enum class Kind : int64_t { router, top_probability, margin, entropy };
 
 // Features of a router that reads statistics (dyndepth/exits/router.py, stat_features).
 std::array<float, 4> features_of(const HeadStats& s) {
@@ -24,49 +21,124 @@ std::array<float, 4> features_of(const HeadStats& s) {
   return {std::isnan(top1) ? top1 : std::log(p / (1.f - p)), top1, top1 - top2, s.entropy};
 }
 
-template <class T>
-struct Translator {
-  const T *down, *up, *bias;  // [rank, width] or null, [ready, rank or width], [ready]
-  int64_t rank;
-  float eps;
-};
-
 // ready = norm(hidden), plus up @ down @ rms_norm(hidden) + bias if there is a translator.
 template <class T>
-void make_ready(const T* hidden, int64_t rows, int64_t width, const T* gain, NormStyle style, float eps,
-                const Translator<T>* translator, T* ready) {
-  rms_norm(hidden, ready, rows, width, gain, style, eps);
-  if (translator == nullptr) return;
-  std::vector<T> x(rows * width), low;
-  rms_norm<T>(hidden, x.data(), rows, width, nullptr, style, translator->eps);
+void make_ready(const Judge<T>& j, const T* hidden, int64_t rows, T* ready) {
+  rms_norm(hidden, ready, rows, j.width, j.gain, j.style, j.eps);
+  if (j.up == nullptr) return;
+  std::vector<T> x(rows * j.width), low;
+  rms_norm<T>(hidden, x.data(), rows, j.width, nullptr, j.style, j.translator_eps);
   Operand<T> operand;
-  operand.pack(x.data(), rows, width);
-  if (translator->down != nullptr) {
-    low.resize(rows * translator->rank);
-    multiply<T>(operand, {{.weight = translator->down, .outputs = translator->rank, .rows = rows, .out = low.data()}});
-    operand.pack(low.data(), rows, translator->rank);
+  operand.pack(x.data(), rows, j.width);
+  if (j.down != nullptr) {
+    low.resize(rows * j.rank);
+    multiply<T>(operand, {{.weight = j.down, .outputs = j.rank, .rows = rows, .out = low.data()}},
+                Upcoming::of<T>(j.up, nullptr, j.width, j.rank));
+    operand.pack(low.data(), rows, j.rank);
   }
-  multiply<T>(operand, {{.weight = translator->up,
-                         .outputs = width,
-                         .bias = translator->bias,
-                         .rows = rows,
-                         .residual = ready,
-                         .out = ready}});
+  multiply<T>(operand,
+              {{.weight = j.up, .outputs = j.width, .bias = j.bias, .rows = rows, .residual = ready, .out = ready}},
+              Upcoming::of<T>(j.head, nullptr, j.vocabulary, j.width));
 }
 
 // 1 (leaving) where the score reaches the threshold and the row may, else 0; 2 (away) past the judged rows. A NaN never
 // reaches. Returns how many leave.
-int64_t leave(const float* score, float threshold, const float* thresholds, const bool* may_leave, int64_t rows,
-              int64_t total, int8_t* state) {
+int64_t leave(const Verdict& verdict, int64_t rows) {
   int64_t left = 0;
-  for (int64_t row = 0; row < total; ++row) {
-    const bool leaves =
-        row < rows && may_leave[row] && score[row] >= (thresholds == nullptr ? threshold : thresholds[row]);
-    state[row] = row >= rows ? 2 : leaves ? 1 : 0;
+  for (int64_t row = 0; row < verdict.total; ++row) {
+    const bool leaves = row < rows && verdict.may_leave[row] &&
+                        verdict.score[row] >= (verdict.thresholds ? verdict.thresholds[row] : verdict.threshold);
+    verdict.state[row] = row >= rows ? 2 : leaves ? 1 : 0;
     left += leaves;
   }
   return left;
 }
+
+}  // namespace
+
+template <class T>
+Judge<T> judge_of(int64_t width, const Tensor& gain, int64_t style, double eps, const std::optional<Tensor>& down,
+                  const std::optional<Tensor>& up, const std::optional<Tensor>& bias, double translator_eps,
+                  const Tensor& head, const std::optional<Tensor>& head_bias, double softcap,
+                  const std::vector<Tensor>& router_weights, bool silu, double router_eps, int64_t kind) {
+  Judge<T> made{.width = width,
+                .gain = gain.const_data_ptr<T>(),
+                .style = static_cast<NormStyle>(style),
+                .eps = static_cast<float>(eps),
+                .down = data_or_null<T>(down),
+                .up = data_or_null<T>(up),
+                .bias = data_or_null<T>(bias),
+                .rank = up.has_value() ? up->size(1) : 0,
+                .translator_eps = static_cast<float>(translator_eps),
+                .head = head.const_data_ptr<T>(),
+                .head_bias = data_or_null<T>(head_bias),
+                .vocabulary = head.size(0),
+                .softcap = static_cast<float>(softcap),
+                .router = {},
+                .kind = static_cast<JudgeKind>(kind)};
+  if (made.kind == JudgeKind::router)
+    made.router = {router_weights[0].const_data_ptr<float>(),
+                   router_weights[1].const_data_ptr<float>(),
+                   router_weights[2].const_data_ptr<float>(),
+                   router_weights[3].const_data_ptr<float>(),
+                   nullptr,
+                   router_weights[4].const_data_ptr<float>(),
+                   width,
+                   router_weights[0].size(0),
+                   4,
+                   static_cast<float>(router_eps),
+                   silu};
+  return made;
+}
+
+template <class T>
+int64_t judge(const Judge<T>& j, const T* hidden, int64_t rows, const Verdict& verdict, T* ready,
+              const Upcoming& next) {
+  if (rows > 0) {
+    make_ready(j, hidden, rows, ready);
+    Operand<T> operand;
+    operand.pack(ready, rows, j.width);
+    std::vector<RowStats> stats(rows);
+    absorb_head<T>(operand, j.head, j.head_bias, j.vocabulary, 0, j.softcap, stats, next);
+    std::vector<float> scratch(j.width);
+    for (int64_t row = 0; row < rows; ++row) {
+      const HeadStats found = head_stats(stats[row]);
+      const std::array<float, 4> features = features_of(found);
+      float& score = verdict.score[row];
+      switch (j.kind) {
+        case JudgeKind::router:
+          score = score_row<T>(j.router, hidden + row * j.width, nullptr, features.data(), scratch.data());
+          break;
+        case JudgeKind::top_probability:
+          score = features[1];
+          break;
+        case JudgeKind::margin:
+          score = features[2];
+          break;
+        case JudgeKind::entropy:
+          score = -found.entropy;
+          break;
+      }
+    }
+  }
+  const int64_t left = leave(verdict, rows);
+  int64_t at = 0;
+  for (int64_t row = 0; row < rows; ++row)
+    if (verdict.state[row] == 1) std::copy_n(ready + row * j.width, j.width, ready + at++ * j.width);
+  return left;
+}
+
+#define DYN_JUDGE(T)                                                                                                   \
+  template Judge<T> judge_of(int64_t, const Tensor&, int64_t, double, const std::optional<Tensor>&,                    \
+                             const std::optional<Tensor>&, const std::optional<Tensor>&, double, const Tensor&,        \
+                             const std::optional<Tensor>&, double, const std::vector<Tensor>&, bool, double, int64_t); \
+  template int64_t judge(const Judge<T>&, const T*, int64_t, const Verdict&, T*, const Upcoming&);
+DYN_JUDGE(float)
+DYN_JUDGE(BFloat16)
+DYN_JUDGE(Half)
+#undef DYN_JUDGE
+
+namespace {
 
 // Scores, states of all `total` rows of the buffer for compact_rows (rows past the judged ones are away), and the
 // head-ready rows of those that leave, in their order.
@@ -86,60 +158,16 @@ std::tuple<Tensor, Tensor, Tensor> judge_rows(
   int64_t left = 0;
   dispatch_float(hidden.scalar_type(), "judge_rows", [&](auto element) {
     using T = decltype(element);
-    if (rows == 0) return;
-    const T* from = hidden.const_data_ptr<T>();
-    T* to = ready.mutable_data_ptr<T>();
-    Translator<T> translator{};
-    if (up.has_value())
-      translator = {data_or_null<T>(down), up->const_data_ptr<T>(), data_or_null<T>(translator_bias), up->size(1),
-                    static_cast<float>(translator_eps)};
-    make_ready(from, rows, width, norm_gain.const_data_ptr<T>(), static_cast<NormStyle>(norm_style),
-               static_cast<float>(norm_eps), up.has_value() ? &translator : nullptr, to);
-    Operand<T> operand;
-    operand.pack(to, rows, width);
-    std::vector<RowStats> stats(rows);
-    absorb_head<T>(operand, head_weight.const_data_ptr<T>(), data_or_null<T>(head_bias), head_weight.size(0), 0,
-                   static_cast<float>(softcap), stats);
-    Router router{};
-    if (static_cast<Kind>(kind) == Kind::router)
-      router = {router_weights[0].const_data_ptr<float>(),
-                router_weights[1].const_data_ptr<float>(),
-                router_weights[2].const_data_ptr<float>(),
-                router_weights[3].const_data_ptr<float>(),
-                nullptr,
-                router_weights[4].const_data_ptr<float>(),
-                width,
-                router_weights[0].size(0),
-                4,
-                static_cast<float>(router_eps),
-                silu};
-    std::vector<float> scratch(width);
-    float* score = scores.mutable_data_ptr<float>();
-    for (int64_t row = 0; row < rows; ++row) {
-      const HeadStats found = head_stats(stats[row]);
-      const std::array<float, 4> features = features_of(found);
-      switch (static_cast<Kind>(kind)) {
-        case Kind::router:
-          score[row] = score_row<T>(router, from + row * width, nullptr, features.data(), scratch.data());
-          break;
-        case Kind::top_probability:
-          score[row] = features[1];
-          break;
-        case Kind::margin:
-          score[row] = features[2];
-          break;
-        case Kind::entropy:
-          score[row] = -found.entropy;
-          break;
-      }
-    }
-    left = leave(score, static_cast<float>(threshold), data_or_null<float>(thresholds),
-                 may_leave.const_data_ptr<bool>(), rows, total, state.mutable_data_ptr<int8_t>());
-    int64_t at = 0;
-    for (int64_t row = 0; row < rows; ++row)
-      if (state.const_data_ptr<int8_t>()[row] == 1) std::copy_n(to + row * width, width, to + at++ * width);
+    const Judge<T> made = judge_of<T>(width, norm_gain, norm_style, norm_eps, down, up, translator_bias, translator_eps,
+                                      head_weight, head_bias, softcap, router_weights, silu, router_eps, kind);
+    const Verdict verdict{.threshold = static_cast<float>(threshold),
+                          .thresholds = data_or_null<float>(thresholds),
+                          .may_leave = may_leave.const_data_ptr<bool>(),
+                          .total = total,
+                          .score = scores.mutable_data_ptr<float>(),
+                          .state = state.mutable_data_ptr<int8_t>()};
+    left = judge(made, hidden.const_data_ptr<T>(), rows, verdict, ready.mutable_data_ptr<T>());
   });
-  if (rows == 0) std::fill_n(state.mutable_data_ptr<int8_t>(), total, int8_t{2});
   return {scores, state, rows_of(ready, 0, left)};
 }
 

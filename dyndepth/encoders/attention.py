@@ -8,6 +8,7 @@ by length, so there are few products. transformers' FlashAttention path packs in
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +21,7 @@ NAME = "dyndepth_packed"
 
 def segments(lengths: Tensor) -> list[tuple[int, int]]:
     """(samples, length) of each run of samples with equal lengths, in order; lengths int64 [n] on the CPU."""
-    values, counts = torch.unique_consecutive(lengths, return_counts=True)
-    return list(zip(counts.tolist(), values.tolist(), strict=True))
+    return [(sum(1 for _ in run), length) for length, run in itertools.groupby(lengths.tolist())]
 
 
 def packed_attention(

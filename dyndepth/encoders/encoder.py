@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -175,15 +177,14 @@ class DynamicEncoder:
             if found is None:
                 continue
             leaves, answers = self._judge(found, samples, depth)
-            leaves = leaves & ~waiting
-            if bool(leaves.any()):
+            if not self.compact:
+                leaves = leaves & ~waiting
+                waiting = waiting | leaves
+            if bool(leaves.numpy().any()):
                 departures.append(self._departure(found, samples, leaves, answers))
                 if self.compact:
                     samples = samples.split(leaves)
-                    waiting = waiting[~leaves]
-                else:
-                    waiting = waiting | leaves
-        if bool(waiting.any()):
+        if not self.compact:
             samples = samples.split(waiting)
         return replace(samples, boundary=until), departures
 
@@ -273,7 +274,7 @@ class DynamicEncoder:
         view = SampleView(
             hidden=pooled,
             seq=samples.ids.to(pooled.device),
-            step=torch.zeros(samples.count, dtype=torch.int32, device=pooled.device),
+            step=_filled(samples.count, 0, torch.int32, pooled.device),
             previous=previous,
             stats=stats,
             depth=None if depth is None else depth.to(pooled.device),
@@ -285,8 +286,7 @@ class DynamicEncoder:
             lengths=samples.lengths,
             classes=classes,
         )
-        threshold = torch.full((samples.count,), point.threshold, dtype=torch.float32, device=pooled.device)
-        leaves = criterion.leaves(view, threshold).cpu()
+        leaves = criterion.leaves(view, _filled(samples.count, point.threshold, torch.float32, pooled.device)).cpu()
         samples.carried.clear()
         samples.carried.update(view.carried)
         if point.leave < self._last_previous:
@@ -296,15 +296,20 @@ class DynamicEncoder:
     def _departure(self, point: SampleExit, samples: Samples, leaves: Tensor, computed: Any) -> Departure:
         answers, features = computed
         head, last = point.head, point.head.last
-        chosen = torch.repeat_interleave(leaves, samples.lengths) if self.answers_per_token(head) else leaves
-        on_device = chosen.to(samples.hidden.device)
+        gone, lengths = leaves.numpy(), samples.lengths.numpy()
+        chosen = np.repeat(gone, lengths) if self.answers_per_token(head) else gone
+        at = torch.from_numpy(chosen.nonzero()[0]).to(samples.hidden.device)
         read = features() if last is not None else None
-        logits = answers()[on_device] if read is None or last is None else self._checked(last(read[on_device]), point)
-        return Departure(samples.ids[leaves], logits, samples.lengths[leaves], point.leave)
+        if read is None or last is None:
+            logits = answers().index_select(0, at)
+        else:
+            logits = self._checked(last(read.index_select(0, at)), point)
+        ids = torch.from_numpy(samples.ids.numpy()[gone])
+        return Departure(ids, logits, torch.from_numpy(lengths[gone]), point.leave)
 
     @staticmethod
     def _checked(answers: Tensor, point: SampleExit) -> Tensor:
-        if bool(torch.isnan(answers).any()):
+        if math.isnan(answers.amax()):  # a NaN is the maximum of whatever holds one
             raise ArgumentError(f"DynamicEncoder: logits at the exit after layer {point.leave} hold NaN")
         return answers
 
@@ -338,6 +343,12 @@ class DynamicEncoder:
     def answers_per_token(self, head: SampleHead | None) -> bool:
         """Whether a head (None: the model's own) answers per token."""
         return self.family.per_token if head is None or head.per_token is None else head.per_token
+
+
+@functools.lru_cache(maxsize=128)
+def _filled(count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[count] times `value`, to be read only. Between layers, making a tensor costs as much as judging does."""
+    return torch.full((count,), value, dtype=dtype, device=device)
 
 
 def assembled(departures: Sequence[Departure], n: int, per_token: bool) -> tuple[Tensor, Tensor]:

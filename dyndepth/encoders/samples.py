@@ -3,7 +3,7 @@
 Two layouts hold the residuals. *Packed* is `[tokens, d]`, the samples one after the other: nothing is spent on padding, and
 every layer whose attention goes through transformers' attention interface can run it. *Padded* is `[n, T, d]`, for layers
 that look along time in other ways (convolutions, relative positions). Either way the samples that still run are the whole of
-it: `split` moves them together with the op `compact_rows`, bit for bit.
+it: `split` moves them together, bit for bit.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dyndepth.errors import ArgumentError
-from dyndepth.ops import compact_rows
 
 #: How one vector stands for a sample: its first token, or the mean or the maximum over its tokens.
 POOLINGS = ("first", "mean", "max")
@@ -40,10 +40,14 @@ class Samples:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     #: What follows from `lengths`, worked out once for all layers that they pass.
     known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    #: Pooled residuals, [n, d] by pooling: a criterion and its head read the same ones.
+    read: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.known.get("lengths") is not self.lengths:
             self.known = {"lengths": self.lengths}
+        if self.read.get("hidden") is not self.hidden:
+            self.read = {"hidden": self.hidden}
 
     def fact(self, name: str, work_out: Callable[[], Any]) -> Any:
         """Something that follows from `lengths` alone; worked out on the first call."""
@@ -54,7 +58,7 @@ class Samples:
     @property
     def shortest(self) -> int:
         """Tokens of the shortest sample."""
-        found: int = self.fact("shortest", lambda: int(self.lengths.min()))
+        found: int = self.fact("shortest", lambda: int(self.lengths.numpy().min()))
         return found
 
     @property
@@ -73,7 +77,7 @@ class Samples:
     @property
     def starts(self) -> Tensor:
         """int64 [n], on the CPU: where each sample begins in the packed layout."""
-        found: Tensor = self.fact("starts", lambda: self.lengths.cumsum(0) - self.lengths)
+        found: Tensor = self.fact("starts", lambda: torch.from_numpy(_starts(self.lengths.numpy())))
         return found
 
     def keep(self) -> Tensor:
@@ -100,15 +104,22 @@ class Samples:
 
     def first(self, tokens: int = 1) -> Tensor:
         """[n, tokens, d]: the first tokens of every sample (class and distillation tokens stand there)."""
-        if self.count and self.shortest < tokens:
+        if tokens > 1 and self.count and self.shortest < tokens:
             raise ArgumentError(f"samples: wanted at least {tokens} tokens per sample, got {self.shortest}")
         if not self.packed:
             return self.hidden[:, :tokens]
-        at = self.starts[:, None] + torch.arange(tokens)
-        return self.hidden[at.to(self.hidden.device)]
+        at = (self.starts[:, None] + torch.arange(tokens)).flatten() if tokens > 1 else self.starts
+        return self.hidden.index_select(0, at.to(self.hidden.device)).unflatten(0, (-1, tokens))
 
     def pooled(self, how: str = "first") -> Tensor:
         """[n, d], one vector per sample, in the dtype of the residuals; sums are fp32."""
+        if torch.is_grad_enabled():  # what one caller differentiates another may want without a graph
+            return self._pooled(how)
+        if how not in self.read:
+            self.read[how] = self._pooled(how)
+        return self.read[how]
+
+    def _pooled(self, how: str) -> Tensor:
         if how == "first":
             return self.first()[:, 0]
         if how == "mean":
@@ -125,38 +136,35 @@ class Samples:
 
     def split(self, leaves: Tensor) -> Samples:
         """Those that run on, in their order; `leaves` is bool [n] on the CPU. Moves are exact."""
-        if not bool(leaves.any()):
+        # Few numbers on the CPU: numpy's steps cost a fraction of a tensor's, and there is a dozen of them at every exit.
+        gone = leaves.numpy()
+        left = int(np.count_nonzero(gone))
+        if left == 0:
             return self
-        if bool(leaves.all()):
+        if left == len(gone):
             none = self.hidden[:0] if self.packed else self.hidden[:0, :1]
             parts = [{name: value[:0] for name, value in found.items()} for found in (self.carried, self.inputs)]
             return replace(
                 self, hidden=none, lengths=self.lengths[:0], ids=self.ids[:0], carried=parts[0], inputs=parts[1]
             )  # fmt: skip
-        state = leaves.to(torch.int8)
+        before = self.lengths.numpy()
+        stay = (~gone).nonzero()[0]
+        lengths = before[stay]
         device = self.hidden.device
-        on_device = state.to(device)
-        (lengths, ids), _, counts = compact_rows(state, [self.lengths, self.ids])
-        live = int(counts[0])
-        lengths, ids = lengths[:live], ids[:live]
-        names = [*self.carried, *self.inputs]
-        payloads = [*self.carried.values(), *self.inputs.values()]
+        at = torch.from_numpy(stay).to(device)
+        # Survivors alone move. compact_rows keeps those that leave behind them, where nobody would read them: twice the bytes.
         if self.packed:
-            per_token = torch.repeat_interleave(state, self.lengths).to(device)
-            (hidden,), _, _ = compact_rows(per_token, [self.hidden])
-            hidden = hidden[: int(lengths.sum())]
-            moved, _, _ = compact_rows(on_device, payloads)
+            tokens = np.repeat(~gone, before).nonzero()[0]
+            hidden = self.hidden.index_select(0, torch.from_numpy(tokens).to(device))
         else:
-            (hidden, *moved), _, _ = compact_rows(on_device, [self.hidden, *payloads])
-            hidden = hidden[:live, : int(lengths.max())]
-        values = dict(zip(names, (m[:live] for m in moved), strict=True))
+            hidden = self.hidden.index_select(0, at)[:, : int(lengths.max())]
         return replace(
             self,
             hidden=hidden,
-            lengths=lengths,
-            ids=ids,
-            carried={name: values[name] for name in self.carried},
-            inputs={name: values[name] for name in self.inputs},
+            lengths=torch.from_numpy(lengths),
+            ids=torch.from_numpy(self.ids.numpy()[stay]),
+            carried={name: value.index_select(0, at) for name, value in self.carried.items()},
+            inputs={name: value.index_select(0, at) for name, value in self.inputs.items()},
         )
 
     @staticmethod
@@ -204,6 +212,11 @@ class Samples:
             carried={name: value[there] for name, value in self.carried.items()},
             inputs={name: value[there] for name, value in self.inputs.items()},
         )
+
+
+def _starts(lengths: Any) -> Any:
+    """Where each sample begins, from numpy int64 [n]."""
+    return lengths.cumsum() - lengths
 
 
 def _stretched(hidden: Tensor, longest: int) -> Tensor:

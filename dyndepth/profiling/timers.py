@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from dyndepth.runtime.climb import apart
+
 #: The loop over tokens, and a pass of it with its LM head: where steps begin.
 LOOP, PASS = "loop", "pass"
 
@@ -138,6 +140,8 @@ def timing(targets: Sequence[Target] = TARGETS) -> Iterator[Recorder]:
     """Times the targets until the block is left, by whatever way; then everything is as it was."""
     recorder = Recorder()
     with contextlib.ExitStack() as restore:
+        if any(target not in MARKS for target in targets):
+            restore.enter_context(apart())  # one call would stand for layers and judgements
         for target in targets:
             owner = _owner(target)
             # An owner's own dictionary: what a class inherits must not be set on it when it is restored.

@@ -14,6 +14,7 @@ from dyndepth.exits import Band
 from dyndepth.exits.criteria import View
 from dyndepth.ops import ExitStats, backfill_kv
 from dyndepth.ops.compact_rows import AWAY, LEAVING, RUN
+from dyndepth.runtime import climb
 from dyndepth.runtime.block import Block
 from dyndepth.runtime.layer import Context
 from dyndepth.runtime.observe import names
@@ -105,8 +106,13 @@ class _Pass:
         kept: Tensor | None = None
         bands = self.plan.bands
         propagate = self.plan.kv_policy == "propagate"
-        idle_until = 0
+        idle_until = reached = 0
+        #: What a climb brought back from the boundary where it ended.
+        self.decided: tuple[Tensor, Tensor] | None = None
+        self.climbs = not rows.joins and not self.hold and self.keep is None and climb.allowed(self.plan)
         for number, end in itertools.pairwise(self.plan.stops):
+            if number < reached:
+                continue
             self._resume(number)
             if number == self.keep:  # nobody has left or joined below it: rows lie as they came
                 kept = rows.hidden[: rows.live].clone()
@@ -125,21 +131,29 @@ class _Pass:
                         self.plan.propagation.store(hidden, pos, slots, number, idle_until, self.context)
                 continue
             idle_until = 0  # who goes away from now on has nothing there
-            self._layers(number, end, self._carried() if propagate else rows.live)
-            self.work[number:end] = [rows.live] * (end - number)
+            reached = self._layers(number, end, self._carried() if propagate else rows.live)
+            self.work[number:reached] = [rows.live] * (reached - number)
         result = self._result()
         result.kept = kept
         return result
 
-    def _layers(self, begin: int, end: int, carried: int) -> None:
-        """Rows `[0, live)` run layers [begin, end); rows `[live, carried)` only get their K,V."""
+    def _layers(self, begin: int, end: int, carried: int) -> int:
+        """Rows `[0, live)` run layers [begin, end), or go on where nobody leaves; rows `[live, carried)` only get their K,V.
+
+        Returns the boundary where they are then.
+        """
         model, rows, context = self.plan.model, self.rows, self.context
+        if self.climbs:
+            limit = min((group.resume for group in self.away), default=model.depth)
+            reached, self.decided = climb.climb_of(self.plan, begin, limit).run(rows, carried, context)
+            return reached
         if not isinstance(model.stack, str) and model.stack.usable():
             model.stack.run(begin, end, rows.hidden[:carried], rows.live, rows.seq, rows.pos, rows.slots, context)
-            return
+            return end
         counter = rows.counter if carried > rows.live else None
         for layer in model.layers[begin:end]:
             layer.run(rows.hidden, rows.live, carried, rows.seq, rows.pos, rows.slots, context, counter)
+        return end
 
     def _carried(self) -> int:
         """Rows but those that wait from an earlier pass, which lie last: their K,V below are their own."""
@@ -285,6 +299,9 @@ class _Pass:
 
     def _judged(self, band: Band, block: Block | None) -> tuple[Tensor, Tensor | None] | None:
         """`_decide` for the rows that make tokens."""
+        if self.decided is not None:
+            decided, self.decided = self.decided, None
+            return decided
         rows, plan, live = self.rows, self.plan, self.lead
         judge = None if block is not None else plan.judge(band)
         if judge is not None:

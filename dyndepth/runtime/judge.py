@@ -58,6 +58,15 @@ class Judge:
         )  # fmt: skip
         return found
 
+    def parts(self) -> tuple[list[Tensor], list[int], list[float]]:
+        """Tensors, facts and numbers as climb_layers takes them; a bit of the last fact per part that may be missing."""
+        t = self.translator
+        optional_parts = [*((None, None, None) if t is None else (t.down, t.up, t.bias)), self.head[1]]
+        present = [part is not None for part in optional_parts] + [bool(self.router)]
+        tensors = [self.gain, self.head[0], *(part for part in optional_parts if part is not None), *self.router]
+        bits = sum(1 << at for at, there in enumerate(present) if there)
+        return tensors, [self.style, self.kind, int(self.silu), bits], [self.eps, EPS, self.softcap, _ROUTER_EPS]
+
 
 def judge_of(model: Model, band: Band, head: tuple[Tensor, Tensor | None] | None) -> Judge | None:
     """The boundary's judge, or None if something about it is out of the common. `head` is the LM head over its shortlist."""

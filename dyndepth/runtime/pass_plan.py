@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Plan:
     shortlists: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     #: Judges by boundary, None where judging goes op by op; filled on first use.
     judges: dict[int, Judge | None] = field(default_factory=dict)
+    #: dyndepth.runtime.climb's, by where they begin, at most end, and what of a plan they depend on; filled on first use.
+    climbs: dict[tuple[int, int, bool, bool], Any] = field(default_factory=dict)
     #: Answers of `closed` by boundary; thresholds do not change while a plan lives.
     shut: dict[int, bool] = field(default_factory=dict)
 

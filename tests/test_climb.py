@@ -1,0 +1,166 @@
+"""Climbing: layers and judgements in one call of C++ do what calls one by one do, to the bit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import tiny_exits
+import tiny_models
+import torch
+from torch import Tensor
+
+from dyndepth.exits import Exits
+from dyndepth.exits.criteria import Decay, Margin, RouterScore, TopProbability
+from dyndepth.exits.router import Router
+from dyndepth.op import backend
+from dyndepth.runtime.bind import bind
+from dyndepth.runtime.climb import Climb, apart
+from dyndepth.runtime.forward import Result
+from dyndepth.runtime.session import Session
+
+LENGTHS = [5, 1, 9, 3, 7]
+LAYERS = tiny_models.LAYERS
+#: Thresholds at which some rows leave at the first and second exit, and some nowhere.
+SOME = {"llama": (0.2, 0.9, 2.0), "gemma2": (0.3, 0.0275, 2.0)}
+
+
+def bands(model: Any, *thresholds: float, **changes: Any) -> Exits:
+    """Three exits with three of the criteria, and the kinds of heads, that a judge knows; one threshold, or one each."""
+    width = bind(model).hidden_size
+    router = tiny_exits.filled(Router(width, 3, silu=True, stats=True), torch.Generator().manual_seed(11), 2.0)
+    ids = torch.tensor([3, 9, 1, 40, 41, 17, 88])
+    exits = tiny_exits.exits_of(
+        model,
+        tiny_exits.band(model, 1, LAYERS, RouterScore(router), **changes),
+        tiny_exits.band(model, 3, LAYERS, TopProbability(), head="norm", **changes),
+        tiny_exits.band(model, 4, LAYERS, Margin(), head="full", shortlist=ids, **changes),
+    )
+    return exits.with_thresholds(thresholds[0] if len(thresholds) == 1 else list(thresholds))
+
+
+def decoded(model: Any, exits: Exits, kv: str, steps: int = 3, **options: Any) -> list[tuple[Result, Tensor]]:
+    """Passes over five sequences after their prompts, with the pages after each."""
+    session = Session(bind(model), [length + steps for length in LENGTHS], exits, kv=kv, **options)
+    session.pages.kv.zero_()  # slots that nobody wrote hold anything
+    prompts = [torch.arange(3, 3 + length) for length in LENGTHS]
+    session.prefill(prompts, session.work())
+    found = []
+    for step in range(steps):
+        tokens = torch.tensor([20 + 7 * step + number for number in range(len(LENGTHS))])
+        at = [length + step for length in LENGTHS]
+        result = session.run(range(len(LENGTHS)), at, tokens=tokens, step=[step] * len(LENGTHS))
+        found.append((result, session.pages.kv.clone()))
+    return found
+
+
+def same(one: list[tuple[Result, Tensor]], other: list[tuple[Result, Tensor]]) -> None:
+    for (mine, my_pages), (theirs, their_pages) in zip(one, other, strict=True):
+        for name in ("ready", "exit_layer", "layers_run", "bands_taken"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+        assert mine.work == theirs.work
+        assert torch.equal(my_pages, their_pages)
+
+
+@pytest.fixture
+def climbs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[int], int]]:
+    """(begin, end, boundaries judged, boundary reached) of every climb."""
+    seen: list[tuple[int, int, list[int], int]] = []
+    original = Climb.run
+
+    def watched(self: Climb, *given: Any) -> Any:
+        reached, decided = original(self, *given)
+        seen.append((self.begin, self.end, self.stops, reached))
+        return reached, decided
+
+    monkeypatch.setattr(Climb, "run", watched)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("who", ["all", "some", "nobody"])
+@pytest.mark.parametrize("kv", ["predict", "propagate", "copy"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_same_bits(family: str, kv: str, who: str, dtype: torch.dtype, climbs: list[Any]) -> None:
+    model = tiny_models.tiny(family, dtype)
+    exits = bands(model, *{"all": (-1.0,), "some": SOME[family], "nobody": (2.0,)}[who])
+    together = decoded(model, exits, kv)
+    assert climbs
+    climbs.clear()
+    with apart():
+        same(together, decoded(model, exits, kv))
+    assert not climbs
+    left = [bool((result.exit_layer < LAYERS).any()) for result, _ in together]
+    stayed = [bool((result.exit_layer == LAYERS).any()) for result, _ in together]
+    assert (any(left), any(stayed)) == {"all": (True, False), "some": (True, True), "nobody": (False, True)}[who]
+
+
+def test_one_call_where_nobody_leaves(climbs: list[Any]) -> None:
+    model = tiny_models.shared("llama")
+    decoded(model, bands(model, 2.0), "predict", steps=1)
+    assert climbs == [(0, 6, [], 6), (0, 6, [1, 3, 4], 6)]  # the prompts, whose exits are closed; then the step
+
+
+def test_goes_on_behind_rows_that_left(climbs: list[Any]) -> None:
+    """Away rows lie behind the prefix: those that are left climb on from there."""
+    model = tiny_models.shared("llama")
+    exits = bands(model, 0.25, 2.0, 2.0)
+    ((result, _),) = decoded(model, exits, "predict", steps=1)
+    assert 0 < int((result.exit_layer == 1).sum()) < len(LENGTHS), result.exit_layer
+    assert climbs[1:] == [(0, 6, [1, 3, 4], 1), (1, 6, [3, 4], 6)]
+
+
+def test_rows_that_resume_are_met_where_they_resume(climbs: list[Any]) -> None:
+    model = tiny_models.shared("llama")
+    exits = tiny_exits.exits_of(
+        model, tiny_exits.band(model, 1, 5), tiny_exits.band(model, 3, LAYERS, TopProbability(), threshold=2.0)
+    )
+    together = decoded(model, exits, "predict")
+    assert any(bool((result.bands_taken & 1).any()) for result, _ in together)
+    assert {(begin, end) for begin, end, *_ in climbs} >= {(0, 1), (1, 5), (5, 6)}
+    with apart():
+        same(together, decoded(model, exits, "predict"))
+
+
+@pytest.mark.parametrize("why", ["decay", "depth", "another criterion", "closed", "recompute", "release"])
+def test_what_python_must_see(why: str, climbs: list[Any]) -> None:
+    """Boundaries that no judge can take end a climb; those that are closed do not."""
+    model = tiny_models.shared("llama")
+    options: dict[str, Any] = {"depth": [3, None, 6, None, 1]} if why == "depth" else {}
+    exits = bands(model, *SOME["llama"], **({"decay": Decay(4.0, 10)} if why == "decay" else {}))
+    if why == "another criterion":
+        exits = tiny_exits.exits_of(model, *list(exits)[:2], tiny_exits.band(model, 4, LAYERS))  # without statistics
+    if why == "closed":
+        exits = exits.with_thresholds([math.inf, 2.0, math.inf])
+    kv = why if why in ("recompute", "release") else "predict"
+    together = decoded(model, exits, kv, **options)
+    step = [seen for seen in climbs if seen[:2] != (0, 6) or seen[2]]
+    assert {stop for *_, stops, _ in step for stop in stops} == {
+        "decay": set(), "depth": set(), "another criterion": {1, 3}, "closed": {3}, "recompute": {1, 3, 4},
+        "release": {1, 3, 4},
+    }[why]  # fmt: skip
+    with apart():
+        same(together, decoded(model, exits, kv, **options))
+
+
+def test_forced_providers_and_modules_do_not_climb(climbs: list[Any]) -> None:
+    model = tiny_models.shared("llama")
+    exits = bands(model, 2.0)
+    for forced in ("torch", "exit_stats=torch", "ragged_attention=torch"):
+        with backend(forced):
+            decoded(model, exits, "predict", steps=1)
+    assert not climbs
+    decoded(tiny_models.shared("gpt2"), tiny_exits.exits_of(tiny_models.shared("gpt2")), "predict", steps=1)
+    assert not climbs
+
+
+def test_no_rows_past_live_and_rows_that_may_not_leave() -> None:
+    """A row that may not leave goes on beside those that do, and nobody is judged twice."""
+    model = tiny_models.shared("llama")
+    exits = bands(model, -1.0)
+    session = Session(bind(model), [4, 4], exits, kv="predict")
+    tokens = torch.tensor([5, 6])
+    result = session.run([0, 1], [0, 0], tokens=tokens, may_leave=torch.tensor([False, True]))
+    assert result.exit_layer.tolist() == [6, 1]
+    assert result.work == [2, 1, 1, 1, 1, 1]
