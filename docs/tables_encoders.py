@@ -44,8 +44,8 @@ def encoder_speech(results: Path) -> str:
     text = (
         f"{found['phrases']} phrases, {found['seconds_of_speech']:.0f} s of speech, {found['parameters'] / 1e6:.2f} M "
         f"parameters; {found['threads']} threads, {cpu['name']} ({cpu['capability']}). Speed is at the freest threshold whose "
-        f"WER is at most {found['spare_wer'] * 100:.0f} points above full depth's, chosen on these "
-        "phrases; transformers' batch reads padding, hence its WER."
+        f"WER is at most {found['spare_wer'] * 100:.0f} points above full depth's on other "
+        "phrases of these voices; transformers' batch reads padding, hence its WER."
     )
     return "\n".join([*lines, "", text, ""])
 
