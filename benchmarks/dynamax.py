@@ -163,7 +163,8 @@ def frontier(folder: Path) -> dict[str, Any]:
     return {
         "model": f"Mamba, {LAYERS} layers of {WIDTH}", "parameters": sum(p.numel() for p in model.parameters()),
         "data": "Reuters R52", "words": WORDS, "tokens": LENGTH, "prompt": PROMPT, "layers": LAYERS, "leave": LEAVE,
-        "documents": {"train": len(train), "learn": LEARN, "choose": CHOOSE, "test": TEST}, "steps": STEPS, "batch": BATCH, "top_k": TOP_K,
+        "documents": {"train": len(train), "learn": LEARN, "choose": CHOOSE, "test": TEST}, "top_k": TOP_K,
+        "steps": STEPS, "batch": BATCH,
         "chosen": "thresholds: the lowest whose agreement with full depth on the documents that choose is the one asked for",
         "full_depth": {
             "accuracy": float((full["test"].tokens == final[:, PROMPT:]).float().mean()),

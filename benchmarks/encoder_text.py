@@ -149,8 +149,8 @@ class Bench:
             exits = jei_dnn.exits(model, self.data.topics, pooling="mean")
             inputs, validation = self.splits(False)
             return model, jei_dnn.train(
-                model, exits, inputs, self.data.train_labels, trade=trade, validation=validation,
-                config=frozen(updates=2000, lr=3e-3, weight_decay=5e-4, patience=0),
+                model, exits, inputs, self.data.train_labels, trade=trade, validation=validation, warmup=600, warmup_lr=3e-3,
+                config=frozen(updates=2000, lr=1e-2, weight_decay=5e-4, patience=0),
             )  # fmt: skip
 
         return self.kept(f"jei_dnn-{trade}", False, make)
