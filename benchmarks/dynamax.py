@@ -35,7 +35,7 @@ LEAVE, TOP_K = (4, 5, 6, 7), 3
 #: Documents that train classifiers, that choose thresholds, and that are reported on; the first of these tokens are a prompt.
 LEARN, CHOOSE, TEST, PROMPT = 160, 64, 128, 8
 #: Thresholds tried, strictest first; agreements with full depth that are asked for.
-LEVELS = (*(0.995 - 0.005 * step for step in range(4)), *(0.97 - 0.03 * step for step in range(24)))
+LEVELS = tuple(1 / (1 + math.exp(0.3 * step - 8)) for step in range(31))
 WANTED = (0.95, 0.9, 0.8)
 
 

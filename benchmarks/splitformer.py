@@ -25,7 +25,7 @@ from dyndepth.encoders import DynamicEncoder, SampleExits, facts_of
 from dyndepth.files import replacing
 from dyndepth.recipes import asr, splitformer
 
-PEAK, WARMUP, BATCH, UTTERANCES, TEST = 1e-3, 0.1, 24, 1200, 256
+PEAK, WARMUP, BATCH, UTTERANCES, TEST = 1e-3, 0.1, 24, 800, 256
 #: Of the phrases: training of the demo saw seeds 0 and 1.
 SEED, TEST_SEED = 4, 3
 
