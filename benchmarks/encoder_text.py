@@ -332,7 +332,7 @@ def main() -> None:
         results.write()
     if with_model:
         wide, narrow = bench.costeff()
-        results.sweep("COST-EFF, assistant", True, wide, {})
+        results.sweep("COST-EFF, assistant", True, wide, ENTROPIES)
         results.sweep("COST-EFF", True, narrow, ENTROPIES, products=multiplications(narrow[0]) / multiplications(wide[0]))
     print(f"wrote {folder / 'encoder_text.json'}")
 

@@ -57,6 +57,10 @@ def figures(found: dict[str, Any], system: str) -> str:
         for with_model in (False, True)
         if any(row["system"] == system and row["with_model"] == with_model for row in found["rows"])
     ]
+    if not reached and any(row["system"] == f"{system}, assistant" for row in found["rows"]):
+        return (
+            f"its assistant of full width only: {_reached(found['rows'], f'{system}, assistant', True)}; narrowing not measured"
+        )
     return "; ".join(reached) or "not measured"
 
 

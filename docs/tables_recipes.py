@@ -1,4 +1,4 @@
-"""Tables of recipe pages, part of tables.py: MuE, DYNAMAX and Splitformer on this project's data."""
+"""Tables of recipe pages, part of tables.py: MuE, DYNAMAX and regression under PABEE on this project's data."""
 
 from __future__ import annotations
 
@@ -57,21 +57,6 @@ def dynamax(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-def splitformer(results: Path) -> str:
-    """What `benchmarks/splitformer.py` found: error rates of every exit after the same training."""
-    found = _load(results / "splitformer.json")
-    places = [one["leave"] for one in found["rows"][0]["exits"]]
-    lines = _header("model", "parameters", "steps", *(f"layer {leave}: WER · CER" for leave in places))
-    for row in found["rows"]:
-        cells = " | ".join(f"{one['wer']:.1%} · {one['cer']:.1%}" for one in row["exits"])
-        lines.append(f"| {row['model']} | {row['parameters'] / 1e6:.2f} M | {row['steps']} | {cells} |")
-    text = (
-        f"{found['phrases']} phrases of espeak-ng's in voices that training never heard. Both models start from the speech "
-        f"demo's weights and see the same batches of {found['batch']} phrases."
-    )
-    return "\n".join([*lines, "", text, ""])
-
-
 def encoder_regression(results: Path) -> str:
     """What `benchmarks/encoder_regression.py` found: PABEE's patience with a tolerance, for numbers."""
     found = _load(results / "encoder_regression.json")
@@ -95,7 +80,6 @@ def encoder_regression(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "mue": mue,
     "dynamax": dynamax,
-    "splitformer": splitformer,
     "encoder_regression": encoder_regression,
 }
 
