@@ -36,8 +36,8 @@ from dyndepth.training.encoder_trainer import EncoderConfig
 BATCH = 32
 #: Updates that train the model, of one stage of COST-EFF's several, and of exits on a model that stays.
 UPDATES, STAGE, ON_FROZEN = 200, 100, 1000
-#: What exits are when the model begins to learn.
-STARTED = "the frozen model's exits"
+#: What exits are when the model begins to learn; of COST-EFF's first stage, model and exits.
+STARTED, COPIED = "the frozen model's exits", "a copy of DeeBERT's model"
 #: Rates of the model and of exits.
 BASE_LR, LR = 1e-4, 1e-3
 #: Documents of the published test set that are answered, its first ones.
@@ -117,7 +117,8 @@ class Bench:
             torch.manual_seed(0)
             model, exits = make(place)
             place.mkdir(parents=True, exist_ok=True)
-            told = {"updates": self.stage if "costeff" in name else self.updates, "started": STARTED}
+            costly = name.startswith("costeff")
+            told = {"updates": self.stage if costly else self.updates, "started": COPIED if costly else STARTED}
             (place / "training.json").write_text(json.dumps(told) + "\n")
             costeff.save(model, place / "model")
             exits.save_pretrained(place / "exits")
