@@ -9,7 +9,8 @@ FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
 	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency \
-	kernel-ratios policies text-exits encoder-text soak demo-image encoder-image encoder-depth wheel clean
+	kernel-ratios policies text-exits encoder-text encoder-text-speed encoder-recipes soak demo-image encoder-image \
+	encoder-depth wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
 
@@ -106,6 +107,17 @@ text-exits: $(VENV)/.built
 # Recipes of text encoders on real text, the model trained too; an hour or two, and it resumes in build/encoder-text.
 encoder-text: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_text.py build/encoder-text --with-model
+
+# The text demo's frontier in batches of 32: speed against accuracy by threshold; a minute or two.
+encoder-text-speed: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_text_speed.py build
+
+# Systems on small models that are trained here: MuE, DYNAMAX, regression under PABEE; half an hour, and what was trained is used
+# again.
+encoder-recipes: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/mue.py build/mue
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/dynamax.py build/dynamax
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_regression.py build/encoder-regression
 
 # Every Triton kernel compiled for every target, without a GPU; about seven minutes.
 static-report: $(VENV)/.built

@@ -2,15 +2,20 @@
 
 MiniLM (6 layers) on Reuters R52, both from packages of PyPI (dyndepth.demo.tasks.reuters). First with the model frozen as
 published, where only heads and judges learn (minutes); then the recipes whose papers train the model too (`--with-model`, an
-hour or two on two cores). Nothing is tuned on the test set, over which DynamicEncoder runs at several settings. The folder
-keeps models and checkpoints, so that a second call (or one after a kill) goes on; `encoder_text.json` there grows.
+hour or two on two cores), from the exits of the frozen model on, so that they do not begin by undoing what the model knows.
+DynamicEncoder runs at several settings over the held-out documents, where the table of systems chooses between them, and over
+the test set, which nothing is tuned on.
+
+The folder keeps models and checkpoints, so that a second call (or one after a kill) goes on; `encoder_text.json` there grows.
+`--updates` and `--stage` shorten what trains the model; what is already in the folder stays, and every row says how long its
+model was trained.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyndepth import info
 from dyndepth.demo.tasks import reuters
 from dyndepth.encoders import DynamicEncoder, SampleExits
 from dyndepth.files import replacing
@@ -28,8 +34,11 @@ from dyndepth.training.encoder_states import Inputs, PooledStates
 from dyndepth.training.encoder_trainer import EncoderConfig
 
 BATCH = 32
-#: Updates that train the model, and updates of exits on a model that stays; the rates of both.
-UPDATES, ON_FROZEN = 200, 1000
+#: Updates that train the model, of one stage of COST-EFF's several, and of exits on a model that stays.
+UPDATES, STAGE, ON_FROZEN = 200, 100, 1000
+#: What exits are when the model begins to learn; of COST-EFF's first stage, model and exits.
+STARTED, COPIED = "the frozen model's exits", "a copy of DeeBERT's model"
+#: Rates of the model and of exits.
 BASE_LR, LR = 1e-4, 1e-3
 #: Documents of the published test set that are answered, its first ones.
 TEST = 1024
@@ -77,8 +86,8 @@ def frozen(**changes: Any) -> EncoderConfig:
 class Bench:
     """The systems, each trained once and kept in the folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, updates: int = UPDATES, stage: int = STAGE) -> None:
+        self.folder, self.updates, self.stage = folder, updates, stage
         found = reuters.documents()
         _, tokenizer = reuters.minilm()
         test = reuters.Split(found.test.texts[:TEST], found.test.labels[:TEST])
@@ -107,6 +116,10 @@ class Bench:
             print(f"training {name}", flush=True)
             torch.manual_seed(0)
             model, exits = make(place)
+            place.mkdir(parents=True, exist_ok=True)
+            costly = name.startswith("costeff")
+            told = {"updates": self.stage if costly else self.updates, "started": COPIED if costly else STARTED}
+            (place / "training.json").write_text(json.dumps(told) + "\n")
             costeff.save(model, place / "model")
             exits.save_pretrained(place / "exits")
         return costeff.load(place / "model"), SampleExits.from_pretrained(place / "exits")
@@ -115,7 +128,9 @@ class Bench:
         def make(place: Path) -> Trained:
             model, _ = reuters.minilm()
             exits = deebert.exits(model, self.data.topics, pooling="mean")
-            first = settings() if with_model else frozen()
+            if with_model:
+                exits.load_state_dict(self.deebert(False)[1].state_dict())
+            first = settings(self.updates) if with_model else frozen()
             inputs, validation = self.splits(with_model)
             return model, deebert.train(
                 model, exits, inputs, self.data.train_labels, first=first, second=frozen(), validation=validation,
@@ -130,10 +145,12 @@ class Bench:
         def make(place: Path) -> Trained:
             model, _ = reuters.minilm()
             exits = recipe.exits(model, self.data.topics, pooling="mean")
+            if with_model:
+                exits.load_state_dict(self.joint(recipe, False)[1].state_dict())
             inputs, validation = self.splits(with_model)
             more = {"rate": PRIOR} if recipe is palbert else {}
             return model, recipe.train(
-                model, exits, inputs, self.data.train_labels, config=settings() if with_model else frozen(),
+                model, exits, inputs, self.data.train_labels, config=settings(self.updates) if with_model else frozen(),
                 validation=validation, folder=place / "run", **more,
             )  # fmt: skip
 
@@ -147,8 +164,8 @@ class Bench:
             exits = jei_dnn.exits(model, self.data.topics, pooling="mean")
             inputs, validation = self.splits(False)
             return model, jei_dnn.train(
-                model, exits, inputs, self.data.train_labels, trade=trade, validation=validation,
-                config=frozen(updates=2000, lr=3e-3, weight_decay=5e-4, patience=0),
+                model, exits, inputs, self.data.train_labels, trade=trade, validation=validation, warmup=600, warmup_lr=3e-3,
+                config=frozen(updates=2000, lr=1e-2, weight_decay=5e-4, patience=0),
             )  # fmt: skip
 
         return self.kept(f"jei_dnn-{trade}", False, make)
@@ -161,9 +178,10 @@ class Bench:
             teacher, tops = self.deebert(True)
             model = copy.deepcopy(teacher)
             exits = costeff.exits(model, data.topics, pooling="mean")
+            exits.load_state_dict(tops.state_dict())  # a copy of the teacher, its off-ramps included
             return model, costeff.assist(
-                model, exits, teacher, tops, data.train, data.train_labels, config=settings(100), validation=data.validation,
-                folder=place / "run",
+                model, exits, teacher, tops, data.train, data.train_labels, config=settings(self.stage),
+                validation=data.validation, folder=place / "run",
             )  # fmt: skip
 
         wide = self.kept("costeff-assistant", True, assistant)
@@ -171,25 +189,35 @@ class Bench:
         def slender(place: Path) -> Trained:
             made = costeff.slenderise(
                 *wide, data.train, data.train_labels, heads=6, neurons=768, rank=192, steps=2, validation=data.validation,
-                config=settings(100), folder=place / "run",
+                config=settings(self.stage), folder=place / "run",
             )  # fmt: skip
             return made.model, made.exits
 
         return wide, self.kept("costeff", True, slender)
 
-    @torch.no_grad()
-    def reached(self, trained: Trained, exits: SampleExits | None = None) -> dict[str, float]:
-        """Accuracy on the test set and the share of samples x layers that was run, in batches as they come."""
+    def training_of(self, system: str) -> dict[str, Any]:
+        """Updates that trained a system's model (of COST-EFF, in each stage), and the exits it started from."""
+        place = {"COST-EFF, assistant": "costeff-assistant", "EERO": "deebert"}.get(system, system.lower().replace("-", ""))
+        return dict(json.loads((self.folder / f"{place}-model" / "training.json").read_text()))
+
+    def reached(self, trained: Trained, exits: SampleExits | None = None) -> dict[str, Any]:
+        """Figures of the test set, and under `held_out` those of the documents that a setting may be chosen by."""
         model, own = trained
         encoder = DynamicEncoder(model, exits or own)
+        held = self._read(encoder, self.data.held, self.data.held_labels)
+        return {**self._read(encoder, self.data.test, self.data.test_labels), "held_out": held}
+
+    @torch.no_grad()
+    def _read(self, encoder: DynamicEncoder, inputs: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
+        """Accuracy and the share of samples x layers that was run, in batches as they come."""
         right = run = 0
         layers: list[Tensor] = []
-        for rows in torch.arange(len(self.data.test_labels)).split(BATCH):
-            out = encoder(**_some(self.data.test, rows))
-            right += int((out.logits.argmax(-1) == self.data.test_labels[rows]).sum())
+        for rows in torch.arange(len(labels)).split(BATCH):
+            out = encoder(**_some(inputs, rows))
+            right += int((out.logits.argmax(-1) == labels[rows]).sum())
             run += out.work.run
             layers.append(out.exit_layers)
-        count = len(self.data.test_labels)
+        count = len(labels)
         return {
             "accuracy": right / count, "samples_x_layers": run / (count * encoder.depth),
             "mean_layers": float(torch.cat(layers).double().mean()),
@@ -199,6 +227,12 @@ class Bench:
 def _some(inputs: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in inputs.items()}
 
+
+#: How the table of systems picks one setting of each.
+CHOSEN = (
+    "of a system's settings, the one that ran the least samples x layers on the held-out documents among those within one "
+    "point of full depth's accuracy there, else the most accurate one there"
+)
 
 #: Per system: what its paper trains and on what, what runs here, what differs.
 ABOUT = {
@@ -241,6 +275,8 @@ class Results:
         if any((row["system"], row["with_model"], row["setting"]) == (system, with_model, setting) for row in self.rows):
             return  # measured by an earlier run
         found = self.bench.reached(trained, exits)
+        if with_model:
+            more |= self.bench.training_of(system)
         self.rows.append({"system": system, "with_model": with_model, "setting": setting, **found, **more})
         print(f"{system}{', model trained' if with_model else ''}, {setting}: {found}", flush=True)
 
@@ -256,7 +292,8 @@ class Results:
         result = {
             "model": "all-MiniLM-L6-v2", "layers": 6, "data": "Reuters R52", "tokens": reuters.LENGTH, "batch": BATCH,
             "documents": {"train": len(data.train_labels), "held_out": len(data.held_labels), "test": len(data.test_labels)},
-            "topics": data.topics, "updates": {"with_model": UPDATES, "frozen": ON_FROZEN}, "about": ABOUT, "rows": self.rows,
+            "topics": data.topics, "updates_frozen": ON_FROZEN, "about": ABOUT,
+            "chosen": CHOSEN, "machine": info.collect(), "rows": self.rows,
         }  # fmt: skip
         with replacing(self.bench.folder / "encoder_text.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -264,12 +301,20 @@ class Results:
 
 ENTROPIES = {f"S = {entropy}": -entropy for entropy in (0.05, 0.2, 0.5)}
 PATIENCES = {f"P = {patience}": pabee.threshold(patience) for patience in (1, 2, 3)}
+TRADES = (0.01, 0.03, 0.1, 0.5, 2.0)
 QUANTILES = {f"q = {q}": q for q in (0.25, 0.5, 0.75)}
 
 
-def main(folder: Path, with_model: bool) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("build/encoder-text"))
+    parser.add_argument("--with-model", action="store_true", help="the recipes that train the model, too")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="that train the model")
+    parser.add_argument("--stage", type=int, default=STAGE, help="updates of each of COST-EFF's stages")
+    given = parser.parse_args()
+    folder, with_model = given.folder, given.with_model
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(folder)
+    bench = Bench(folder, given.updates, given.stage)
     results = Results(bench)
     for trained_too in (False, True) if with_model else (False,):
         found = bench.deebert(trained_too)
@@ -283,16 +328,15 @@ def main(folder: Path, with_model: bool) -> None:
         results.sweep("PALBERT", trained_too, found, QUANTILES)
         results.add("PALBERT", trained_too, "PonderNet's draws", found, palbert.ponder(found[1]))
         if not trained_too:
-            for trade in (0.1, 0.5, 2.0):
+            for trade in TRADES:
                 results.add("JEI-DNN", False, f"lambda = {trade}", bench.jei_dnn(trade))
         results.write()
     if with_model:
         wide, narrow = bench.costeff()
-        results.sweep("COST-EFF, assistant", True, wide, {})
+        results.sweep("COST-EFF, assistant", True, wide, ENTROPIES)
         results.sweep("COST-EFF", True, narrow, ENTROPIES, products=multiplications(narrow[0]) / multiplications(wide[0]))
     print(f"wrote {folder / 'encoder_text.json'}")
 
 
 if __name__ == "__main__":
-    given = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    main(Path(given[0] if given else "build/encoder-text"), "--with-model" in sys.argv)
+    main()

@@ -20,6 +20,8 @@ import transformers
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from dyndepth import info
+from dyndepth.files import replacing
 from dyndepth.recipes import mue
 
 WORDS = (
@@ -29,6 +31,11 @@ WORDS = (
 NUMBER = {word: at for at, word in enumerate(WORDS)}
 DIGITS = WORDS[3:13]
 LAYERS, WIDTH, TRAINED, STEPS, BATCH = 6, 64, 1300, 2500, 64
+#: How thresholds come about.
+CHOSEN = (
+    "on other held-out pictures: image, then text, then decoder each take the lowest threshold that keeps the share of full "
+    "depth's accuracy there"
+)
 #: Cosines tried, strictest first.
 LEVELS = (math.inf, 0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88)
 
@@ -119,7 +126,8 @@ def measured(model: mue.MuE, given: tuple[dict[str, dict[str, Tensor]], Tensor],
     said[:, : out.sequences.shape[1] - 1] = out.sequences[:, 1:]
     right = ((said == answers[:, 1:]) | (answers[:, 1:] == -100)).all(1)
     work = {name: joined.work[name].fraction for name in ("image", "text")} | {"decoder": out.work.fraction}
-    return {"thresholds": dict(limits), "accuracy": float(right.float().mean()), "work": work}
+    known = {name: None if limit == math.inf else limit for name, limit in limits.items()}
+    return {"thresholds": known, "accuracy": float(right.float().mean()), "work": work}
 
 
 def frontier(model: mue.MuE) -> dict[str, Any]:
@@ -143,7 +151,13 @@ def frontier(model: mue.MuE) -> dict[str, Any]:
                     break
                 chosen[part] = level
         rows.append({"system": f"{share:.0%} of full depth asked for", **measured(model, test, chosen)})
-    return {"layers": LAYERS, "questions": len(test[1]), "rows": rows}
+    return {
+        "model": f"ViT, BERT and a BERT decoder, {LAYERS} layers of {WIDTH} each", "layers": LAYERS,
+        "data": "scikit-learn's digits, questions in words", "questions": len(test[1]),
+        "pictures": {"train": TRAINED, "choose": half, "test": len(digits) - TRAINED - half},
+        "steps": STEPS, "batch": BATCH, "chosen": CHOSEN, "full_depth_when_choosing": full["accuracy"],
+        "machine": info.collect(), "rows": rows,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -152,10 +166,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     given = parser.parse_args()
     figures = frontier(train(given.build))
-    text = json.dumps(figures, indent=1).replace("Infinity", "null") + "\n"
+    text = json.dumps(figures, indent=1) + "\n"
     print(text)
-    if given.results is not None:
-        given.results.write_text(text, encoding="utf-8")
+    with replacing(given.results or given.build / "mue.json") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

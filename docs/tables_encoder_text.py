@@ -13,7 +13,7 @@ def encoder_text(results: Path) -> str:
     found = _load(results)
     lines = _header("system", "trained", "setting", "accuracy", "samples × layers", "mean layers")
     for row in found["rows"]:
-        trained = "with the model" if row["with_model"] else "exits alone"
+        trained = f"with the model, {row['updates']} updates from {row['started']}" if row["with_model"] else "exits alone"
         setting = row["setting"]
         if "bound" in row:
             setting += f" (bound {row['bound']:.2f})"
@@ -37,16 +37,11 @@ def encoder_text_systems(results: Path) -> str:
     found = _load(results)
     lines = _header("system", "what the paper adds", "what runs here", "what differs", "reached here")
     for system, (adds, runs, differs) in found["about"].items():
-        reached = [
-            _reached(found["rows"], system, with_model)
-            for with_model in (False, True)
-            if any(row["system"] == system and row["with_model"] == with_model for row in found["rows"])
-        ]
-        if reached:
-            lines.append(f"| {system} | {adds} | {runs} | {differs} | {'; '.join(reached)} |")
+        lines.append(f"| {system} | {adds} | {runs} | {differs} | {figures(found, system)} |")
     text = (
-        "Accuracy at the share of samples × layers, of the setting that loses at most a point for the least work; where none "
-        "does, of the most accurate one. EERO and JEI-DNN are held against DeeBERT's full depth."
+        "Test accuracy at the share of samples × layers, of the setting that loses at most a point on the held-out documents "
+        "for the least work there; where none does, of the most accurate one there. EERO and JEI-DNN are held against "
+        "DeeBERT's full depth."
     )
     return "\n".join([*lines, "", text, ""])
 
@@ -55,19 +50,36 @@ def encoder_text_systems(results: Path) -> str:
 _REFERENCE = {"EERO": "DeeBERT", "JEI-DNN": "DeeBERT"}
 
 
+def figures(found: dict[str, Any], system: str) -> str:
+    """What a system reached with the model frozen and with the model trained, of what was measured."""
+    reached = [
+        _reached(found["rows"], system, with_model)
+        for with_model in (False, True)
+        if any(row["system"] == system and row["with_model"] == with_model for row in found["rows"])
+    ]
+    if not reached and any(row["system"] == f"{system}, assistant" for row in found["rows"]):
+        return (
+            f"its assistant of full width only: {_reached(found['rows'], f'{system}, assistant', True)}; narrowing not measured"
+        )
+    return "; ".join(reached) or "not measured"
+
+
 def _reached(rows: list[dict[str, Any]], system: str, with_model: bool) -> str:
     own = [row for row in rows if row["with_model"] == with_model and row["system"] == system]
     reference = _REFERENCE.get(system, system)
     whole = next(
-        row["accuracy"]
-        for row in rows
-        if row["with_model"] == with_model and row["system"] == reference and row["setting"] == "full depth"
+        row for row in rows if row["with_model"] == with_model and row["system"] == reference and row["setting"] == "full depth"
     )
     early = [row for row in own if row["setting"] != "full depth"]
-    near = [row for row in early if row["accuracy"] >= whole - 0.01]
-    best = min(near, key=lambda row: row["samples_x_layers"]) if near else max(early, key=lambda row: row["accuracy"])
+    near = [row for row in early if row["held_out"]["accuracy"] >= whole["held_out"]["accuracy"] - 0.01]
+    best = (
+        min(near, key=lambda row: row["held_out"]["samples_x_layers"])
+        if near
+        else max(early, key=lambda row: row["held_out"]["accuracy"])
+    )
     how = "model trained" if with_model else "model frozen"
-    return f"{best['accuracy']:.1%} at {best['samples_x_layers']:.0%} ({best['setting']}; full depth {whole:.1%}; {how})"
+    setting = f"{best['setting']}; full depth {whole['accuracy']:.1%}; {how}"
+    return f"{best['accuracy']:.1%} at {best['samples_x_layers']:.0%} ({setting})"
 
 
 def _header(*names: str) -> list[str]:

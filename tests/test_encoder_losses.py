@@ -191,7 +191,7 @@ def test_modules_and_gates_learn_from_their_own_phases() -> None:
     shares, _ = losses.exit_distribution(torch.sigmoid(losses.gates_of(found, exits)))
     # The scale makes the value the plain mean of all losses, whatever the shares: only gradients are weighed by them.
     assert float(value) == pytest.approx(float(ce.mean()), rel=1e-5)
-    scale = ce.sum(1) / (shares * ce).sum(1)
+    scale = ce.sum() / (shares * ce).sum()
     probabilities = torch.softmax(found[0][1], -1)
     wanted = (shares[:, 0] * scale)[:, None] * (probabilities - torch.nn.functional.one_hot(LABELS, 2)) / 6
     torch.testing.assert_close(slopes[0], wanted.detach(), rtol=1e-4, atol=1e-6)

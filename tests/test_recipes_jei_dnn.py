@@ -97,3 +97,27 @@ def test_the_model_is_frozen() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     jei_dnn.train(model, exits, inputs, labels, warmup=2, every=1, config=EncoderConfig(updates=6), validation=(inputs, labels))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_gates_that_have_not_learned_are_not_kept() -> None:
+    """On labels that mean nothing every look is worse than the one before: the best of all would be one of the warm-up."""
+    model, (inputs, labels), (held, _) = tiny_text.bert(), tiny_text.task(200), tiny_text.task(60, 8)
+    torch.manual_seed(0)
+    exits = jei_dnn.exits(model, tiny_text.CLASSES)
+    start = [point.judge.weight.clone() for point in exits if isinstance(point.judge, torch.nn.Linear)]
+    config = EncoderConfig(updates=80, lr=2e-2, batch=50, evaluate_every=10)
+    meaningless = torch.randint(0, tiny_text.CLASSES, (60,), generator=torch.Generator().manual_seed(1))
+    done = jei_dnn.train(
+        model, exits, inputs, labels, warmup=60, every=10, config=config, validation=(held, meaningless)
+    )  # fmt: skip
+    for before, point in zip(start, done, strict=True):
+        assert isinstance(point.judge, torch.nn.Linear)
+        assert not torch.equal(point.judge.weight, before)
+
+
+def test_what_is_refused() -> None:
+    model, (inputs, labels) = tiny_text.bert(), tiny_text.task(20)
+    with pytest.raises(ArgumentError, match=r"warmup must be in \[0, 6\), the updates of all, got 6"):
+        jei_dnn.train(
+            model, jei_dnn.exits(model, tiny_text.CLASSES), inputs, labels, warmup=6, config=EncoderConfig(updates=6)
+        )  # fmt: skip

@@ -105,6 +105,35 @@ def test_a_batch_decodes_as_each_sequence_alone(kind: str, policy: str) -> None:
     assert out.updated == (sum(LAYERS - depth for depth in all_depths) if policy == "update" else 0)
 
 
+@pytest.mark.parametrize("policy", ["leave", "update"])
+@pytest.mark.parametrize("kind", list(CLASSIFIERS))
+def test_scoring_what_was_generated_is_generation(kind: str, policy: str) -> None:
+    """Padded prompts too; and the text of another row, which nobody generated here, is read as a batch of one reads it."""
+    decoder, width = MambaDecoder(tiny(), exits(kind)), max(LENGTHS)
+    out = decoder.generate(**prompts(), max_new_tokens=NEW, policy=policy, end=-1)
+    mask = torch.cat([prompts()["attention_mask"], torch.ones(len(LENGTHS), NEW, dtype=torch.int64)], 1)
+    told = decoder.score(out.sequences, mask, begin=width, policy=policy)
+    assert torch.equal(told.tokens, out.sequences[:, width:])
+    assert torch.equal(told.layers_run, out.layers_run)
+    assert (told.work, told.updated) == (out.work, out.updated)
+    strange = out.sequences.clone()
+    strange[:, width:] = out.sequences[:, width:].roll(1, 0)
+    told = decoder.score(strange, mask, begin=width, policy=policy)
+    for row in range(len(LENGTHS)):
+        one = decoder.score(strange[row : row + 1], mask[row : row + 1], begin=width, policy=policy)
+        assert torch.equal(told.layers_run[row], one.layers_run[0])
+        torch.testing.assert_close(told.log_probs[row], one.log_probs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_closed_exits_are_transformers_log_probabilities() -> None:
+    model, text = tiny(), torch.randint(3, WORDS, (3, 9), generator=torch.Generator().manual_seed(2))
+    told = MambaDecoder(model, SsmExits([], facts_of(model))).score(text, begin=4)
+    wanted = model(text).logits[:, 3:-1].log_softmax(-1)
+    torch.testing.assert_close(told.log_probs, wanted.gather(2, text[:, 4:, None])[..., 0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(told.tokens, wanted.argmax(-1))
+    assert told.work.fraction == 1
+
+
 def test_the_policies_differ() -> None:
     made = [
         MambaDecoder(tiny(), exits("linear")).generate(**prompts(), max_new_tokens=NEW, policy=p, end=-1)
@@ -225,6 +254,9 @@ def test_what_is_refused() -> None:
         decoder.generate(**inputs, repetition_penalty=0.5)
     with pytest.raises(ArgumentError, match="padded on the left"):
         decoder.generate(inputs["input_ids"], inputs["attention_mask"].flip(1))
+    for begin in (0, 3, 6):  # column 3 holds the first token of a sequence, column 6 is past the last
+        with pytest.raises(ArgumentError, match=f"a column 1 to 5 that is no sequence's first token, got {begin}"):
+            decoder.score(**inputs, begin=begin)
     with pytest.raises(ArgumentError, match=r"input_ids must be int64 \[n, t\], not empty"):
         decoder.generate(torch.zeros(0, 3, dtype=torch.int64))
     with pytest.raises(ExitsError, match="made for another mamba of the same size"):

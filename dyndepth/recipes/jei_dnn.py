@@ -8,6 +8,7 @@ worth its cost, modules learn on the samples that gates send them, in turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def train(
     *,
     trade: float = 0.5,
     warmup: int | None = None,
+    warmup_lr: float | None = None,
     every: int = 200,
     config: EncoderConfig | None = None,
     validation: tuple[Inputs, Tensor] | None = None,
@@ -66,15 +68,26 @@ def train(
     Args:
         trade: lambda, what running all layers costs, in nats; the paper runs 0.01 to 9, one training per budget.
         warmup: updates of the modules alone, a third of all by default.
+        warmup_lr: rate of the warm-up, `config.lr` by default. Gates of five weights want more than modules bear: modules that
+            know the training samples by heart leave nothing for gates to learn.
         every: updates of a phase; 200 in the paper.
-        validation: as for train_encoder; judged by loss and cost that the exit distribution expects.
+        validation: as for train_encoder, twice: the warm-up's best modules by its own loss go into the phases, where loss and
+            cost that the exit distribution expects are judged. Gates that have not learned are never what is kept.
+        folder: checkpoints go to `folder`/warmup and `folder`/phases.
     """
     config = config or EncoderConfig(lr=1e-2, weight_decay=5e-4, batch=64, updates=3000)
     if config.base_lr:
         raise ArgumentError(f"jei_dnn.train: the model is frozen, so base_lr must be 0, got {config.base_lr}")
     warmup = config.updates // 3 if warmup is None else warmup
-    loss = JointExitLoss(exits, costs(model, exits), trade, warmup=warmup, every=every)
-    done = train_encoder(
-        model, exits, inputs, labels, loss, config=config, validation=validation, judge=loss.judge, folder=folder
-    )
-    return done.exits
+    if not 0 <= warmup < config.updates:
+        raise ArgumentError(f"jei_dnn.train: warmup must be in [0, {config.updates}), the updates of all, got {warmup}")
+    places = [None if folder is None else Path(folder) / name for name in ("warmup", "phases")]
+    if warmup:
+        first = replace(config, updates=warmup, lr=config.lr if warmup_lr is None else warmup_lr)
+        loss = JointExitLoss(exits, costs(model, exits), trade, warmup=warmup)
+        exits = train_encoder(model, exits, inputs, labels, loss, config=first, validation=validation, folder=places[0]).exits
+    loss = JointExitLoss(exits, costs(model, exits), trade, warmup=0, every=every)
+    return train_encoder(
+        model, exits, inputs, labels, loss, config=replace(config, updates=config.updates - warmup), validation=validation,
+        judge=loss.judge, folder=places[1],
+    ).exits  # fmt: skip

