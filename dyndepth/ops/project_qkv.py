@@ -39,7 +39,7 @@ def project_qkv(
     Args:
         x: float32, bfloat16 or float16 [n, d], contiguous, already normalised.
         q_weight, k_weight, v_weight: [heads * head_dim, d], [kv_heads * head_dim, d] twice, dtype of x; rows dense (views
-            into a fused projection work). Biases q_bias, k_bias, v_bias accordingly.
+            into a fused projection work). Biases q_bias, k_bias, v_bias accordingly, contiguous.
         q_gain, k_gain: float32 [head_dim], RMSNorm over each head before the rotation (Qwen3, Gemma 3); eps inside its root.
         cos, sin, pos, slots, pages, live: as in `store_kv`; pages [2, pages, page_size, kv_heads, head_dim] is **written**.
 
@@ -86,6 +86,7 @@ def _check(
     ):
         if bias is not None:
             check.tensor(name, argument, bias, [size], floats, device)
+            check.contiguous(name, argument, bias)
     for argument, gain in (("q_gain", q_gain), ("k_gain", k_gain)):
         if gain is not None:
             check.tensor(name, argument, gain, [head_dim], check.FLOAT32, device, "head_dim")
