@@ -121,6 +121,7 @@ def test_contract(name: str) -> None:
         ({"k_weight": torch.zeros(8, 6)}, r"project_qkv: k_weight must be float32 \[8, 5\]"),
         ({"v_weight": torch.zeros(4, 5)}, r"project_qkv: v_weight must be float32 \[8, 5\]"),
         ({"q_bias": torch.zeros(8)}, r"project_qkv: q_bias must be float32 \[16\]"),
+        ({"q_bias": torch.zeros(32)[::2]}, "project_qkv: q_bias must be contiguous"),
         ({"k_gain": torch.zeros(5)}, r"project_qkv: k_gain must be float32 \[4\]"),
         ({"pages": torch.zeros(2, 3, 2, 2, 4, dtype=torch.float16)}, "project_qkv: pages must be float32"),
         ({"live": torch.zeros(1, dtype=torch.int64)}, "project_qkv: live must be int32 with 1 element"),
