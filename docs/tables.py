@@ -7,12 +7,13 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME 
 
 from __future__ import annotations
 
-import json
+import importlib
 import re
-import runpy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import tables_training
+from table_parts import header, load
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -34,8 +35,8 @@ def rendered(text: str, results: Path = RESULTS) -> str:
 
 def demo(results: Path) -> str:
     """What `make demo` printed."""
-    lines = _header("batch", "system", "tokens/s (p10–p90)", "rows × layers", "agreement", "free-running")
-    for row in _load(results / "demo.json"):
+    lines = header("batch", "system", "tokens/s (p10–p90)", "rows × layers", "agreement", "free-running")
+    for row in load(results / "demo.json"):
         lines.append(
             f"| {row['batch']} | {row['system']}, {row['mode']} | {row['tokens_per_s_median']:.1f} "
             f"({row['tokens_per_s_p10']:.1f}–{row['tokens_per_s_p90']:.1f}) | {row['rows_x_layers']:.1%} "
@@ -46,8 +47,8 @@ def demo(results: Path) -> str:
 
 def bench(results: Path) -> str:
     """What `make bench` printed: per op, case and dtype, every provider beside the reference."""
-    found = _load(results / "bench.json")
-    lines = _header("op", "case", "dtype", "provider", "median µs", "p90 µs", "KiB", "GB/s", "of copy roof")
+    found = load(results / "bench.json")
+    lines = header("op", "case", "dtype", "provider", "median µs", "p90 µs", "KiB", "GB/s", "of copy roof")
     for row in found["rows"]:
         rate, share = row["bytes_per_s"] / 1e9, row["share_of_copy_roof"]
         lines.append(
@@ -60,13 +61,13 @@ def bench(results: Path) -> str:
 
 def calibration(results: Path) -> str:
     """What `make calibrate-demo` found: the path, then certificates."""
-    found = _load(results / "calibration.json")
+    found = load(results / "calibration.json")
     bands = ", ".join(f"[{leave}, {resume})" for leave, resume in found["bands"])
-    lines = _header("point of the path", "thresholds", "disagreement", "rows × layers")
+    lines = header("point of the path", "thresholds", "disagreement", "rows × layers")
     for number, point in enumerate(found["path"]):
         thresholds = ", ".join(f"{value:.3f}" for value in point["thresholds"])
         lines.append(f"| {number} | {thresholds} | {point['disagreement']:.2%} | {point['rows_x_layers']:.1%} |")
-    lines += ["", *_header("risk", "confidence", "bound", "certified point", "measured", "rows × layers")]
+    lines += ["", *header("risk", "confidence", "bound", "certified point", "measured", "rows × layers")]
     for entry in found["certified"]:
         if entry["point"] is None:
             held = "none: closed | – | 100.0%"
@@ -82,14 +83,14 @@ def calibration(results: Path) -> str:
 
 def static(results: Path) -> str:
     """What `make static-report` found: per kernel and target the worst over the bfloat16 cases."""
-    rows = [row for row in _load(results / "static_report.json")["rows"] if row["dtype"] == "bfloat16"]
+    rows = [row for row in load(results / "static_report.json")["rows"] if row["dtype"] == "bfloat16"]
     targets = list(dict.fromkeys(row["target"] for row in rows))
     worst: dict[tuple[str, str, str], tuple[float, ...]] = {}
     for row in rows:
         key = row["op"], row["kernel"], row["target"]
         found = row["registers"], row["shared"], row["spilled"], -row["occupancy"]
         worst[key] = tuple(map(max, worst.get(key, found), found))
-    lines = _header("op", "kernel", *targets)
+    lines = header("op", "kernel", *targets)
     for op, kernel in dict.fromkeys((op, kernel) for op, kernel, _ in worst):
         cells = []
         for target in targets:
@@ -105,13 +106,13 @@ def static(results: Path) -> str:
 
 def nvcc(results: Path) -> str:
     """What `make nvcc-check` found, per kernel and target."""
-    found = _load(results / "nvcc_check.json")
+    found = load(results / "nvcc_check.json")
     targets = list(dict.fromkeys(row["target"] for row in found["rows"]))
     cells: dict[str, dict[str, str]] = {}
     for row in found["rows"]:
         text = f"{row['registers']} · {row['shared']} · {row['occupancy']:.0%} ({row['limiter']})"
         cells.setdefault(row["kernel"], {})[row["target"]] = text + (f" · spills {row['spilled']} B" if row["spilled"] else "")
-    lines = _header("kernel", *targets)
+    lines = header("kernel", *targets)
     lines += [f"| `{kernel}` | {' | '.join(by[target] for target in targets)} |" for kernel, by in cells.items()]
     text = (
         f"nvcc {found['nvcc']}: registers per thread · bytes of shared memory per block · warps that a processor holds at once "
@@ -122,8 +123,8 @@ def nvcc(results: Path) -> str:
 
 def exit_heads(results: Path) -> str:
     """What `make exit-heads` found: heads after the same training, then mean layers at three agreements."""
-    found = _load(results / "exit_heads.json")
-    lines = _header(
+    found = load(results / "exit_heads.json")
+    lines = header(
         "exit", "head", "agreement: start", "trained", "leaves at 99% (top-1)", "98%", "95%", "95% (margin)", "MiB",
         "ms per 16 rows", "rows/s in training",
     )  # fmt: skip
@@ -135,7 +136,7 @@ def exit_heads(results: Path) -> str:
             f"{row['selective_margin']['95%']:.1%}", f"{row['mib']:.2f}", f"{row['ms_per_16_rows']:.2f}", rate,
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", *_header("head", "confidence", "wanted agreement", "reached", "mean layers run")]
+    lines += ["", *header("head", "confidence", "wanted agreement", "reached", "mean layers run")]
     for kind, scores in found["frontier"].items():
         for score, points in scores.items():
             for share, point in points.items():
@@ -144,17 +145,17 @@ def exit_heads(results: Path) -> str:
     text = (
         f"{found['model']}, {found['dtype']}; {found['rows_shown']} rows shown of {sizes['fit']} tokens, thresholds set on "
         f"{sizes['tune']}, all figures from {sizes['test']} others. Milliseconds are the head alone, without judging. "
-        f"{_TRAINING['floor'](results)}"
+        f"{tables_training.floor(results)}"
     )
     return "\n".join([*lines, "", text, ""])
 
 
 def kv_maps(results: Path) -> str:
     """What `make kv-maps` found: per exit and policy the KL and agreement of the tokens that stay."""
-    found = _load(results / "kv_maps.json")
+    found = load(results / "kv_maps.json")
     cells = {(r["text"], r["exit"], r["share"], r["policy"]): r for r in found["rows"]}
     policies = list(dict.fromkeys(row["policy"] for row in found["rows"]))
-    lines = _header("text", "exit", "share gone", *policies, "maps, of the model")
+    lines = header("text", "exit", "share gone", *policies, "maps, of the model")
     for text, leave, share in dict.fromkeys((r["text"], r["exit"], r["share"]) for r in found["rows"]):
         row = [cells.get((text, leave, share, policy)) for policy in policies]
         shown = ["–" if cell is None else f"{cell['kl']:.3f} · {cell['agreement']:.1%}" for cell in row]
@@ -165,9 +166,7 @@ def kv_maps(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-_TRAINING = runpy.run_path(str(Path(__file__).with_name("tables_training.py")))
 TABLES: dict[str, Callable[[Path], str]] = {
-    **_TRAINING["TABLES"],
     "demo": demo,
     "bench": bench,
     "calibration": calibration,
@@ -179,22 +178,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 for _page in sorted(Path(__file__).parent.glob("tables_*.py")):
-    TABLES |= runpy.run_path(str(_page))["TABLES"]
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+    TABLES |= importlib.import_module(_page.stem).TABLES
 
 
 def _machine(results: Path) -> str:
     """From `dyndepth info --json`, kept beside the figures."""
-    facts = _load(results / "machine.json")
+    facts = load(results / "machine.json")
     cpu = facts["cpu"]
     return f"{cpu['name']} ({cpu['capability']}), {facts['threads']} threads, torch {facts['packages']['torch']}"
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

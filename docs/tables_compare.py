@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from table_parts import header, load, machine
 
 Row = dict[str, Any]
 
 
 def compare(results: Path) -> str:
     """Per dtype and context, tokens/s of every system by batch, and how it agrees with full depth; then what could not run."""
-    found = _load(results / "compare.json")
+    found = load(results / "compare.json")
     lines: list[str] = []
     for dtype, context in sorted({(row["dtype"], row["context"]) for row in found["rows"]}):
         rows = [row for row in found["rows"] if (row["dtype"], row["context"]) == (dtype, context)]
         batches = sorted({row["batch"] for row in rows})
         lines += [f"**{dtype}, context {context}**: tokens/s of whole calls, and of decoding alone", ""]
-        lines += _header("system", *(f"batch {batch}" for batch in batches), "rows × layers", "agreement", "free-running")
+        lines += header("system", *(f"batch {batch}" for batch in batches), "rows × layers", "agreement", "free-running")
         for name, own in _by_system(rows):
             cells = [_speed(own[batch]) if batch in own else "–" for batch in batches]
             shares = [
@@ -26,14 +27,14 @@ def compare(results: Path) -> str:
             ]  # fmt: skip
             lines.append("| " + " | ".join([name, *cells, *shares]) + " |")
         lines.append("")
-    return "\n".join([*lines, *_not_run(found), f"`make compare`, {_effort(found)}, on {_machine(found)}", ""])
+    return "\n".join([*lines, *_not_run(found), f"`make compare`, {_effort(found)}, on {machine(found)}", ""])
 
 
 def compare_prefill(results: Path) -> str:
     """Prompt tokens per second of the systems that run every layer, by dtype, context and batch."""
-    found = _load(results / "compare.json")
+    found = load(results / "compare.json")
     batches = sorted({row["batch"] for row in found["rows"]})
-    lines = _header("dtype", "context", "system", *(f"batch {batch}" for batch in batches))
+    lines = header("dtype", "context", "system", *(f"batch {batch}" for batch in batches))
     wanted = {("dyndepth", "full depth"), ("transformers", "dynamic cache"), ("naive PyTorch", "mask only")}
     for dtype, context in sorted({(row["dtype"], row["context"]) for row in found["rows"]}):
         rows = [row for row in found["rows"] if (row["dtype"], row["context"]) == (dtype, context)]
@@ -47,8 +48,8 @@ def compare_prefill(results: Path) -> str:
 
 def compare_served(results: Path) -> str:
     """Requests over slots: tokens/s and completion times."""
-    found = _load(results / "compare.json")
-    lines = _header("slots", "", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "drafts accepted")
+    found = load(results / "compare.json")
+    lines = header("slots", "", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "drafts accepted")
     for row in found["served"]:
         work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
         drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
@@ -61,7 +62,7 @@ def compare_served(results: Path) -> str:
     text = (
         f"{', '.join(map(str, asked.values()))} requests of {tokens // 2}, {tokens} and {3 * tokens // 2} new tokens in turn "
         f"arrive at once over {', '.join(map(str, asked))} slots. `make compare`, {found['served'][0]['dtype']}, "
-        f"{found['settings']['threads']} threads. {_machine(found)}"
+        f"{found['settings']['threads']} threads. {machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])
 
@@ -104,16 +105,3 @@ def _not_run(found: dict[str, Any]) -> list[str]:
 def _effort(found: dict[str, Any]) -> str:
     asked = found["settings"]
     return f"up to {asked['repetitions']} repetitions of {asked['new_tokens']} new tokens, {asked['threads']} threads"
-
-
-def _machine(found: dict[str, Any]) -> str:
-    cpu = found["machine"]["cpu"]
-    return f"{cpu['name']} ({cpu['capability']}), torch {found['machine']['packages']['torch']}."
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-_TEXT = runpy.run_path(str(Path(__file__).with_name("tables_encoder_text.py")))
-_SPEECH = runpy.run_path(str(Path(__file__).with_name("tables_encoders.py")))
+import tables_encoder_text
+import tables_encoders
+from table_parts import header, load
 
 #: Points of sweeps whose file says nothing of a validation split: named here, the same for every system of that file.
 _IMAGE_POINTS = {"LGViT": "0.95", "Dyn-Perceiver": "p = 1"}
@@ -17,7 +15,7 @@ _IMAGE_POINTS = {"LGViT": "0.95", "Dyn-Perceiver": "p = 1"}
 
 def encoder_systems(results: Path) -> str:
     """A row per system of the literature; every figure is read from a file of docs/results."""
-    lines = _header("system", "what runs here", "what differs from the paper", "figure reached on our data")
+    lines = header("system", "what runs here", "what differs from the paper", "figure reached on our data")
     for system, (page, runs, differs, figure) in _systems(results).items():
         name = f"[{system}]({page})"
         lines.append(f"| {name} | {runs} | {differs} | {figure(results)} |")
@@ -91,14 +89,14 @@ def _systems(results: Path) -> dict[str, tuple[str, str, str, Callable[[Path], s
 
 
 def _text(results: Path, system: str) -> tuple[str, str, str, Callable[[Path], str]]:
-    found = _load(results / "encoder_text.json")
+    found = load(results / "encoder_text.json")
     _, runs, differs = found["about"][system]
     page = system.lower().replace("jei-dnn", "jei_dnn").replace("-", "")
-    return f"recipes/{page}.md", runs, differs, lambda _: _TEXT["figures"](found, system)
+    return f"recipes/{page}.md", runs, differs, lambda _: tables_encoder_text.figures(found, system)
 
 
 def _regression(results: Path) -> str:
-    found = _load(results / "encoder_regression.json")
+    found = load(results / "encoder_regression.json")
     full = next(row for row in found["rows"] if not row["patience"])
     row = next(row for row in found["rows"] if all(row[name] == value for name, value in found["best"].items()))
     setting = "full depth" if row is full else f"P = {row['patience']}, tolerance {row['tolerance']:g}"
@@ -109,14 +107,14 @@ def _regression(results: Path) -> str:
 
 
 def _mue(results: Path) -> str:
-    full, row = _load(results / "mue.json")["rows"][:2]
+    full, row = load(results / "mue.json")["rows"][:2]
     work = ", ".join(f"{part} {row['work'][part]:.0%}" for part in ("image", "text", "decoder"))
     return f"{row['accuracy']:.1%} exact answers (full depth {full['accuracy']:.1%}) at layers: {work}"
 
 
 def _image(system: str) -> Callable[[Path], str]:
     def figure(results: Path) -> str:
-        rows = [row for row in _load(results / "encoder_image.json")["rows"] if row["system"] == system]
+        rows = [row for row in load(results / "encoder_image.json")["rows"] if row["system"] == system]
         full, row = (next(r for r in rows if r["point"] == point) for point in ("full depth", _IMAGE_POINTS[system]))
         return (
             f"{row['accuracy']:.1%} at {row['work']:.0%} of the work ({row['point']}; full depth {full['accuracy']:.1%}), "
@@ -127,10 +125,10 @@ def _image(system: str) -> Callable[[Path], str]:
 
 
 def _asr(results: Path) -> str:
-    found = _load(results / "encoder_speech.json")
+    found = load(results / "encoder_speech.json")
     parts = [
         f"{criterion.replace('_', ' ')}: WER {row['wer']:.1%} at {row['samples_x_layers']:.0%}"
-        for criterion, row in _SPEECH["chosen_on_calibration"](found).items()
+        for criterion, row in tables_encoders.chosen_on_calibration(found).items()
     ]
     return f"{'; '.join(parts)} (full depth {found['full']['wer']:.1%})"
 
@@ -140,7 +138,7 @@ def _splitformer(_: Path) -> str:
 
 
 def _dynamax(results: Path) -> str:
-    found = _load(results / "dynamax.json")
+    found = load(results / "dynamax.json")
     parts = []
     for policy in ("leave", "update"):
         rows = [row for row in found["rows"] if row["policy"] == policy and row["wanted"] == 0.9]
@@ -150,7 +148,7 @@ def _dynamax(results: Path) -> str:
 
 
 def _taocache(results: Path) -> str:
-    found = _load(results / "taocache.json")
+    found = load(results / "taocache.json")
     row = found["rows"][-1]
     return (
         f"{row['model_calls']:.1f} of {found['steps']} model calls, PSNR {row['psnr']:.1f} dB (as many plain steps "
@@ -159,7 +157,7 @@ def _taocache(results: Path) -> str:
 
 
 def _split(results: Path) -> str:
-    found = _load(results / "split.json")
+    found = load(results / "split.json")
     wires = {row["wire"]: row for row in found["wires"]}
     shares = ", ".join(f"{name} {wires[name]['sent_bytes'] / found['all_fp32_bytes']:.1%}" for name in ("fp32", "fp16", "int8"))
     answers = min(row["same_answer"] for row in found["wires"])
@@ -168,8 +166,8 @@ def _split(results: Path) -> str:
 
 def text_speed(results: Path) -> str:
     """What benchmarks/encoder_text_speed.py found: the frontier of the text demo in batches."""
-    found = _load(results / "encoder_text_speed.json")
-    lines = _header("threshold", "way", "documents/s (p10–p90)", "samples × layers", "accuracy", "agreement")
+    found = load(results / "encoder_text_speed.json")
+    lines = header("threshold", "way", "documents/s (p10–p90)", "samples × layers", "accuracy", "agreement")
     for row in found["rows"]:
         limit = "–" if row["threshold"] is None else f"{row['threshold']:.3g}"
         limit += " (certified)" if row["threshold"] == found["certified_threshold"] else ""
@@ -189,11 +187,3 @@ def text_speed(results: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {"encoder_systems": encoder_systems, "encoder_text_speed": text_speed}
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from table_parts import header
+
 
 def encoder_text(results: Path) -> str:
     """What `make encoder-text` found: every setting of every system."""
     found = _load(results)
-    lines = _header("system", "trained", "setting", "accuracy", "samples × layers", "mean layers")
+    lines = header("system", "trained", "setting", "accuracy", "samples × layers", "mean layers")
     for row in found["rows"]:
         trained = f"with the model, {row['updates']} updates from {row['started']}" if row["with_model"] else "exits alone"
         setting = row["setting"]
@@ -35,7 +37,7 @@ def encoder_text(results: Path) -> str:
 def encoder_text_systems(results: Path) -> str:
     """System, what runs here, what differs, and the figure reached: at most a point is lost, for the least work."""
     found = _load(results)
-    lines = _header("system", "what the paper adds", "what runs here", "what differs", "reached here")
+    lines = header("system", "what the paper adds", "what runs here", "what differs", "reached here")
     for system, (adds, runs, differs) in found["about"].items():
         lines.append(f"| {system} | {adds} | {runs} | {differs} | {figures(found, system)} |")
     text = (
@@ -82,10 +84,6 @@ def _reached(rows: list[dict[str, Any]], system: str, with_model: bool) -> str:
     return f"{best['accuracy']:.1%} at {best['samples_x_layers']:.0%} ({setting})"
 
 
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-
-
 def _load(results: Path) -> Any:
     return json.loads((results / "encoder_text.json").read_text(encoding="utf-8"))
 
@@ -93,7 +91,7 @@ def _load(results: Path) -> Any:
 def demo_text(results: Path) -> str:
     """What `dyndepth demo --task text` printed."""
     found = json.loads((results / "text.json").read_text(encoding="utf-8"))
-    lines = _header("batch", "system", "documents/s (p10–p90)", "samples × layers", "accuracy", "agreement")
+    lines = header("batch", "system", "documents/s (p10–p90)", "samples × layers", "accuracy", "agreement")
     for row in found["rows"]:
         lines.append(
             f"| {row['batch']} | {row['system']}, {row['mode']} | {row['samples_per_s_median']:.0f} "

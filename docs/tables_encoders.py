@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from table_parts import header
+
 
 def encoder_layouts(results: Path) -> str:
     """What benchmarks/encoder_layouts.py found: a pass packed, padded and by transformers."""
@@ -25,16 +27,16 @@ def encoder_layouts(results: Path) -> str:
 def encoder_speech(results: Path) -> str:
     """What benchmarks/encoder_speech.py found: exits by themselves, both criteria by threshold, speed by batch size."""
     found = json.loads((results / "encoder_speech.json").read_text(encoding="utf-8"))
-    lines = _header("everybody leaves after", "WER", "CER")
+    lines = header("everybody leaves after", "WER", "CER")
     for row in found["exits"]:
         lines.append(f"| layer {row['leave']} of {found['layers']} | {row['wer']:.1%} | {row['cer']:.1%} |")
-    lines += ["", *_header("criterion", "threshold", "samples × layers", "WER", "CER", "same text as full depth")]
+    lines += ["", *header("criterion", "threshold", "samples × layers", "WER", "CER", "same text as full depth")]
     for row in found["sweep"]:
         lines.append(
             f"| {row['criterion']} | {row['threshold']:g} | {row['samples_x_layers']:.1%} | {row['wer']:.1%} "
             f"| {row['cer']:.1%} | {row['same_text']:.1%} |"
         )
-    lines += ["", *_header("criterion", "batch", "way", "phrases/s (p10–p90)", "samples × layers", "WER")]
+    lines += ["", *header("criterion", "batch", "way", "phrases/s (p10–p90)", "samples × layers", "WER")]
     for row in found["rows"]:
         lines.append(
             f"| {row['criterion']} {row['threshold']:g} | {row['batch']} | {row['system']}, {row['mode']} "
@@ -62,10 +64,6 @@ def chosen_on_calibration(found: dict[str, Any]) -> dict[str, Any]:
         )
         for criterion in dict.fromkeys(row["criterion"] for row in near)
     }
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
 
 
 TABLES = {"encoder_layouts": encoder_layouts, "encoder_speech": encoder_speech}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from table_parts import header, load
 
 
 def mue(results: Path) -> str:
     """What `benchmarks/mue.py` found: thresholds per stream and in the decoder, accuracy and work."""
-    found = _load(results / "mue.json")
-    lines = _header(
+    found = load(results / "mue.json")
+    lines = header(
         "asked for", "thresholds: image, text, decoder", "exact answers", "image layers", "text layers", "decoder layers"
     )
     for row in found["rows"]:
@@ -31,15 +31,15 @@ def mue(results: Path) -> str:
 
 def dynamax(results: Path) -> str:
     """What `benchmarks/dynamax.py` found: classifiers by themselves, then thresholds under both state policies."""
-    found = _load(results / "dynamax.json")
-    lines = _header("classifier", "boundary", "safe to leave", "log-loss, nats", "of the constant guess")
+    found = load(results / "dynamax.json")
+    lines = header("classifier", "boundary", "safe to leave", "log-loss, nats", "of the constant guess")
     for kind, places in found["classifiers"].items():
         for leave, one in places.items():
             lines.append(
                 f"| {kind} | {leave} of {found['layers']} | {one['safe']:.1%} | {one['log_loss']:.3f} "
                 f"| {one['log_loss_of_constant']:.3f} |"
             )
-    lines += ["", *_header("agreement asked for", "classifier", "skipped states", "agreement", "rows × layers",
+    lines += ["", *header("agreement asked for", "classifier", "skipped states", "agreement", "rows × layers",
                            "the text's own token", "loss, nats")]  # fmt: skip
     for row in sorted(found["rows"], key=lambda row: -row["wanted"]):
         lines.append(
@@ -59,8 +59,8 @@ def dynamax(results: Path) -> str:
 
 def encoder_regression(results: Path) -> str:
     """What `benchmarks/encoder_regression.py` found: PABEE's patience with a tolerance, for numbers."""
-    found = _load(results / "encoder_regression.json")
-    lines = _header("patience", "tolerance", "squared error", "variance explained", "samples × layers")
+    found = load(results / "encoder_regression.json")
+    lines = header("patience", "tolerance", "squared error", "variance explained", "samples × layers")
     for row in found["rows"]:
         own = all(row[name] == found["best"][name] for name in ("patience", "tolerance"))
         tolerance = "–" if row["tolerance"] is None else f"{row['tolerance']:g}"
@@ -82,11 +82,3 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "dynamax": dynamax,
     "encoder_regression": encoder_regression,
 }
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from table_parts import header
+
 from dyndepth.plan import Leaving, Sizes, calls, graph_calls, peak, roofline
 from dyndepth.plan.passes import total
 
@@ -17,7 +19,7 @@ CONTEXT = 2048
 
 def machines(_results: Path) -> str:
     """The four data sheets."""
-    lines = _header("GPU", "dense BF16, TFLOP/s", "memory, TB/s", "FLOPs per byte at the corner", "source")
+    lines = header("GPU", "dense BF16, TFLOP/s", "memory, TB/s", "FLOPs per byte at the corner", "source")
     for machine in map(peak, MACHINES):
         lines.append(
             f"| {machine.name} | {machine.flops / 1e12:g} | {machine.bandwidth / 1e12:g} "
@@ -29,7 +31,7 @@ def machines(_results: Path) -> str:
 def ops(name: str, _results: Path) -> str:
     """Every op of one model, by rows."""
     sizes = Sizes.known(name)
-    lines = _header("op", "rows", "MB", "GFLOP", *(f"{machine}, µs" for machine in MACHINES))
+    lines = header("op", "rows", "MB", "GFLOP", *(f"{machine}, µs" for machine in MACHINES))
     by_rows = [roofline.ops(sizes, rows, CONTEXT) for rows in ROWS]
     for column in zip(*by_rows, strict=True):
         for line in column:
@@ -44,7 +46,7 @@ def ops(name: str, _results: Path) -> str:
 
 def passes(_results: Path) -> str:
     """One pass without exits and with, by model and rows."""
-    lines = _header("model", "rows", "pass", "launches", "GB", "of no exit", *(f"{machine}, ms" for machine in MACHINES))
+    lines = header("model", "rows", "pass", "launches", "GB", "of no exit", *(f"{machine}, ms" for machine in MACHINES))
     for name in MODELS.values():
         for rows in ROWS:
             found = roofline.passes(Sizes.known(name), rows, CONTEXT)
@@ -60,7 +62,7 @@ def passes(_results: Path) -> str:
 
 def graph(_results: Path) -> str:
     """The same pass of predict in slices and in graph style."""
-    lines = _header("model", "rows", "in slices, GB", "graph style, GB", "of slices", "nobody leaves, graph style, GB")
+    lines = header("model", "rows", "in slices, GB", "graph style, GB", "of slices", "nobody leaves, graph style, GB")
     for name in MODELS.values():
         sizes = Sizes.known(name)
         for rows in ROWS:
@@ -85,7 +87,3 @@ TABLES = {
 
 def _microseconds(seconds: float, by: str) -> str:
     return f"{seconds * 1e6:.3g}" + (" c" if by == roofline.COMPUTE else "")
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]

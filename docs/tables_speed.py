@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from table_parts import header, load, machine
 
 
 def depth_efficiency(results: Path) -> str:
     """What `make depth-efficiency` found: per batch size and forced rate, time saved against a perfect machine's saving."""
-    found = _load(results / "depth_efficiency.json")
-    lines = _header("batch", "rows leave at", "of live rows", "rows × layers", "full step, ms", "saved, ms", "perfect, ms",
+    found = load(results / "depth_efficiency.json")
+    lines = header("batch", "rows leave at", "of live rows", "rows × layers", "full step, ms", "saved, ms", "perfect, ms",
                     "depth efficiency (p10–p90)")  # fmt: skip
     for batch in found["batches"]:
         for cell in batch["cells"]:
@@ -19,7 +20,7 @@ def depth_efficiency(results: Path) -> str:
                 f"| {cell['full_s'] * 1e3:.2f} | {cell['saved_s'] * 1e3:.2f} | {cell['perfect_s'] * 1e3:.2f} "
                 f"| {_efficiency(cell)} |"
             )
-    lines += ["", *_header("batch", "full step, ms", "exits configured, none taken, ms", "cost (p10–p90)")]
+    lines += ["", *header("batch", "full step, ms", "exits configured, none taken, ms", "cost (p10–p90)")]
     for batch in found["batches"]:
         cost = batch["machinery"]
         lines.append(
@@ -31,17 +32,17 @@ def depth_efficiency(results: Path) -> str:
     text = (
         f"{settings['model']}, {settings['dtype']}, context {settings['context']}, {settings['threads']} threads, "
         f"{settings['rounds']} rounds of {settings['steps']} steps; {preempted} of {blocks} blocks preempted and left out. "
-        f"– : a perfect machine would save less than {settings['resolved_from']:.0%} of a step. {_machine(found)}"
+        f"– : a perfect machine would save less than {settings['resolved_from']:.0%} of a step. {machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])
 
 
 def soak(results: Path) -> str:
     """What `make soak` found, in one row."""
-    found = _load(results / "soak.json")
+    found = load(results / "soak.json")
     verdict, rounds, settings = found["verdict"], found["rounds"], found["settings"]
     memory = verdict["memory"]
-    lines = _header("minutes", "rounds", "tokens", "resident: first third", "last third", "growth", "pages leaked",
+    lines = header("minutes", "rounds", "tokens", "resident: first third", "last third", "growth", "pages leaked",
                     "rounds unlike the first", "exception")  # fmt: skip
     shown = ["too short to judge"] * 3
     if memory["leak"] is not None:
@@ -53,26 +54,26 @@ def soak(results: Path) -> str:
     lines.append("| " + " | ".join(map(str, cells)) + " |")
     text = (
         f"{settings['model']}, {settings['dtype']}, up to {settings['batch']} requests at once, "
-        f"{settings['requests']} a round, {settings['threads']} threads. {_machine(found)}"
+        f"{settings['requests']} a round, {settings['threads']} threads. {machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])
 
 
 def kernel_ratios(results: Path) -> str:
     """What `make kernel-ratios` found."""
-    found = _load(results / "kernel_ratios.json")
-    lines = _header("kernel", "ours, ms", "theirs, ms", "times as fast", f"1 → {found['threads']} threads")
+    found = load(results / "kernel_ratios.json")
+    lines = header("kernel", "ours, ms", "theirs, ms", "times as fast", f"1 → {found['threads']} threads")
     for row in found["rows"]:
         ours, theirs, alone = row["ours_s"], row["theirs_s"], row["one_thread_s"]
         lines.append(f"| {row['case']} | {ours * 1e3:.2f} | {theirs * 1e3:.2f} | {theirs / ours:.1f} | {alone / ours:.2f} |")
-    text = f"`make kernel-ratios`: bfloat16, medians, in turn; attention is ten layers. {_machine(found)}"
+    text = f"`make kernel-ratios`: bfloat16, medians, in turn; attention is ten layers. {machine(found)}"
     return "\n".join([*lines, "", text, ""])
 
 
 def policies_speed(results: Path) -> str:
     """What `make policies` found about speed."""
-    found = _load(results / "policies.json")
-    lines = _header("batch", "", "tokens/s (p10–p90)", "times full depth", "rows × layers", "drafts accepted")
+    found = load(results / "policies.json")
+    lines = header("batch", "", "tokens/s (p10–p90)", "times full depth", "rows × layers", "drafts accepted")
     for row in found["speed"]:
         work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
         drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
@@ -85,8 +86,8 @@ def policies_speed(results: Path) -> str:
 
 def policies_lossless(results: Path) -> str:
     """What `make policies` found about losslessness."""
-    found = _load(results / "policies.json")
-    lines = _header("dtype", "against", "batch", "sequences × tokens", "sequences that differ", "drafts accepted")
+    found = load(results / "policies.json")
+    lines = header("dtype", "against", "batch", "sequences × tokens", "sequences that differ", "drafts accepted")
     for row in found["lossless"]:
         lines.append(
             f"| {row['dtype']} | {row['against']} | {row['batch']} | {row['sequences']} × {row['tokens']} "
@@ -97,9 +98,9 @@ def policies_lossless(results: Path) -> str:
 
 def policies_quality(results: Path) -> str:
     """What `make policies` found about the tokens that stay."""
-    found = _load(results / "policies.json")
+    found = load(results / "policies.json")
     names = list(dict.fromkeys(row["policy"] for row in found["quality"]))
-    lines = _header("tokens that left", "tokens judged", *(f"{name}: agreement, KL" for name in names))
+    lines = header("tokens that left", "tokens judged", *(f"{name}: agreement, KL" for name in names))
     for share in dict.fromkeys(row["share"] for row in found["quality"]):
         rows = {row["policy"]: row for row in found["quality"] if row["share"] == share}
         cells = [f"{rows[name]['agreement']:.1%}, {rows[name]['kl']:.4f}" for name in names]
@@ -109,8 +110,8 @@ def policies_quality(results: Path) -> str:
 
 def policies_engine(results: Path) -> str:
     """What `make policies` found about re-batching."""
-    found = _load(results / "policies.json")
-    lines = _header("rule", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "rows that left", "passes",
+    found = load(results / "policies.json")
+    lines = header("rule", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "rows that left", "passes",
                     "rows that waited", "longest wait, passes")  # fmt: skip
     for row in found["engine"]:
         lines.append(
@@ -124,12 +125,12 @@ def policies_engine(results: Path) -> str:
 
 def policies_skips(results: Path) -> str:
     """What `make policies` found about drafts that leave out layers."""
-    found = _load(results / "policies.json")["skips"]
-    lines = _header("layers that drafts leave out", "drafts accepted", "tokens per weight read, of full depth's")
+    found = load(results / "policies.json")["skips"]
+    lines = header("layers that drafts leave out", "drafts accepted", "tokens per weight read, of full depth's")
     for trial in found["search"]["sizes"]:
         layers = ", ".join(map(str, trial["layers"]))
         lines.append(f"| {layers} | {trial['accepted']} of {trial['drafted']} | {trial['gain']:.2f} |")
-    lines += ["", *_header("batch", "drafts", "tokens/s", "times full depth", "rows × layers", "drafts accepted")]
+    lines += ["", *header("batch", "drafts", "tokens/s", "times full depth", "rows × layers", "drafts accepted")]
     for row in found["timed"]:
         drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
         lines.append(
@@ -139,14 +140,14 @@ def policies_skips(results: Path) -> str:
     asked = found["search"]
     text = (
         f"Best set of every size among {asked['trials']}, {asked['prompts']} prompts of {asked['tokens']} new tokens, "
-        f"{asked['drafts']} drafts. {_policies(_load(results / 'policies.json'))}"
+        f"{asked['drafts']} drafts. {_policies(load(results / 'policies.json'))}"
     )
     return "\n".join([*lines, "", text, ""])
 
 
 def _policies(found: dict[str, Any]) -> str:
     asked = found["settings"]
-    return f"`make policies`: {asked['model']}, bfloat16, {asked['threads']} threads, in turn, medians. {_machine(found)}"
+    return f"`make policies`: {asked['model']}, bfloat16, {asked['threads']} threads, in turn, medians. {machine(found)}"
 
 
 TABLES = {
@@ -164,17 +165,3 @@ def _efficiency(cell: dict[str, Any]) -> str:
 
 def _spread(low: float | None, high: float | None, digits: int) -> str:
     return "" if low is None or high is None else f" ({low:.{digits}%}–{high:.{digits}%})"
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-
-
-def _machine(found: dict[str, Any]) -> str:
-    facts = found["machine"]
-    cpu = facts["cpu"]
-    return f"{cpu['name']} ({cpu['capability']}), torch {facts['packages']['torch']}."
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

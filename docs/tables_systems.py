@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from table_parts import header, load
 
 
 def split(results: Path) -> str:
     """What docs/examples/split.py found: what travels in each precision, and what it does to the answers."""
-    found = _load(results / "split.json")
-    lines = _header("wire", "sent", "of all samples in fp32", "answers received", "accuracy", "answer of one process")
+    found = load(results / "split.json")
+    lines = header("wire", "sent", "of all samples in fp32", "answers received", "accuracy", "answer of one process")
     for row in found["wires"]:
         lines.append(
             f"| {row['wire']} | {row['sent_bytes'] / 1024:.1f} KiB | {row['sent_bytes'] / found['all_fp32_bytes']:.1%} "
@@ -27,8 +27,8 @@ def split(results: Path) -> str:
 
 def taocache(results: Path) -> str:
     """What benchmarks/taocache.py found: model calls against the distance from the pictures of all steps."""
-    found = _load(results / "taocache.json")
-    lines = _header("threshold", "start", "most", "model calls per prompt", "fewest–most", "PSNR", "PSNR, as many plain steps")
+    found = load(results / "taocache.json")
+    lines = header("threshold", "start", "most", "model calls per prompt", "fewest–most", "PSNR", "PSNR, as many plain steps")
     for row in found["rows"]:
         all_steps = round(row["model_calls"]) == found["steps"]
         plain = "all steps" if all_steps else f"{row['psnr_fewer_steps']:.1f} dB"
@@ -44,11 +44,3 @@ def taocache(results: Path) -> str:
 
 
 TABLES = {"split": split, "taocache": taocache}
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

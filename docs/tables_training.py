@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from table_parts import header, load
 
 
 def head_tokens(results: Path) -> str:
     """What `make head-tokens` found: agreement and KL of translators by the rows they were shown."""
-    found = _load(results / "head_tokens.json")
+    found = load(results / "head_tokens.json")
     exits = list(found["runs"][-1]["agreement"])
     columns = [f"exit {leave}: {name}" for leave in exits for name in ("agreement", "KL")]
-    lines = _header("rows shown", *columns)
+    lines = header("rows shown", *columns)
     for run in found["runs"]:
         cells = []
         for leave in exits:
@@ -29,7 +30,7 @@ def head_tokens(results: Path) -> str:
 
 def floor(results: Path) -> str:
     """How often rounding alone leaves the arg max alone: the most that any agreement can mean."""
-    found = _load(results / "head_tokens.json")["rounding_floor"]
+    found = load(results / "head_tokens.json")["rounding_floor"]
     return (
         f"The noise floor: the bfloat16 model's own arg max is that of the same weights in float32 on "
         f"{found['agreement']:.1%} of {found['rows']} rows."
@@ -38,8 +39,8 @@ def floor(results: Path) -> str:
 
 def jump_maps(results: Path) -> str:
     """What `make jump-maps` found: kinds of jump after equally many rows."""
-    found = _load(results / "jump_maps.json")
-    lines = _header(
+    found = load(results / "jump_maps.json")
+    lines = header(
         "band", "jump", "weights", "rows shown", "KL, of all rows", "those that skip agree", "disagreements per skip"
     )
     starts = {tuple(row["span"]): row["kl_at_start"] for row in found["rows"] if row["jump"] == "linear"}
@@ -64,9 +65,9 @@ def _looked(found: dict[str, Any]) -> int:
 
 def band_frontier(results: Path) -> str:
     """What `make band-frontier` found: mean layers at three agreements, then what routers know of each band."""
-    found = _load(results / "band_frontier.json")
+    found = load(results / "band_frontier.json")
     shares = list(found["frontier"][0]["mean_layers"])
-    lines = _header("what rows may take", "confidence", *(f"mean layers at {share}" for share in shares), "taken near the last")
+    lines = header("what rows may take", "confidence", *(f"mean layers at {share}" for share in shares), "taken near the last")
     for row in sorted(found["frontier"], key=lambda row: ("exits", "bands", "bands and exits").index(row["family"])):
         cells = ["–" if row["mean_layers"][share] is None else f"{row['mean_layers'][share]:.2f}" for share in shares]
         point = min(row["points"], key=lambda point: abs(point["agreement"] - float(shares[-1].rstrip("%")) / 100))
@@ -76,7 +77,7 @@ def band_frontier(results: Path) -> str:
             if share >= 0.005
         ]
         lines.append(f"| {row['family']} | {row['confidence']} | {' | '.join(cells)} | {', '.join(taken) or 'none'} |")
-    lines += ["", *_header("band", "by lot: agree", "disagreements per skip", "router: AUC", "blind to what was skipped",
+    lines += ["", *header("band", "by lot: agree", "disagreements per skip", "router: AUC", "blind to what was skipped",
                            "with a readout too")]  # fmt: skip
     for band in found["bands"]:
         leave, resume = band["span"]
@@ -94,8 +95,8 @@ def band_frontier(results: Path) -> str:
 
 def kv_weighting(results: Path) -> str:
     """What `make kv-weighting` found."""
-    found = _load(results / "kv_weighting.json")
-    lines = _header("exit", "rows count", "squared error, every row alike", "KL of those that stay", "agreement")
+    found = load(results / "kv_weighting.json")
+    lines = header("exit", "rows count", "squared error, every row alike", "KL of those that stay", "agreement")
     for row in found["rows"]:
         lines.append(f"| {row['exit']} | {row['weighting']} | {row['error']:.4f} | {row['kl']:.4f} | {row['agreement']:.1%} |")
     text = (
@@ -105,11 +106,3 @@ def kv_weighting(results: Path) -> str:
 
 
 TABLES = {"head_tokens": head_tokens, "jump_maps": jump_maps, "band_frontier": band_frontier, "kv_weighting": kv_weighting}
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from table_parts import header, load, machine
 
 
 def demo_image(results: Path) -> str:
     """What `dyndepth demo --task image` printed."""
-    found = _load(results / "image.json")
-    lines = _header("batch", "system", "images/s (p10–p90)", "samples × layers", "accuracy", "agreement")
+    found = load(results / "image.json")
+    lines = header("batch", "system", "images/s (p10–p90)", "samples × layers", "accuracy", "agreement")
     for row in found["rows"]:
         lines.append(
             f"| {row['batch']} | {row['system']}, {row['mode']} | {row['samples_per_s_median']:.0f} "
@@ -27,15 +27,15 @@ def demo_image(results: Path) -> str:
     )
     text = (
         f"{facts['model']}, exits after {', '.join(map(str, facts['exits']))}; {facts['images']['test']} test images of "
-        f"{facts['data']}; {said}. {facts['threads']} threads, {facts['repetitions']} repetitions. {_machine(found)}"
+        f"{facts['data']}; {said}. {facts['threads']} threads, {facts['repetitions']} repetitions. {machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])
 
 
 def encoder_image(results: Path) -> str:
     """What `make encoder-image` found: operating points of three systems."""
-    found = _load(results / "encoder_image.json")
-    lines = _header("system", "threshold or p", "accuracy", "agreement", "work", "images/s (p10–p90)")
+    found = load(results / "encoder_image.json")
+    lines = header("system", "threshold or p", "accuracy", "agreement", "work", "images/s (p10–p90)")
     for row in found["rows"]:
         lines.append(
             f"| {row['system']} | {row['point']} | {row['accuracy']:.1%} | {row['agreement']:.1%} | {row['work']:.1%} "
@@ -44,15 +44,15 @@ def encoder_image(results: Path) -> str:
     settings = found["settings"]
     text = (
         f"{found['rows'][0]['samples']} test images in batches of {settings['batch']}, {settings['threads']} threads, "
-        f"{settings['repetitions']} repetitions in turn. Work: samples × layers; of Dyn-Perceiver operations. {_machine(found)}"
+        f"{settings['repetitions']} repetitions in turn. Work: samples × layers; of Dyn-Perceiver operations. {machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])
 
 
 def encoder_depth(results: Path) -> str:
     """What `make encoder-depth` found: time saved against a perfect machine's saving."""
-    found = _load(results / "encoder_depth_efficiency.json")
-    lines = _header(
+    found = load(results / "encoder_depth_efficiency.json")
+    lines = header(
         "model", "dtype", "layout", "batch", "rounds", "exits", "of live samples", "samples × layers", "full, ms", "saved, ms",
         "perfect, ms", "depth efficiency (p25–p75)", "exits nobody takes",
     )  # fmt: skip
@@ -66,21 +66,8 @@ def encoder_depth(results: Path) -> str:
                 f"({cell['efficiency_p25']:.0%}–{cell['efficiency_p75']:.0%}) | {cell['nobody_s'] / cell['from_s'] - 1:+.1%} |"
             )
     settings = found["settings"]
-    text = f"{settings['threads']} threads, medians over rounds in random order. {_machine(found)}"
+    text = f"{settings['threads']} threads, medians over rounds in random order. {machine(found)}"
     return "\n".join([*lines, "", text, ""])
-
-
-def _header(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-
-
-def _machine(found: dict[str, Any]) -> str:
-    machine = found["machine"]
-    return f"{machine['cpu']['name']} ({machine['cpu']['capability']}), torch {machine['packages']['torch']}."
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 TABLES = {"demo_image": demo_image, "encoder_image": encoder_image, "encoder_depth": encoder_depth}

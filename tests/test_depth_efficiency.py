@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import depth_efficiency as de
 import pytest
+import tables_speed
 import tiny_exits
 import tiny_models
 import torch
@@ -184,16 +183,6 @@ def test_contexts_are_shared_and_text_is_full_depths() -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------------
 
 
-def tables() -> ModuleType:
-    path = Path(__file__).resolve().parent.parent / "docs" / "tables_speed.py"
-    spec = importlib.util.spec_from_file_location("tables_speed", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 MACHINE = {"cpu": {"name": "A CPU", "capability": "AVX2"}, "packages": {"torch": "2.0"}}
 
 
@@ -209,7 +198,7 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     batch = {"batch": 4, "cells": [cell, flat], "machinery": cost, "preempted": 1, "blocks": 9}
     found = {"machine": MACHINE, "settings": settings, "batches": [batch]}
     (tmp_path / "depth_efficiency.json").write_text(json.dumps(found))
-    text = tables().depth_efficiency(tmp_path)
+    text = tables_speed.depth_efficiency(tmp_path)
     assert "| 4 | exit at 20 | 50% | 83.3% | 100.00 | 9.00 | 12.00 | 75% (70%–80%) |" in text
     assert "| 4 | band | 50% | 83.3% | 100.00 | 9.00 | 12.00 | – |" in text
     assert "| 4 | 100.00 | 102.00 | 2.0% (1.0%–3.0%) |" in text

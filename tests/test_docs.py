@@ -4,43 +4,32 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import tables
 
 import dyndepth
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TABLES = _tables()
-PAGES = [*TABLES.pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*tables.pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 @each_page
 def test_tables_are_those_of_the_files(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert TABLES.rendered(text) == text, "run `make results`, or `.venv/bin/python docs/tables.py` after changing a result"
+    assert tables.rendered(text) == text, "run `make results`, or `.venv/bin/python docs/tables.py` after changing a result"
 
 
 def test_every_table_is_on_a_page() -> None:
     """A marker that was misspelt would render nothing and compare equal."""
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for name, table in TABLES.TABLES.items():
-        assert f"<!-- table: {name} -->\n{table(TABLES.RESULTS)}<!-- end of table -->" in pages
+    for name, table in tables.TABLES.items():
+        assert f"<!-- table: {name} -->\n{table(tables.RESULTS)}<!-- end of table -->" in pages
 
 
 @each_page

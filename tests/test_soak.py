@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import soak
+import tables_speed
 import tiny_exits
 import tiny_models
 import torch
@@ -226,22 +226,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert found["samples"][0]["rss_bytes"] > MIB
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
     assert "round 3: " in capsys.readouterr().out
-    assert "| 4 |" in _table(tmp_path)
+    assert "| 4 |" in tables_speed.soak(tmp_path)
     monkeypatch.setattr(soak, "GROWTH_SHARE", -1.0)
     with pytest.raises(SystemExit) as done:
         soak.main()
     assert done.value.code == 1
     assert json.loads((tmp_path / "soak.json").read_text())["verdict"]["memory"]["leak"] is True
-
-
-def _table(results: Path) -> str:
-    path = Path(__file__).resolve().parent.parent / "docs" / "tables_speed.py"
-    spec = importlib.util.spec_from_file_location("tables_speed", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return str(module.soak(results))
 
 
 @pytest.mark.parametrize("arguments", [("--batch", "0"), ("--requests", "0"), ("--minutes", "nan")])
