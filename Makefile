@@ -75,6 +75,7 @@ compare: $(VENV)/.built
 # Time saved by rows that leave at random, against a machine that saves all of it; and what exits cost that nobody takes.
 depth-efficiency: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build --dtype float32 --batches 1,32,64
 
 # K,V policies, lossless generation and re-batching beside full depth: speed, exactness, quality; a quarter of an hour.
 policies: $(VENV)/.built

@@ -294,18 +294,20 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="tokens before the first step")
     parser.add_argument("--steps", type=int, default=8, help="decode steps of a block")
     parser.add_argument("--rounds", type=int, help="25; 5 with --quick")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="float32 has files of its own")
     wish = parser.parse_args()
     require("matplotlib", "the picture needs matplotlib: pip install 'dyndepth[demo]'")
     batches = wish.batches or ([1, 16, 64] if wish.quick else [1, 4, 16, 32, 64])
     rounds = wish.rounds or (5 if wish.quick else 25)
     if min(*batches, wish.steps, rounds, wish.context) < 1:
         parser.error("batches, context, steps and rounds must be at least 1")
-    causal_lm, tokenizer, shipped = load(torch.bfloat16)
+    causal_lm, tokenizer, shipped = load(getattr(torch, wish.dtype))
+    name = "depth_efficiency" if wish.dtype == "bfloat16" else f"depth_efficiency_{wish.dtype}"
     texts = [chat(tokenizer, text) for text in (*SHOWN, *calibrating()[:48])]
     found: dict[str, Any] = {
         "machine": info.collect(),
         "settings": {
-            "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "context": wish.context, "steps": wish.steps,
+            "model": "SmolLM2-135M-Instruct", "dtype": wish.dtype, "context": wish.context, "steps": wish.steps,
             "rounds": rounds, "kv": "predict", "threads": torch.get_num_threads(), "resolved_from": RESOLVED,
             "threshold_of_configured": NEVER_REACHED,
         },
@@ -315,10 +317,10 @@ def main() -> None:
         rows = prompts(tokenizer, texts, calibrating()[112:284], batch, wish.context + 1)
         found["batches"].append(measure(causal_lm, rows, shipped, wish.steps, rounds))
         _say(found["batches"][-1])
-        with replacing(wish.folder / "depth_efficiency.json") as temporary:
+        with replacing(wish.folder / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")
-    plot(wish.folder / "depth_efficiency.png", found)
-    print(f"wrote depth_efficiency.json and depth_efficiency.png into {wish.folder}")
+    plot(wish.folder / f"{name}.png", found)
+    print(f"wrote {name}.json and {name}.png into {wish.folder}")
 
 
 if __name__ == "__main__":

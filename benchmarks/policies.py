@@ -248,6 +248,8 @@ def main() -> None:
     parser.add_argument("--only", choices=names, help="one part; the others are kept")
     parser.add_argument("--batch", type=int, help="of speed; the others are kept")
     wish = parser.parse_args()
+    if wish.batch is not None and wish.only != "speed":
+        raise SystemExit("--batch is of speed: wanted --only speed beside it")
     require("matplotlib", "the picture needs matplotlib: pip install 'dyndepth[demo]'")
     path = wish.folder / "policies.json"
     found: dict[str, Any] = json.loads(path.read_text()) if wish.only and path.exists() else {}

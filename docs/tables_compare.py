@@ -49,6 +49,8 @@ def compare_prefill(results: Path) -> str:
 def compare_served(results: Path) -> str:
     """Requests over slots: tokens/s and completion times."""
     found = load(results / "compare.json")
+    if not found["served"]:
+        return "Not measured.\n"
     lines = header("slots", "", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "drafts accepted")
     for row in found["served"]:
         work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
@@ -58,10 +60,11 @@ def compare_served(results: Path) -> str:
             f"| {row['p99_s']:.2f} | {work} | {drafts} |"
         )
     asked = {row["slots"]: row["requests"] for row in found["served"]}
-    tokens = found["settings"]["new_tokens"]
+    tokens = ", ".join(map(str, found["served"][0]["lengths"]))
     text = (
-        f"{', '.join(map(str, asked.values()))} requests of {tokens // 2}, {tokens} and {3 * tokens // 2} new tokens in turn "
-        f"arrive at once over {', '.join(map(str, asked))} slots. `make compare`, {found['served'][0]['dtype']}, "
+        f"{', '.join(map(str, asked.values()))} requests of {tokens} new tokens in turn arrive at once over "
+        f"{', '.join(map(str, asked))} slots; of fewer than a hundred requests the 99th percentile "
+        f"is the longest. `make compare`, {found['served'][0]['dtype']}, "
         f"{found['settings']['threads']} threads. {machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])

@@ -10,7 +10,15 @@ from table_parts import header, load, machine
 
 def depth_efficiency(results: Path) -> str:
     """What `make depth-efficiency` found: per batch size and forced rate, time saved against a perfect machine's saving."""
-    found = load(results / "depth_efficiency.json")
+    return _depth_efficiency(load(results / "depth_efficiency.json"))
+
+
+def depth_efficiency_float32(results: Path) -> str:
+    """The same in float32."""
+    return _depth_efficiency(load(results / "depth_efficiency_float32.json"))
+
+
+def _depth_efficiency(found: dict[str, Any]) -> str:
     lines = header("batch", "rows leave at", "of live rows", "rows × layers", "full step, ms", "saved, ms", "perfect, ms",
                     "depth efficiency (p10–p90)")  # fmt: skip
     for batch in found["batches"]:
@@ -151,7 +159,8 @@ def _policies(found: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "kernel_ratios": kernel_ratios, "depth_efficiency": depth_efficiency, "soak": soak,
+    "kernel_ratios": kernel_ratios, "depth_efficiency": depth_efficiency,
+    "depth_efficiency_float32": depth_efficiency_float32, "soak": soak,
     "policies_speed": policies_speed, "policies_lossless": policies_lossless, "policies_quality": policies_quality,
     "policies_engine": policies_engine, "policies_skips": policies_skips,
 }  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.exits import Exits
-from dyndepth.exits.criteria import Decay, Margin, RouterScore, TopProbability
+from dyndepth.exits.criteria import Decay, Entropy, Margin, RouterScore, Saturation, TopProbability
 from dyndepth.exits.router import Router
 from dyndepth.op import backend
 from dyndepth.runtime.bind import bind
@@ -155,8 +155,8 @@ def test_forced_providers_and_modules_do_not_climb(climbs: list[Any]) -> None:
     assert not climbs
 
 
-def test_no_rows_past_live_and_rows_that_may_not_leave() -> None:
-    """A row that may not leave goes on beside those that do, and nobody is judged twice."""
+def test_rows_that_may_not_leave(climbs: list[Any]) -> None:
+    """A row that may not leave goes on where another one does."""
     model = tiny_models.shared("llama")
     exits = bands(model, -1.0)
     session = Session(bind(model), [4, 4], exits, kv="predict")
@@ -164,3 +164,73 @@ def test_no_rows_past_live_and_rows_that_may_not_leave() -> None:
     result = session.run([0, 1], [0, 0], tokens=tokens, may_leave=torch.tensor([False, True]))
     assert result.exit_layer.tolist() == [6, 1]
     assert result.work == [2, 1, 1, 1, 1, 1]
+    assert climbs == [(0, 6, [1, 3, 4], 1), (1, 6, [3, 4], 6)]
+
+
+CRITERIA = {"router": RouterScore, "probability": TopProbability, "margin": Margin, "entropy": Entropy}
+
+
+@pytest.mark.parametrize("head", ["norm", "full"])
+@pytest.mark.parametrize("kind", CRITERIA)
+def test_every_criterion_decides_inside_a_climb(kind: str, head: str, climbs: list[Any]) -> None:
+    """As the third of three boundaries, at the threshold that splits the rows best."""
+    model = tiny_models.shared("llama")
+    router = tiny_exits.filled(
+        Router(bind(model).hidden_size, 3, silu=False, stats=True), torch.Generator().manual_seed(12), 2.0
+    )
+    criterion = RouterScore(router) if kind == "router" else CRITERIA[kind]()
+    first = list(bands(model, 2.0))[:2]
+
+    def at(threshold: float) -> Exits:
+        last = tiny_exits.band(model, 4, LAYERS, criterion, head=head, threshold=threshold)
+        return tiny_exits.exits_of(model, *first, last).with_thresholds([2.0, 2.0, threshold])
+
+    def left(found: list[tuple[Result, Tensor]]) -> int:
+        return sum(int((result.exit_layer == 4).sum()) for result, _ in found)
+
+    low, high = -8.0, 2.0  # entropy's score is minus its nats
+    with apart():
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if left(decoded(model, at(middle), "predict", steps=1)) > 2 else (low, middle)
+        found = decoded(model, at(high), "predict")
+    assert 0 < left(found) < 3 * len(LENGTHS)
+    assert not climbs
+    same(decoded(model, at(high), "predict"), found)
+    assert any(stops == [1, 3, 4] and reached == 4 for _, _, stops, reached in climbs)
+
+
+def test_thresholds_and_heads_are_read_in_every_pass(climbs: list[Any]) -> None:
+    """A session lives long (an engine has one): what its own bands are told between passes counts, climbing or not."""
+    model = tiny_models.shared("llama")
+    exits = bands(model, 2.0)
+    session = Session(bind(model), [4, 4], exits, kv="predict")
+
+    def depths(step: int) -> list[int]:
+        result = session.run([0, 1], [step, step], tokens=torch.tensor([5 + step, 6]), step=[step, step])
+        return result.exit_layer.tolist()
+
+    assert depths(0) == [6, 6]
+    own = session.plan.bands
+    own[3].threshold = -1.0
+    assert depths(1) == [3, 3]
+    own[1].threshold, own[3].threshold = -math.inf, math.inf
+    assert depths(2) == [1, 1]
+    own[1].threshold = math.inf
+    assert depths(3) == [6, 6]
+    assert [stops for *_, stops, _ in climbs] == [[1, 3, 4], [1, 3, 4], [1, 4], [4]]
+
+
+def test_residuals_that_a_higher_boundary_compares_with(climbs: list[Any]) -> None:
+    """Saturation above a judged boundary wants the residuals there: nothing climbs past it."""
+    model = tiny_models.shared("llama")
+    exits = tiny_exits.exits_of(
+        model,
+        tiny_exits.band(model, 2, LAYERS, TopProbability(), threshold=2.0),
+        tiny_exits.band(model, 4, LAYERS, Saturation(), threshold=0.9),
+    )
+    together = decoded(model, exits, "predict")
+    assert not climbs
+    with apart():
+        same(together, decoded(model, exits, "predict"))
+    assert {4} <= {depth for result, _ in together for depth in result.exit_layer.tolist()}

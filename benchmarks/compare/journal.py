@@ -62,5 +62,5 @@ class Journal:
     def died(self, cell: tuple[str, int, int], name: str) -> bool:
         """Whether the process died in this system often enough to leave it out."""
         begun = len(self.of(cell, name, "begun"))
-        ended = sum(len(self.of(cell, name, kind)) for kind in ("stopped", "judged", "block", "failed"))
+        ended = sum(len(self.of(cell, name, kind)) for kind in ("stopped", "judged", "block", "served", "failed"))
         return begun - ended >= _DEATHS

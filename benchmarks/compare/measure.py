@@ -67,14 +67,14 @@ def measure(
         if journal.of(key, system.name, "judged") or journal.of(key, system.name, "failed"):
             continue
         say(f"{_title(key)}: judging {system.name}")
-        _attempt(journal, key, system, lambda system=system: _judge(journal, key, cell, system, reference))  # type: ignore[misc]
+        attempt(journal, key, system.name, lambda system=system: _judge(journal, key, cell, system, reference))  # type: ignore[misc]
     for repetition in range(effort.repetitions):
         round_begin = time.perf_counter()
         for system in systems:
             if journal.of(key, system.name, "failed") or len(journal.of(key, system.name, "block")) > repetition:
                 continue
             say(f"{_title(key)}: repetition {repetition + 1}, {system.name}")
-            _attempt(journal, key, system, lambda system=system: _block(journal, key, cell, system, reference, repetition))  # type: ignore[misc]  # noqa: B023
+            attempt(journal, key, system.name, lambda system=system: _block(journal, key, cell, system, reference, repetition))  # type: ignore[misc]  # noqa: B023
         now = time.perf_counter()
         if now - begin + (now - round_begin) > effort.seconds:
             for system in systems:
@@ -88,18 +88,18 @@ def _done(journal: Journal, key: Key, system: System, effort: Effort) -> bool:
     return len(journal.of(key, system.name, "block")) >= effort.repetitions
 
 
-def _attempt(journal: Journal, key: Key, system: System, run: Callable[[], None]) -> None:
+def attempt(journal: Journal, key: Key, name: str, run: Callable[[], None]) -> None:
     """One system's turn: whatever it raises is its reason, and the others go on."""
-    if journal.died(key, system.name):
-        journal.add(key, system.name, "failed", reason="the process died twice while this system ran (out of memory?)")
+    if journal.died(key, name):
+        journal.add(key, name, "failed", reason="the process died twice while this system ran (out of memory?)")
         return
-    journal.add(key, system.name, "begun")
+    journal.add(key, name, "begun")
     try:
         run()
     except Exception as error:
-        journal.add(key, system.name, "failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:2000])
+        journal.add(key, name, "failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:2000])
     except BaseException:
-        journal.add(key, system.name, "stopped")
+        journal.add(key, name, "stopped")
         raise
 
 

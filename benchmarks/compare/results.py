@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compare.completion import Serving
 from compare.journal import Journal
 from compare.measure import Key
 from compare.system import System
@@ -92,17 +93,21 @@ def compared(journal: Journal, key: Key, system: System, new_tokens: int, prompt
     )
 
 
-def not_run(journal: Journal, systems: Iterable[System]) -> list[dict[str, Any]]:
+def not_run(journal: Journal, systems: Iterable[System | Serving]) -> list[dict[str, Any]]:
     """Configurations that could not run or stopped running, with their reasons."""
     names = {system.name: system for system in systems}
     return [
         {
-            "system": names[event["name"]].system, "mode": names[event["name"]].mode, "dtype": event["cell"][0],
+            "system": names[event["name"]].system, "mode": _mode(names[event["name"]]), "dtype": event["cell"][0],
             "batch": event["cell"][1], "context": event["cell"][2], "reason": event["reason"],
         }
         for event in journal.events
         if event["kind"] == "failed" and event["name"] in names
     ]  # fmt: skip
+
+
+def _mode(system: System | Serving) -> str:
+    return f"{system.mode}, over slots" if isinstance(system, Serving) else system.mode
 
 
 def raw(journal: Journal) -> list[dict[str, Any]]:

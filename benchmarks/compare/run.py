@@ -93,10 +93,17 @@ def compare(
 
             def load(slots: int) -> completion.Load:
                 subject = loaded(serving.dtype)
-                prompts = subject.cell(2 * slots, serving.context, new_tokens).prompts
+                prompts = subject.cell(completion.requests_of(slots), serving.context, new_tokens).prompts
                 return completion.Load.of(subject.model, subject.exits, prompts, slots, new_tokens)
 
-            results.write(folder, machine, journal, rows, failed, completion.measure(journal, serving, load, say))
+            def write() -> None:
+                failed = results.not_run(journal, [*systems, *serving.systems])
+                results.write(folder, machine, journal, rows, failed, completion.rows(journal, serving))
+
+            for system in systems:  # a peer that waits for its next question holds memory, and maybe a thread
+                system.close()
+            completion.measure(journal, serving, load, write, say)
+            write()
     finally:
         for system in systems:
             system.close()
@@ -164,14 +171,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="batches 1,16, context 128, bfloat16, no vllm: ten minutes")
-    parser.add_argument("--cells", type=_cells, nargs="+", metavar="DTYPE:CONTEXT:BATCHES", help="instead of the next three")
+    parser.add_argument(
+        "--cells",
+        type=_cells,
+        nargs="+",
+        metavar="DTYPE:CONTEXT:BATCHES",
+        help="instead of the next three; a later call with other cells replaces the tables, the journal keeps all",
+    )
     parser.add_argument("--batches", type=_ints)
     parser.add_argument("--contexts", type=_ints, help="prompt and new tokens")
     parser.add_argument("--dtypes", type=lambda text: text.split(","))
     parser.add_argument(
         "--systems", type=lambda text: text.split(","), help="systems or modes; agreement is always with full depth"
     )
-    parser.add_argument("--slots", type=_ints, help="requests at once where completion times are measured; 0: not at all")
+    parser.add_argument(
+        "--slots", type=_ints,
+        help="requests at once where completion times are measured, in the first dtype and the shortest context; 0: not at all",
+    )  # fmt: skip
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--new-tokens", type=int, help="64; 32 with --quick")
     parser.add_argument("--minutes", type=float, help="per cell, after which no further repetition starts; one always runs")

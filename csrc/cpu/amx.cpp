@@ -29,9 +29,6 @@ bool ask_for_amx() {
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 
-// Steps of 32 channels whose two panels of weights (2 KiB a step) stay in the first-level cache beside rows that pass.
-constexpr int64_t kStretch = 10;
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -63,30 +60,16 @@ DYN_AMX_TARGET inline void transpose(const float* from, float* to) {
   }
 }
 
-// Steps [begin, end) of `depth` tiles of channels. The first ones start at zero; others go on from sums that were left
-// as tiles hold them, and the last ones leave them in the caller's order.
-struct Stretch {
-  int64_t begin, end, depth;
-};
-
 // Tile registers are named at compile time: 0..3 sums [panel][row tile], 4..5 weights, 6..7 rows.
 template <int kPanels, int kTiles>
-DYN_AMX_TARGET inline void multiply(const uint32_t* tiles, int64_t tile_stride, const Stretch& stretch_of_depth,
+DYN_AMX_TARGET inline void multiply(const uint32_t* tiles, int64_t tile_stride, int64_t depth,
                                     const BFloat16* const* panels, int64_t stride, Ahead& ahead, float* sums,
                                     int64_t panel_sums) {
-  const auto [begin, end, depth] = stretch_of_depth;
-  if (begin == 0) {
-    _tile_zero(0);
-    if constexpr (kTiles == 2) _tile_zero(1);
-    if constexpr (kPanels == 2) _tile_zero(2);
-    if constexpr (kPanels == 2 && kTiles == 2) _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, 64);
-    if constexpr (kTiles == 2) _tile_loadd(1, sums + 256, 64);
-    if constexpr (kPanels == 2) _tile_loadd(2, sums + panel_sums, 64);
-    if constexpr (kPanels == 2 && kTiles == 2) _tile_loadd(3, sums + panel_sums + 256, 64);
-  }
-  for (int64_t k = begin; k < end; ++k) {
+  _tile_zero(0);
+  if constexpr (kTiles == 2) _tile_zero(1);
+  if constexpr (kPanels == 2) _tile_zero(2);
+  if constexpr (kPanels == 2 && kTiles == 2) _tile_zero(3);
+  for (int64_t k = 0; k < depth; ++k) {
     const int64_t at = k * kTileDepth;
     _tile_loadd(4, panels[0] + at, stride * 2);
     if constexpr (kPanels == 2) _tile_loadd(5, panels[1] + at, stride * 2);
@@ -102,13 +85,6 @@ DYN_AMX_TARGET inline void multiply(const uint32_t* tiles, int64_t tile_stride, 
     if constexpr (kTiles == 2) _tile_dpbf16ps(1, 4, 7);
     if constexpr (kPanels == 2) _tile_dpbf16ps(2, 5, 6);
     if constexpr (kPanels == 2 && kTiles == 2) _tile_dpbf16ps(3, 5, 7);
-  }
-  if (end < depth) {
-    _tile_stored(0, sums, 64);
-    if constexpr (kTiles == 2) _tile_stored(1, sums + 256, 64);
-    if constexpr (kPanels == 2) _tile_stored(2, sums + panel_sums, 64);
-    if constexpr (kPanels == 2 && kTiles == 2) _tile_stored(3, sums + panel_sums + 256, 64);
-    return;
   }
   alignas(64) float square[256];
   _tile_stored(0, square, 64);
@@ -131,17 +107,12 @@ template <int kPanels>
 DYN_AMX_TARGET void all_rows(const uint32_t* tiles, int64_t row_tiles, int64_t width, const BFloat16* const* panels,
                              int64_t stride, Ahead& ahead, float* sums) {
   const int64_t depth = width / kTileDepth, tile_stride = depth * kTileWords, panel_sums = row_tiles * 256;
-  // With many rows the channels are cut so that the panels' part stays in the first-level cache while rows pass by.
-  const int64_t stretches = row_tiles <= 2 ? 1 : (depth + kStretch - 1) / kStretch;
-  for (int64_t at = 0; at < stretches; ++at) {
-    const Stretch stretch{depth * at / stretches, depth * (at + 1) / stretches, depth};
-    for (int64_t tile = 0; tile < row_tiles; tile += 2) {
-      const uint32_t* x = tiles + tile * tile_stride;
-      if (tile + 1 < row_tiles)
-        multiply<kPanels, 2>(x, tile_stride, stretch, panels, stride, ahead, sums + tile * 256, panel_sums);
-      else
-        multiply<kPanels, 1>(x, tile_stride, stretch, panels, stride, ahead, sums + tile * 256, panel_sums);
-    }
+  for (int64_t tile = 0; tile < row_tiles; tile += 2) {
+    const uint32_t* x = tiles + tile * tile_stride;
+    if (tile + 1 < row_tiles)
+      multiply<kPanels, 2>(x, tile_stride, depth, panels, stride, ahead, sums + tile * 256, panel_sums);
+    else
+      multiply<kPanels, 1>(x, tile_stride, depth, panels, stride, ahead, sums + tile * 256, panel_sums);
   }
 }
 

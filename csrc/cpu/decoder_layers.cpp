@@ -330,8 +330,14 @@ std::tuple<int64_t, Tensor, Tensor> climb_layers(const Tensor& hidden, const Ten
   const int64_t total = may_leave.size(0);
   STD_TORCH_CHECK(may_leave.is_contiguous() && total >= live && hidden.size(0) >= live && live > 0,
                   "climb_layers: wanted live rows, and may_leave of every row");
-  STD_TORCH_CHECK(judge_facts.size() % kGateFacts == 0 && judge_numbers.size() == judge_facts.size(),
+  const size_t judges = judge_facts.size() / kGateFacts;
+  STD_TORCH_CHECK(judge_facts.size() == judges * kGateFacts && judge_numbers.size() == judges * kGateNumbers,
                   "climb_layers: wanted facts and numbers of every judge");
+  for (size_t at = 0; at < judges; ++at) {
+    const int64_t after = judge_facts[at * kGateFacts], before = at == 0 ? 0 : judge_facts[(at - 1) * kGateFacts];
+    STD_TORCH_CHECK(after > before && after < static_cast<int64_t>(windows.size()),
+                    "climb_layers: wanted judges between layers, in their order, got one after layer ", after);
+  }
   Tensor scores = torch::stable::new_empty(hidden, {live}, ScalarType::Float);
   Tensor state = torch::stable::new_empty(hidden, {total}, ScalarType::Char);
   Tensor ready = torch::stable::new_empty(hidden, {live, hidden.size(1)});

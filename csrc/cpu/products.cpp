@@ -160,7 +160,7 @@ void multiply(const Operand<T>& x, const std::vector<Product<T>>& products, cons
   std::atomic<int64_t> taken{workers};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<float> sums;
-    if (static_cast<int64_t>(sums.size()) < 2 * size) sums.resize(2 * size);
+    if (vectors && static_cast<int64_t>(sums.size()) < 2 * size) sums.resize(2 * size);
     const bool tiled = kTiled<T> && x.tiles() != nullptr;
     if (tiled) amx_begin();
     for (int64_t worker = begin; worker < end; ++worker) {

@@ -346,9 +346,14 @@ class DynamicEncoder:
 
 
 @functools.lru_cache(maxsize=128)
+def _one(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives whoever asked first
+        return torch.full((1,), value, dtype=dtype, device=device)
+
+
 def _filled(count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[count] times `value`, to be read only. Between layers, making a tensor costs as much as judging does."""
-    return torch.full((count,), value, dtype=dtype, device=device)
+    """[count] times `value`; who writes into it gets an error. Making a tensor between layers costs as much as judging does."""
+    return _one(value, dtype, device).expand(count)
 
 
 def assembled(departures: Sequence[Departure], n: int, per_token: bool) -> tuple[Tensor, Tensor]:

@@ -40,14 +40,14 @@ class Samples:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     #: What follows from `lengths`, worked out once for all layers that they pass.
     known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    #: Pooled residuals, [n, d] by pooling: a criterion and its head read the same ones.
+    #: Pooled residuals, [n, d] by pooling (a criterion and its head read the same ones), and what they were made of.
     read: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.known.get("lengths") is not self.lengths:
             self.known = {"lengths": self.lengths}
-        if self.read.get("hidden") is not self.hidden:
-            self.read = {"hidden": self.hidden}
+        if self.read.get("hidden") is not self.hidden or self.read.get("lengths") is not self.lengths:
+            self.read = {"hidden": self.hidden, "lengths": self.lengths}
 
     def fact(self, name: str, work_out: Callable[[], Any]) -> Any:
         """Something that follows from `lengths` alone; worked out on the first call."""
@@ -113,6 +113,8 @@ class Samples:
 
     def pooled(self, how: str = "first") -> Tensor:
         """[n, d], one vector per sample, in the dtype of the residuals; sums are fp32."""
+        if how not in POOLINGS:
+            raise ArgumentError(f"samples: pooling must be one of {', '.join(POOLINGS)}, got {how!r}")
         if torch.is_grad_enabled():  # what one caller differentiates another may want without a graph
             return self._pooled(how)
         if how not in self.read:
@@ -124,9 +126,7 @@ class Samples:
             return self.first()[:, 0]
         if how == "mean":
             return self.reduce(self.tokens()).to(self.hidden.dtype)
-        if how == "max":
-            return self.padded().masked_fill(~self.keep()[..., None], -torch.inf).amax(1)
-        raise ArgumentError(f"samples: pooling must be one of {', '.join(POOLINGS)}, got {how!r}")
+        return self.padded().masked_fill(~self.keep()[..., None], -torch.inf).amax(1)
 
     def reduce(self, values: Tensor) -> Tensor:
         """Means over each sample's tokens: values [tokens, ...] -> fp32 [n, ...]."""

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dyndepth.exits import Band
 from dyndepth.runtime import judge
+from dyndepth.runtime.judge import Judge
 from dyndepth.runtime.layer import Context
 from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.rows import Rows
 from dyndepth.runtime.stack import Stack
 
-_apart: ContextVar[bool] = ContextVar("dyndepth_apart", default=False)
+#: Who wants spans apart now, in any thread: timers time the process.
+_wishes: list[object] = []
 
 
 @contextmanager
 def apart() -> Iterator[None]:
     """Within, spans of layers and judgements are calls of their own, so that each can be timed. The results are the same."""
-    token = _apart.set(True)
+    wish = object()
+    _wishes.append(wish)
     try:
         yield
     finally:
-        _apart.reset(token)
+        _wishes.remove(wish)
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,8 @@ class Climb:
     stops: list[int]
     stack: Stack
     weights: list[Tensor]
-    tensors: list[Tensor]
-    facts: list[int]
-    numbers: list[float]
+    #: Per stop its judge and band: thresholds and heads may change between passes, and are read in each.
+    judges: list[tuple[Judge, Band]]
 
     def run(self, rows: Rows, carried: int, context: Context) -> tuple[int, tuple[Tensor, Tensor] | None]:
         """Rows `[0, live)` go up, rows `[live, carried)` get their K,V.
@@ -61,9 +63,15 @@ class Climb:
         if not self.stops:
             torch.ops.dyndepth_cpp.decoder_layers(*shared)
             return end, None
-        number, state, ready = torch.ops.dyndepth_cpp.climb_layers(
-            *shared, self.tensors, self.facts, self.numbers, rows.may_leave
-        )
+        tensors: list[Tensor] = []
+        facts: list[int] = []
+        numbers: list[float] = []
+        for stop, (judging, band) in zip(self.stops, self.judges, strict=True):
+            own_tensors, own_facts, own_numbers = judging.parts()
+            tensors += own_tensors
+            facts += (stop - begin, *own_facts)
+            numbers += (*own_numbers, float(band.threshold))
+        number, state, ready = torch.ops.dyndepth_cpp.climb_layers(*shared, tensors, facts, numbers, rows.may_leave)
         return (end, None) if number < 0 else (self.stops[number], (state, ready))
 
 
@@ -73,7 +81,7 @@ def allowed(plan: Plan) -> bool:
     return (
         not isinstance(stack, str)
         and not (plan.voting or plan.observed or plan.previous_wanted)
-        and not _apart.get()
+        and not _wishes
         and stack.usable()
         and judge.usable()
     )
@@ -81,20 +89,18 @@ def allowed(plan: Plan) -> bool:
 
 def climb_of(plan: Plan, begin: int, limit: int) -> Climb:
     """From boundary `begin` as high as C++ can take the rows alone, at most to `limit`. Made once per plan."""
-    key = begin, limit, plan.open, plan.depth is None  # plans that differ in these share what they made
+    shut = tuple(plan.closed(band) for band in plan.bands.values())
+    key = begin, limit, plan.open, plan.depth is None, shut  # plans that differ in these share what they made
     if key not in plan.climbs:
         plan.climbs[key] = _made(plan, begin, limit)
-    found: Climb = plan.climbs[key]
-    return found
+    return plan.climbs[key]
 
 
 def _made(plan: Plan, begin: int, limit: int) -> Climb:
     stack = plan.model.stack
     assert isinstance(stack, Stack)
     stops: list[int] = []
-    tensors: list[Tensor] = []
-    facts: list[int] = []
-    numbers: list[float] = []
+    judges: list[tuple[Judge, Band]] = []
     end = limit
     for stop in plan.stops:
         band = plan.bands.get(stop)
@@ -111,9 +117,6 @@ def _made(plan: Plan, begin: int, limit: int) -> Climb:
             end = stop
             break
         stops.append(stop)
-        own_tensors, own_facts, own_numbers = found.parts()
-        tensors += own_tensors
-        facts += [stop - begin, *own_facts]
-        numbers += [*own_numbers, float(band.threshold)]
+        judges.append((found, band))
     weights = [tensor for layer in stack.weights[begin:end] for tensor in layer]
-    return Climb(begin, end, stops, stack, weights, tensors, facts, numbers)
+    return Climb(begin, end, stops, stack, weights, judges)

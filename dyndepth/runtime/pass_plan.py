@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from dyndepth.runtime.bind import Model
 from dyndepth.runtime.block import Block
 from dyndepth.runtime.judge import Judge, judge_of, usable
 from dyndepth.runtime.propagate import Propagation
+
+if TYPE_CHECKING:
+    from dyndepth.runtime.climb import Climb
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ class Plan:
     #: Judges by boundary, None where judging goes op by op; filled on first use.
     judges: dict[int, Judge | None] = field(default_factory=dict)
     #: dyndepth.runtime.climb's, by where they begin, at most end, and what of a plan they depend on; filled on first use.
-    climbs: dict[tuple[int, int, bool, bool], Any] = field(default_factory=dict)
-    #: Answers of `closed` by boundary; thresholds do not change while a plan lives.
-    shut: dict[int, bool] = field(default_factory=dict)
+    climbs: dict[tuple[int, int, bool, bool, tuple[bool, ...]], Climb] = field(default_factory=dict)
+    #: Answers of `closed` by boundary and threshold.
+    shut: dict[tuple[int, float], bool] = field(default_factory=dict)
 
     @functools.cached_property
     def bands(self) -> dict[int, Band]:
@@ -81,9 +84,10 @@ class Plan:
 
     def closed(self, band: Band) -> bool:
         """No row can leave here, and judging it would tell later boundaries nothing."""
-        if band.leave not in self.shut:
-            self.shut[band.leave] = self._closed(band)
-        return self.shut[band.leave]
+        key = band.leave, math.inf if band.threshold == math.inf else 0.0  # whether it is infinite is all that counts
+        if key not in self.shut:
+            self.shut[key] = self._closed(band)
+        return self.shut[key]
 
     def _closed(self, band: Band) -> bool:
         shut = band.criterion.kind == "never" or (band.criterion.scored and band.threshold == math.inf)
