@@ -227,7 +227,7 @@ def test_residuals_that_a_higher_boundary_compares_with(climbs: list[Any]) -> No
     exits = tiny_exits.exits_of(
         model,
         tiny_exits.band(model, 2, LAYERS, TopProbability(), threshold=2.0),
-        tiny_exits.band(model, 4, LAYERS, Saturation(), threshold=0.9),
+        tiny_exits.band(model, 4, LAYERS, Saturation(), threshold=0.5),
     )
     together = decoded(model, exits, "predict")
     assert not climbs
