@@ -14,6 +14,7 @@ import dyndepth
 from dyndepth.errors import ArgumentError
 from dyndepth.ops import _cpp
 from dyndepth.runtime.bind import bind
+from dyndepth.runtime.climb import Climb
 from dyndepth.runtime.session import Session
 from dyndepth.runtime.stack import Stack
 
@@ -252,14 +253,20 @@ def test_other_activations(activation: str) -> None:
 
 
 def _count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A 1 per call of C++ that runs layers: a climb, or a span of its own."""
     calls: list[int] = []
-    original = Stack.run
 
-    def counted(*given: Any) -> None:
-        calls.append(1)
-        original(*given)
+    def counting(owner: type) -> None:
+        original = owner.run  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(Stack, "run", counted)
+        def counted(*given: Any) -> Any:
+            calls.append(1)
+            return original(*given)
+
+        monkeypatch.setattr(owner, "run", counted)
+
+    counting(Stack)
+    counting(Climb)
     return calls
 
 
