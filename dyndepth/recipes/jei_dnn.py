@@ -86,7 +86,7 @@ def train(
     places = [None if folder is None else Path(folder) / name for name in ("warmup", "phases")]
     if warmup:
         first = replace(config, updates=warmup, lr=config.lr if warmup_lr is None else warmup_lr)
-        loss = JointExitLoss(exits, costs(model, exits), trade, warmup=warmup)
+        loss = JointExitLoss(exits, costs(model, exits), trade, warmup=warmup, scale=scale)
         exits = train_encoder(model, exits, inputs, labels, loss, config=first, validation=validation, folder=places[0]).exits
     loss = JointExitLoss(exits, costs(model, exits), trade, warmup=0, every=every, scale=scale)
     return train_encoder(
