@@ -6,7 +6,8 @@
 
 The first writes FOLDER/encoder_speech.json; the others, on a quiet machine, add samples per second to it. Needs espeak-ng.
 Phrases are spoken by voices that training never heard. The threshold at which speed is measured is chosen on the demo's
-calibration phrases; all other figures are of its test phrases. A second call of the first keeps the speeds.
+calibration phrases; all other figures are of its test phrases. A second call of the first keeps the speeds of thresholds that
+it chooses again. A criterion's speeds are a run of their own, whose machine stands beside them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from train_speech_demo import BATCH
 
 from dyndepth import info
 from dyndepth.demo.tasks import espeak, speech, speech_model
@@ -102,16 +104,21 @@ def errors_and_work(model: Any, exits: SampleExits, texts: list[str], sounds: li
     }
 
 
+def chosen(found: dict[str, Any], criterion: str) -> float:
+    """The freest threshold of a criterion that costs at most spare_wer on the calibration phrases."""
+    most = found["full"]["calibration"]["wer"] + found["spare_wer"]
+    within = [row for row in found["sweep"] if row["criterion"] == criterion and row["calibration"]["wer"] <= most]
+    return float(min(within, key=lambda row: row["calibration"]["samples_x_layers"])["threshold"])
+
+
 def speed(
-    criterion: str, found: dict[str, Any], model: Any, exits: SampleExits, texts: list[str], sounds: list[Any]
+    criterion: str, threshold: float, model: Any, exits: SampleExits, texts: list[str], sounds: list[Any]
 ) -> list[dict[str, Any]]:
-    """Every way by batch size, at the freest threshold of a criterion that costs at most SPARE on the calibration phrases."""
-    most = found["full"]["calibration"]["wer"] + SPARE
-    within = [r for r in found["sweep"] if r["criterion"] == criterion and r["calibration"]["wer"] <= most]
-    chosen = min(within, key=lambda row: row["calibration"]["samples_x_layers"])["threshold"]
-    problem = speech.problem_of(DynamicEncoder(model, asr.judged_by(exits, criterion, chosen)), texts, sounds)
+    """Every way by batch size."""
+    problem = speech.problem_of(DynamicEncoder(model, asr.judged_by(exits, criterion, threshold)), texts, sounds)
     return [
-        {"criterion": criterion, "threshold": chosen, **asdict(row)} for row in measure(problem, SIZES[criterion], REPETITIONS)
+        {"criterion": criterion, "threshold": threshold, **asdict(row)}
+        for row in measure(problem, SIZES[criterion], REPETITIONS)
     ]
 
 
@@ -127,13 +134,16 @@ def main() -> None:
     if given.speed:
         found = json.loads(path.read_text())
         rows = [row for row in found.get("rows", []) if row["criterion"] != given.speed]
-        found["rows"] = rows + speed(given.speed, found, model, exits, texts, sounds)
-        found |= {"threads": torch.get_num_threads(), "repetitions": REPETITIONS, "machine": info.collect()}
+        found["rows"] = rows + speed(given.speed, chosen(found, given.speed), model, exits, texts, sounds)
+        run = {"threads": torch.get_num_threads(), "repetitions": REPETITIONS, "machine": info.collect()}
+        found["speed"] = found.get("speed", {}) | {given.speed: run}
     else:
-        # Speeds that were measured before stay: every row names its threshold.
         before = json.loads(path.read_text()) if path.exists() else {}
         found = errors_and_work(model, exits, texts, sounds)
-        found |= {name: before[name] for name in ("rows", "threads", "repetitions") if name in before}
+        found["rows"] = [row for row in before.get("rows", []) if row["threshold"] == chosen(found, row["criterion"])]
+        kept = {row["criterion"] for row in found["rows"]}
+        found["speed"] = {name: run for name, run in before.get("speed", {}).items() if name in kept}
+    found["training"] = {"steps": exits.record["steps"], "batch": BATCH}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
 

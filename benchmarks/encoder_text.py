@@ -2,13 +2,14 @@
 
 MiniLM (6 layers) on Reuters R52, both from packages of PyPI (dyndepth.demo.tasks.reuters). First with the model frozen as
 published, where only heads and judges learn (minutes); then the recipes whose papers train the model too (`--with-model`, an
-hour or two on two cores), from the exits of the frozen model on, so that they do not begin by undoing what the model knows.
-DynamicEncoder runs at several settings over the held-out documents, where the table of systems chooses between them, and over
-the test set, which nothing is tuned on.
+hour or two on two cores): DeeBERT with fresh exits, as its paper does; PABEE and PALBERT from the exits of the frozen model on,
+so that they do not begin by undoing what the model knows; COST-EFF from DeeBERT's model. DynamicEncoder runs at several
+settings over the held-out documents, where the table of systems chooses between them, and over the test set, which nothing is
+tuned on.
 
 The folder keeps models and checkpoints, so that a second call (or one after a kill) goes on; `encoder_text.json` there grows.
-`--updates` and `--stage` shorten what trains the model; what is already in the folder stays, and every row says how long its
-model was trained.
+`--updates` and `--stage` change how long the model is trained; what is already in the folder stays, and every row says how long
+its model was trained and from what.
 """
 
 from __future__ import annotations
@@ -34,10 +35,15 @@ from dyndepth.training.encoder_states import Inputs, PooledStates
 from dyndepth.training.encoder_trainer import EncoderConfig
 
 BATCH = 32
-#: Updates that train the model, of one stage of COST-EFF's several, and of exits on a model that stays.
-UPDATES, STAGE, ON_FROZEN = 200, 100, 1000
-#: What exits are when the model begins to learn; of COST-EFF's first stage, model and exits.
-STARTED, COPIED = "the frozen model's exits", "a copy of DeeBERT's model"
+#: Updates that train the model with its exits: few, for two cores. Fresh exits take more, to make up for what they do to it.
+UPDATES = {"deebert": 200, "pabee": 80, "palbert": 80}
+#: Updates of one stage of COST-EFF's several, and of exits on a model that stays.
+STAGE, ON_FROZEN = 40, 1000
+#: What a training of the model begins with.
+STARTED = {
+    "deebert": "fresh exits", "pabee": "the frozen model's exits", "palbert": "the frozen model's exits",
+    "costeff-assistant": "a copy of DeeBERT's model", "costeff": "the assistant",
+}  # fmt: skip
 #: Rates of the model and of exits.
 BASE_LR, LR = 1e-4, 1e-3
 #: Documents of the published test set that are answered, its first ones.
@@ -66,7 +72,7 @@ class Data:
         return self.held, self.held_labels
 
 
-def settings(updates: int = UPDATES, **changes: Any) -> EncoderConfig:
+def settings(updates: int, **changes: Any) -> EncoderConfig:
     """Of training with the model; every hundred updates a checkpoint."""
     options: dict[str, Any] = {
         "updates": updates, "batch": BATCH, "lr": LR, "base_lr": BASE_LR, "precision": "bf16", "evaluate_every": 100,
@@ -86,8 +92,9 @@ def frozen(**changes: Any) -> EncoderConfig:
 class Bench:
     """The systems, each trained once and kept in the folder."""
 
-    def __init__(self, folder: Path, updates: int = UPDATES, stage: int = STAGE) -> None:
-        self.folder, self.updates, self.stage = folder, updates, stage
+    def __init__(self, folder: Path, updates: int | None = None, stage: int = STAGE) -> None:
+        self.folder, self.stage = folder, stage
+        self.updates = {name: own if updates is None else updates for name, own in UPDATES.items()}
         found = reuters.documents()
         _, tokenizer = reuters.minilm()
         test = reuters.Split(found.test.texts[:TEST], found.test.labels[:TEST])
@@ -110,16 +117,15 @@ class Bench:
 
     def kept(self, name: str, with_model: bool, make: Callable[[Path], Trained]) -> Trained:
         """Read from the folder, or made and written there."""
-        name += "-model" if with_model else ""
-        place = self.folder / name
+        place = self.folder / (f"{name}-model" if with_model else name)
         if not (place / "exits" / "exits.json").exists():
-            print(f"training {name}", flush=True)
+            print(f"training {place.name}", flush=True)
             torch.manual_seed(0)
             model, exits = make(place)
             place.mkdir(parents=True, exist_ok=True)
-            costly = name.startswith("costeff")
-            told = {"updates": self.stage if costly else self.updates, "started": COPIED if costly else STARTED}
-            (place / "training.json").write_text(json.dumps(told) + "\n")
+            if with_model:
+                told = {"updates": self.updates.get(name, self.stage), "started": STARTED[name]}
+                (place / "training.json").write_text(json.dumps(told) + "\n")
             costeff.save(model, place / "model")
             exits.save_pretrained(place / "exits")
         return costeff.load(place / "model"), SampleExits.from_pretrained(place / "exits")
@@ -128,9 +134,7 @@ class Bench:
         def make(place: Path) -> Trained:
             model, _ = reuters.minilm()
             exits = deebert.exits(model, self.data.topics, pooling="mean")
-            if with_model:
-                exits.load_state_dict(self.deebert(False)[1].state_dict())
-            first = settings(self.updates) if with_model else frozen()
+            first = settings(self.updates["deebert"]) if with_model else frozen()
             inputs, validation = self.splits(with_model)
             return model, deebert.train(
                 model, exits, inputs, self.data.train_labels, first=first, second=frozen(), validation=validation,
@@ -141,6 +145,7 @@ class Bench:
 
     def joint(self, recipe: Any, with_model: bool) -> Trained:
         """PABEE or PALBERT."""
+        name = recipe.__name__.rpartition(".")[2]
 
         def make(place: Path) -> Trained:
             model, _ = reuters.minilm()
@@ -150,11 +155,11 @@ class Bench:
             inputs, validation = self.splits(with_model)
             more = {"rate": PRIOR} if recipe is palbert else {}
             return model, recipe.train(
-                model, exits, inputs, self.data.train_labels, config=settings(self.updates) if with_model else frozen(),
+                model, exits, inputs, self.data.train_labels, config=settings(self.updates[name]) if with_model else frozen(),
                 validation=validation, folder=place / "run", **more,
             )  # fmt: skip
 
-        return self.kept(recipe.__name__.rpartition(".")[2], with_model, make)
+        return self.kept(name, with_model, make)
 
     def jei_dnn(self, trade: float) -> Trained:
         """One training per price of cost; the model is frozen in the paper too."""
@@ -196,7 +201,7 @@ class Bench:
         return wide, self.kept("costeff", True, slender)
 
     def training_of(self, system: str) -> dict[str, Any]:
-        """Updates that trained a system's model (of COST-EFF, in each stage), and the exits it started from."""
+        """Updates that trained a system's model (of COST-EFF, in each stage), and what they began with."""
         place = {"COST-EFF, assistant": "costeff-assistant", "EERO": "deebert"}.get(system, system.lower().replace("-", ""))
         return dict(json.loads((self.folder / f"{place}-model" / "training.json").read_text()))
 
@@ -252,7 +257,11 @@ ABOUT = {
         "one classifier, one lambda head",
         "MiniLM; no layer embedding; prior of rate 0.2",
     ),
-    "JEI-DNN": ("gates that learn with their exits", "frozen model, linear modules", "AdamW, not SGD; text, not images"),
+    "JEI-DNN": (
+        "gates that learn with their exits",
+        "frozen model, linear modules",
+        "AdamW, not SGD; text, not images; one factor per batch in the modules' loss, not per sample; a warm-up run of its own",
+    ),
     "COST-EFF": (
         "narrow layers and exits, distilled",
         "half of the heads and neurons, embedding of rank 192 (of 384), two steps",
@@ -309,8 +318,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/encoder-text"))
     parser.add_argument("--with-model", action="store_true", help="the recipes that train the model, too")
-    parser.add_argument("--updates", type=int, default=UPDATES, help="that train the model")
-    parser.add_argument("--stage", type=int, default=STAGE, help="updates of each of COST-EFF's stages")
+    parser.add_argument("--updates", type=int, help=f"that train the model with its exits; {UPDATES} by default")
+    parser.add_argument("--stage", type=int, default=STAGE, help=f"updates of each of COST-EFF's stages, {STAGE} by default")
     given = parser.parse_args()
     folder, with_model = given.folder, given.with_model
     folder.mkdir(parents=True, exist_ok=True)

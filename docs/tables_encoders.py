@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from table_parts import header
+from table_parts import header, machine
 
 
 def encoder_layouts(results: Path) -> str:
@@ -36,20 +36,24 @@ def encoder_speech(results: Path) -> str:
             f"| {row['criterion']} | {row['threshold']:g} | {row['samples_x_layers']:.1%} | {row['wer']:.1%} "
             f"| {row['cer']:.1%} | {row['same_text']:.1%} |"
         )
-    lines += ["", *header("criterion", "batch", "way", "phrases/s (p10–p90)", "samples × layers", "WER")]
+    lines += ["", *header("block", "batch", "way", "phrases/s (p10–p90)", "samples × layers", "WER")]
     for row in found["rows"]:
         lines.append(
             f"| {row['criterion']} {row['threshold']:g} | {row['batch']} | {row['system']}, {row['mode']} "
             f"| {row['samples_per_s_median']:.1f} ({row['samples_per_s_p10']:.1f}–{row['samples_per_s_p90']:.1f}) "
             f"| {row['samples_x_layers']:.1%} | {row['quality']:.1%} |"
         )
-    cpu = found["machine"]["cpu"]
     chosen = ", ".join(f"{row['criterion']} {row['threshold']:g}" for row in chosen_on_calibration(found).values())
+    runs = "; ".join(
+        f"{criterion} on {run['threads']} threads, {run['repetitions']} repetitions in turn, {machine(run)[:-1]}"
+        for criterion, run in found["speed"].items()
+    )
     text = (
         f"{found['phrases']} phrases, {found['seconds_of_speech']:.0f} s of speech, {found['parameters'] / 1e6:.2f} M "
-        f"parameters; {found['threads']} threads, {cpu['name']} ({cpu['capability']}). Speed is at the threshold in "
-        f"its row. Chosen on other phrases of these voices, the least work with a WER at most {found['spare_wer'] * 100:.0f} "
-        f"points above full depth's there: {chosen}. transformers' batch reads padding, hence its WER."
+        f"parameters, trained for {found['training']['steps']} steps of {found['training']['batch']} phrases. Speed is at the "
+        f"threshold chosen on other phrases of these voices, the least work with a WER at most {found['spare_wer'] * 100:.0f} "
+        f"points above full depth's there: {chosen}. Compare speeds only within a block: each was measured in a run of its own "
+        f"({runs}). transformers' batch reads padding, hence its WER."
     )
     return "\n".join([*lines, "", text, ""])
 

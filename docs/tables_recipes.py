@@ -23,8 +23,9 @@ def mue(results: Path) -> str:
     text = (
         f"{found['model']}, trained for {found['steps']} steps of {found['batch']}; {found['data']}; {found['questions']} "
         f"questions on {pictures['test']} test pictures. Thresholds are chosen on {pictures['choose']} others: image, then "
-        "text, then decoder, each the lowest that keeps the share of full depth's accuracy there. Layers: share of samples × "
-        "layers, in the decoder of tokens × layers."
+        f"text, then decoder, each loosened from {max(found['levels']):g} to {min(found['levels']):g} at the most as long as "
+        "it keeps the share of full depth's accuracy there. Layers: share of samples × layers, in the decoder of tokens × "
+        "layers."
     )
     return "\n".join([*lines, "", text, ""])
 
@@ -39,20 +40,23 @@ def dynamax(results: Path) -> str:
                 f"| {kind} | {leave} of {found['layers']} | {one['safe']:.1%} | {one['log_loss']:.3f} "
                 f"| {one['log_loss_of_constant']:.3f} |"
             )
-    lines += ["", *header("agreement asked for", "classifier", "skipped states", "agreement", "rows × layers",
-                           "the text's own token", "loss, nats")]  # fmt: skip
+    lines += ["", *header("agreement asked for", "classifier", "skipped states", "threshold", "agreement reached",
+                           "rows × layers", "states updated", "the text's own token", "loss, nats")]  # fmt: skip
     for row in sorted(found["rows"], key=lambda row: -row["wanted"]):
+        limit = "none found" if row["threshold"] is None else f"{row['threshold']:.3f}"
         lines.append(
-            f"| {row['wanted']:.0%} | {row['kind']} | {row['policy']} | {row['agreement']:.1%} | {row['rows_x_layers']:.1%} "
-            f"| {row['accuracy']:.1%} | {row['loss']:.3f} |"
+            f"| {row['wanted']:.0%} | {row['kind']} | {row['policy']} | {limit} | {row['agreement']:.1%} "
+            f"| {row['rows_x_layers']:.1%} | {row['states_updated']:.1%} | {row['accuracy']:.1%} | {row['loss']:.3f} |"
         )
     full, sizes = found["full_depth"], found["documents"]
     text = (
         f"{found['model']}, {found['parameters'] / 1e6:.2f} M parameters, trained for {found['steps']} steps of "
         f"{found['batch']} on {sizes['train']} documents of {found['data']}; at full depth {full['accuracy']:.1%} of the "
         f"text's tokens, loss {full['loss']:.3f}. Classifiers learn from {sizes['learn']} other documents, thresholds from "
-        f"{sizes['choose']}: the lowest that keeps the agreement with full depth there. Figures: {sizes['test']} test "
-        f"documents, {found['tokens'] - found['prompt']} tokens each, teacher-forced."
+        f"{sizes['choose']}: the lowest of those tried that keeps the agreement asked for there (none found: none did, "
+        f"and nobody leaves). Figures: {sizes['test']} test documents, {found['tokens'] - found['prompt']} tokens each, "
+        "teacher-forced. States updated: the share of rows × layers that did not run but moved its states on, which is "
+        "part of a layer's work."
     )
     return "\n".join([*lines, "", text, ""])
 

@@ -197,6 +197,58 @@ def test_modules_and_gates_learn_from_their_own_phases() -> None:
     torch.testing.assert_close(slopes[0], wanted.detach(), rtol=1e-4, atol=1e-6)
 
 
+def module_weights(scale: str, shares: list[list[float]], table: list[list[float]]) -> tuple[float, torch.Tensor]:
+    """(value, gradient by every loss) of the modules' phase."""
+    exits, _ = jei_loss()
+    loss = losses.JointExitLoss(exits, [0.25, 0.75, 1.0], 0.5, warmup=0, scale=scale)
+    values = torch.tensor(table, requires_grad=True)
+    value = loss.module_loss(torch.tensor(shares), values)
+    return float(value), torch.autograd.grad(value, values)[0]
+
+
+def test_the_published_factor_cancels_the_gates() -> None:
+    """CE (0.01, 5) and P (1, 0): the factor is 5.01 / 0.01, the value 0.01 * 501 / 2, and as the gradient goes through the
+    factor, both losses count one half."""
+    value, slopes = module_weights("sample", [[1.0, 0.0]], [[0.01, 5.0]])
+    assert value == pytest.approx(2.505)
+    torch.testing.assert_close(slopes, torch.tensor([[0.5, 0.5]]))
+    # The quotient written out, for samples that leave elsewhere too.
+    shares, ce = torch.tensor([[1.0, 0.0], [0.25, 0.75]]), torch.tensor([[0.01, 5.0], [1.0, 2.0]], requires_grad=True)
+    written = (shares * ce * (ce.sum(1) / (shares * ce).sum(1))[:, None]).mean()
+    value, slopes = module_weights("sample", shares.tolist(), ce.tolist())
+    assert value == pytest.approx(float(written.detach()))
+    torch.testing.assert_close(slopes, torch.autograd.grad(written, ce)[0])
+    assert module_weights("sample", [[1.0, 0.0]], [[0.0, 0.0]])[0] == 0.0
+
+
+def test_the_batchs_factor_keeps_the_gates() -> None:
+    """CE (0.01, 5), (1, 2) and P (1, 0), (0.25, 0.75): the factor is 8.01 / (0.01 + 0.25 + 1.5) = 4.551; every loss counts
+    P times that over 4, the one of 0.01 not the 501 times of its own factor."""
+    value, slopes = module_weights("batch", [[1.0, 0.0], [0.25, 0.75]], [[0.01, 5.0], [1.0, 2.0]])
+    assert value == pytest.approx(8.01 / 4)
+    torch.testing.assert_close(slopes * 4, torch.tensor([[4.5511, 0.0], [1.1378, 3.4134]]), rtol=1e-4, atol=0)
+    alone, slopes = module_weights("batch", [[1.0, 0.0]], [[0.01, 5.0]])
+    assert alone == pytest.approx(2.505)
+    torch.testing.assert_close(slopes, torch.tensor([[250.5, 0.0]]))
+    with pytest.raises(ArgumentError, match="scale must be batch or sample, got 'exit'"):
+        module_weights("exit", [[1.0, 0.0]], [[1.0, 1.0]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 2**31))
+def test_the_batchs_factor_lies_between_the_samples(count: int, seed: int) -> None:
+    """No weight is above P times the largest factor that a sample of the batch has by itself, none below P times the least."""
+    generator = torch.Generator().manual_seed(seed)
+    ce = torch.rand(count, 3, generator=generator) * 10 ** (4 * torch.rand(count, 3, generator=generator) - 3) + 1e-4
+    shares, _ = losses.exit_distribution(torch.rand(count, 2, generator=generator))
+    shares = shares.clamp_min(0)
+    own = ce.sum(1) / (shares * ce).sum(1)
+    _, slopes = module_weights("batch", shares.tolist(), ce.tolist())
+    weights = slopes * ce.numel()
+    assert bool((weights <= shares * own.max() * (1 + 1e-4) + 1e-6).all())
+    assert bool((weights >= shares * own.min() * (1 - 1e-4) - 1e-6).all())
+
+
 def test_soft_cross_entropy_by_hand() -> None:
     student, teacher = torch.log(torch.tensor([[0.25, 0.75]])), torch.log(torch.tensor([[0.5, 0.5]]))
     wanted = -(0.5 * math.log(0.25) + 0.5 * math.log(0.75))

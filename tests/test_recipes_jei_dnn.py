@@ -121,3 +121,22 @@ def test_what_is_refused() -> None:
         jei_dnn.train(
             model, jei_dnn.exits(model, tiny_text.CLASSES), inputs, labels, warmup=6, config=EncoderConfig(updates=6)
         )  # fmt: skip
+
+
+def test_the_factor_of_the_modules_is_chosen() -> None:
+    """Both factors train; they lead to other modules, and no third one is taken."""
+    model, (inputs, labels) = tiny_text.bert(), tiny_text.task(40)
+    weights = []
+    for scale in ("batch", "sample"):
+        torch.manual_seed(0)
+        exits = jei_dnn.exits(model, tiny_text.CLASSES)
+        config = EncoderConfig(updates=8, batch=20, lr=2e-2)
+        done = jei_dnn.train(model, exits, inputs, labels, warmup=2, every=2, scale=scale, config=config)
+        head = done.exits[0].head
+        assert isinstance(head, LinearHead)
+        weights.append(head.out.weight.clone())
+    assert not torch.allclose(*weights)
+    with pytest.raises(ArgumentError, match="scale must be batch or sample, got 'exit'"):
+        jei_dnn.train(
+            model, exits, inputs, labels, warmup=2, scale="exit", config=EncoderConfig(updates=6)
+        )  # fmt: skip

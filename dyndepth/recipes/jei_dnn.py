@@ -59,6 +59,7 @@ def train(
     warmup: int | None = None,
     warmup_lr: float | None = None,
     every: int = 200,
+    scale: str = "batch",
     config: EncoderConfig | None = None,
     validation: tuple[Inputs, Tensor] | None = None,
     folder: str | Path | None = None,
@@ -71,8 +72,9 @@ def train(
         warmup_lr: rate of the warm-up, `config.lr` by default. Gates of five weights want more than modules bear: modules that
             know the training samples by heart leave nothing for gates to learn.
         every: updates of a phase; 200 in the paper.
+        scale: "batch" or "sample": how P weighs the modules' losses, as in JointExitLoss.
         validation: as for train_encoder, twice: the warm-up's best modules by its own loss go into the phases, where loss and
-            cost that the exit distribution expects are judged. Gates that have not learned are never what is kept.
+            cost that the exit distribution expects are judged. Only looks of the phases count.
         folder: checkpoints go to `folder`/warmup and `folder`/phases.
     """
     config = config or EncoderConfig(lr=1e-2, weight_decay=5e-4, batch=64, updates=3000)
@@ -84,9 +86,9 @@ def train(
     places = [None if folder is None else Path(folder) / name for name in ("warmup", "phases")]
     if warmup:
         first = replace(config, updates=warmup, lr=config.lr if warmup_lr is None else warmup_lr)
-        loss = JointExitLoss(exits, costs(model, exits), trade, warmup=warmup)
+        loss = JointExitLoss(exits, costs(model, exits), trade, warmup=warmup, scale=scale)
         exits = train_encoder(model, exits, inputs, labels, loss, config=first, validation=validation, folder=places[0]).exits
-    loss = JointExitLoss(exits, costs(model, exits), trade, warmup=0, every=every)
+    loss = JointExitLoss(exits, costs(model, exits), trade, warmup=0, every=every, scale=scale)
     return train_encoder(
         model, exits, inputs, labels, loss, config=replace(config, updates=config.updates - warmup), validation=validation,
         judge=loss.judge, folder=places[1],

@@ -150,14 +150,16 @@ def gates_of(found: Everywhere, exits: SampleExits) -> Tensor:
     return torch.stack(values, 1).float()
 
 
+#: What a factor of the modules' losses in JointExitLoss is computed over.
+SCALES = ("batch", "sample")
+
+
 class JointExitLoss:
     """JEI-DNN (Regol et al. 2024): a warm-up of the inference modules, then gates and modules in turn.
 
     Warm-up: sum_l (G + 1 - l) CE_l with G gates, l from 0. Gates: every sample's best exit is argmin_l CE_l + lambda cost_l,
     and its gates learn, by BCE, 0 before it and 1 from it on, the ones weighed by how many zeros there are to one in the
-    batch, within [1/most, most]. Modules: mean over exits and samples of P_l CE_l c, with c = sum CE_l / sum P_l CE_l over
-    exits and the batch, detached; P from the gates without gradient. One c per sample would give samples that leave where they
-    are all but certain weights without a bound.
+    batch, within [1/most, most]. Modules: `module_loss`, P from the gates without gradient.
 
     Args:
         exits: under dyndepth.encoders.ExitGate.
@@ -165,15 +167,19 @@ class JointExitLoss:
         trade: lambda, the price of cost in nats.
         warmup: updates before the phases; `every` updates each, 200 in the paper, gates first.
         most: largest weight of the ones.
+        scale: of the modules' losses, "batch" (ours) or "sample" (published); see `module_loss`.
     """
 
     def __init__(
-        self, exits: SampleExits, costs: Sequence[float], trade: float, *, warmup: int, every: int = 200, most: float = 5.0
-    ) -> None:
+        self, exits: SampleExits, costs: Sequence[float], trade: float, *, warmup: int, every: int = 200, most: float = 5.0,
+        scale: str = "batch",
+    ) -> None:  # fmt: skip
+        if scale not in SCALES:
+            raise ArgumentError(f"JointExitLoss: scale must be batch or sample, got {scale!r}")
         if len(costs) != len(exits) + 1:
             raise ArgumentError(f"JointExitLoss: costs must be {len(exits) + 1} numbers, got {len(costs)}")
         self.exits, self.costs, self.trade = exits, torch.tensor(costs, dtype=torch.float32), trade
-        self.warmup, self.every, self.most = warmup, every, most
+        self.warmup, self.every, self.most, self.scale = warmup, every, most, scale
         self.phase = "warmup"
 
     def at_update(self, update: int) -> None:
@@ -187,10 +193,24 @@ class JointExitLoss:
         if self.phase == "modules":
             with torch.no_grad():
                 shares, _ = exit_distribution(torch.sigmoid(gates_of(found, self.exits)))
-            scale = (losses.sum() / (shares * losses).sum().clamp_min(1e-12)).detach()
-            return (shares * losses * scale).mean()
+            return self.module_loss(shares, losses)
         count = losses.shape[1]
         return (losses.mean(0) * torch.arange(count, 0, -1, device=losses.device)).sum()
+
+    def module_loss(self, shares: Tensor, losses: Tensor) -> Tensor:
+        """Mean over exits and samples of P_l CE_l c; P and CE fp32 [n, exits + 1].
+
+        "sample": c = sum_l CE_l / sum_l P_l CE_l of every sample, and gradients go through it, as in the published code. P then
+        cancels: value and gradient are those of the plain mean of all losses. That mean is what is computed, because the
+        quotient has no value for a sample whose losses are 0.
+        "batch": c = sum CE / sum P CE over exits and the batch, detached, so that modules learn with the weights P_l c. This c
+        lies between the least and the largest of the samples' own. Those, detached, would be no alternative: a sample that
+        leaves where its loss is 0.01 while that of another exit is 5 would count 501 times.
+        """
+        if self.scale == "sample":
+            return losses.mean()
+        scale = (losses.sum() / (shares * losses).sum().clamp_min(1e-12)).detach()
+        return (shares * losses * scale).mean()
 
     def targets(self, losses: Tensor) -> Tensor:
         """fp32 [n, exits]: 1 from every sample's best exit on."""

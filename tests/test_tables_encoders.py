@@ -1,0 +1,115 @@
+"""Tables of encoders say of their figures what the files say: how settings were chosen, how long models were trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import encoder_speech
+import encoder_text
+import mue
+import pytest
+import tables
+import tables_encoder_systems
+import tables_encoder_text
+import tables_encoders
+from table_parts import load
+
+
+def found(name: str) -> Any:
+    return load(tables.RESULTS / f"{name}.json")
+
+
+def test_speech_is_timed_at_thresholds_that_calibration_chose() -> None:
+    speech = found("encoder_speech")
+    chosen = tables_encoders.chosen_on_calibration(speech)
+    assert speech["rows"]
+    for row in speech["rows"]:
+        assert row["threshold"] == chosen[row["criterion"]]["threshold"]
+        assert speech["speed"][row["criterion"]]["machine"]["cpu"]
+    assert {name: row["threshold"] for name, row in chosen.items()} == {
+        name: encoder_speech.chosen(speech, name) for name in chosen
+    }
+
+
+def test_blocks_of_speeds_name_their_runs() -> None:
+    """Two machines, two thread counts: both stand beside the table, each with its criterion."""
+    text = tables_encoders.encoder_speech(tables.RESULTS)
+    for criterion, run in found("encoder_speech")["speed"].items():
+        assert f"{criterion} on {run['threads']} threads" in text
+    assert "only within a block" in text
+
+
+def test_what_is_said_of_systems_is_what_benchmarks_say() -> None:
+    text, vision = found("encoder_text"), found("mue")
+    assert text["about"] == {name: list(parts) for name, parts in encoder_text.ABOUT.items()}
+    assert text["chosen"] == encoder_text.CHOSEN
+    assert vision["chosen"] == mue.CHOSEN
+    # Every training of a table is one that `make encoder-text` does.
+    places = {"COST-EFF, assistant": "costeff-assistant", "COST-EFF": "costeff", "EERO": "deebert"}
+    for row in text["rows"]:
+        if row["with_model"]:
+            place = places.get(row["system"], row["system"].lower())
+            wanted = encoder_text.UPDATES.get(place, encoder_text.STAGE), encoder_text.STARTED[place]
+            assert (row["updates"], row["started"]) == wanted
+
+
+def row(system: str, setting: str, held: float, work: float, **more: Any) -> dict[str, Any]:
+    return {
+        "system": system, "setting": setting, "with_model": False, "accuracy": held - 0.01, "samples_x_layers": work,
+        "held_out": {"accuracy": held, "samples_x_layers": work}, **more,
+    }  # fmt: skip
+
+
+def test_a_setting_is_within_a_point_or_says_that_it_is_not() -> None:
+    rows = [row("A", "full depth", 0.93, 1.0), row("A", "near", 0.925, 0.6), row("A", "nearer", 0.929, 0.8)]
+    text = {"batch": 32, "rows": rows, "about": {"A": ["", "runs", "differs"]}}
+    assert tables_encoder_text.figures(text, "A") == "91.5% at 60% (near; full depth 92.0%; model frozen)"
+    far = [rows[0], row("A", "far", 0.9, 0.6), row("A", "less far", 0.91, 0.8)]
+    assert "less far, the most accurate: none is within a point" in tables_encoder_text.figures({**text, "rows": far}, "A")
+    trained = [one | {"with_model": True, "updates": 7, "started": "somewhere"} for one in rows]
+    said = tables_encoder_text.figures({**text, "rows": trained}, "A")
+    assert said.endswith("; model trained, 7 updates of 32 from somewhere)")
+    assert tables_encoder_text.figures({**text, "rows": []}, "A") == "not measured"
+
+
+def test_what_has_no_figure_is_not_among_what_runs() -> None:
+    text = {"batch": 32, "about": {"A": ["", "narrow layers", "differs"]}}
+    more = {"updates": 4, "started": "a copy"}
+    rows = [row("A", "full depth", 0.93, 1.0, **more), row("A", "near", 0.925, 0.6, **more)]
+    for one in rows:
+        one["with_model"] = True
+    assistant = [one | {"system": "A, assistant"} for one in rows]
+    assert tables_encoder_text.runs_here({**text, "rows": assistant}, "A").endswith("without a figure: narrow layers")
+    assert "its assistant only" in tables_encoder_text.figures({**text, "rows": assistant}, "A")
+    both = [*assistant, *(one | {"products": 0.45} for one in rows)]
+    assert tables_encoder_text.runs_here({**text, "rows": both}, "A") == "narrow layers"
+    assert "45% of the wide layers' products" in tables_encoder_text.figures({**text, "rows": both}, "A")
+
+
+def test_states_that_are_updated_and_thresholds_that_are_missing_are_shown(tmp_path: Path) -> None:
+    results = copy.deepcopy(found("dynamax"))
+    results["rows"] = [
+        one | {"threshold": None, "states_updated": 0.25} for one in results["rows"] if one["wanted"] == 0.9
+    ]  # fmt: skip
+    (tmp_path / "dynamax.json").write_text(json.dumps(results))
+    lines = tables.TABLES["dynamax"](tmp_path).splitlines()
+    cells = [line.split(" | ") for line in lines if line.startswith("| 90% |")]
+    assert len(cells) == len(results["rows"])
+    assert all(line[3] == "none found" and line[6] == "25.0%" for line in cells)
+    assert "(and 25% updated)" in tables_encoder_systems._dynamax(tmp_path)
+
+
+def test_splitformer_is_not_measured_without_its_file(tmp_path: Path) -> None:
+    assert tables_encoder_systems._splitformer(tmp_path) == "not measured; equal to a plain loop (tests)"
+    rows = [{"exits": [{"wer": first}, {"wer": last}]} for first, last in ((0.9, 0.5), (0.7, 0.45), (0.6, 0.4))]
+    (tmp_path / "splitformer.json").write_text(json.dumps({"steps": 5, "batch": 3, "rows": rows}))
+    said = tables_encoder_systems._splitformer(tmp_path)
+    assert said == "WER at the first exit 60.0% (without 70.0%), at the top 40.0% (45.0%), after 5 steps of 3 each"
+
+
+@pytest.mark.parametrize("page", ["encoders.md", "encoders-text.md"])
+def test_both_tables_of_systems_say_how_settings_were_chosen(page: str) -> None:
+    assert tables_encoder_text.SETTINGS in (tables.ROOT / "docs" / page).read_text(encoding="utf-8")
