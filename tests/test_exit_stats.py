@@ -205,6 +205,7 @@ def test_contract(name: str) -> None:
         ({"head_weight": torch.zeros(0, 3)}, r"exit_stats: head_weight must be at least one row"),
         ({"head_weight": torch.zeros(5, 3, dtype=torch.bfloat16)}, r"head_weight must be float32.*got bfloat16"),
         ({"head_bias": torch.zeros(4)}, r"exit_stats: head_bias must be float32 \[5\]"),
+        ({"head_bias": torch.zeros(10)[::2]}, "exit_stats: head_bias must be contiguous"),
         ({"norm_gain": torch.zeros(3, dtype=torch.bfloat16)}, r"exit_stats: norm_gain must be float32 \[3\]"),
         ({"norm_gain": torch.zeros(6)[::2]}, "exit_stats: norm_gain must be contiguous"),
         ({"softcap": math.nan}, "exit_stats: softcap must be at least 0"),
