@@ -69,14 +69,17 @@ def entry(
 ) -> dict[str, Any]:
     """One row of the report. `times`: microseconds in rising order; roof: bytes per second.
 
-    bytes: the fewest that the op must move (`moved` of its benchmark). flops: the planner's, two per multiply-add of products
-    and attention; None for an op that it has no figures for.
+    bytes, flops: the planner's of the whole call, whichever kernels it starts: the fewest bytes that must be moved, and two
+    FLOPs per multiply-add of products and attention. It has no figures for `accept_drafts`, whose bytes are `moved` of its
+    benchmark and whose FLOPs are None.
     """
-    median, size = statistics.median(times), importlib.import_module(f"bench_{op}").moved(arguments)
-    try:
-        flops: int | None = of_call(op, arguments).flops
-    except KeyError:
-        flops = None
+    median = statistics.median(times)
+    flops: int | None = None
+    if op == "accept_drafts":
+        size = importlib.import_module(f"bench_{op}").moved(arguments)
+    else:
+        traffic = of_call(op, arguments)
+        size, flops = traffic.bytes, traffic.flops
     rate = size / (median * 1e-6)
     return {
         "op": op,

@@ -1,7 +1,8 @@
 """`make static-report`: every Triton kernel compiled for every target without a GPU; registers, spills, shared memory.
 
 The host functions run as they would on a GPU, on the benchmark cases (tensors without memory), but their launches only
-compile: what is reported is what they would launch there. Writes build/static_report.json; status 1 if a kernel does not
+compile: what is reported is what they would launch there. Cases without a counter on the device are compiled with one too, as
+passes in graph style launch them. Writes build/static_report.json; status 1 if a kernel does not
 compile, spills much, asks for more shared memory than the target has, or, where products are all it does, multiplies half
 precision without matrix instructions or loads operands in pieces of less than 16 bytes.
 """
@@ -63,6 +64,8 @@ _LOADS = re.compile(
     r"|\bld\.global\S*?(?:\.v(?P<vector>[248]))?\.[bsuf](?P<bits>\d+)\s"
     r"|\b(?:buffer|global|flat)_load_(?:lds_)?[su]?(?P<amd>dwordx[234]|dword|short|byte)"
 )
+#: Counters on the device by argument, and how many int32 they are.
+_COUNTERS = {"live": 1, "section": 2}
 _AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 _LABEL, _JUMP = re.compile(r"^\s*(\$?[.\w$]+):", re.MULTILINE), re.compile(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+(\$?[.\w$]+)")
 launch: Any = importlib.import_module("dyndepth.kernels.launch")
@@ -86,7 +89,7 @@ class Offline:
 
 
 def compiled(targets: list[str], ops: list[str], dtypes: list[torch.dtype]) -> list[dict[str, Any]]:
-    """One entry per target, op, case, dtype and kernel that the op's host function would launch."""
+    """One entry per target, op, case, dtype, kernel that the op's host function would launch, and whether with a counter."""
     rows: list[dict[str, Any]] = []
     now: dict[str, Any] = {}
 
@@ -101,10 +104,21 @@ def compiled(targets: list[str], ops: list[str], dtypes: list[torch.dtype]) -> l
                 host = getattr(importlib.import_module(f"dyndepth.kernels.{op}"), op)
                 for case in CASES[op]:
                     for dtype in dtypes if case.bench else ():
-                        now = {"target": name, "op": op, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
-                        now |= figures(op, case, dtype)
-                        host(**without_memory(case, dtype))
+                        figured = figures(op, case, dtype)
+                        for arguments, more in both_ways(without_memory(case, dtype)):
+                            now = {"target": name, "op": op, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
+                            now |= figured | {"bytes": figured["bytes"] + more, "figures_of": "call"}
+                            host(**arguments)
     return rows
+
+
+def both_ways(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
+    """As the case has them; and, if it has no counter though the op takes one, with one. Bytes of the counter beside each."""
+    return [(arguments, 0)] + [
+        (arguments | {name: torch.empty(size, dtype=torch.int32, device="meta")}, 4 * size)
+        for name, size in _COUNTERS.items()
+        if name in arguments and arguments[name] is None
+    ]
 
 
 @contextlib.contextmanager
@@ -115,7 +129,8 @@ def offline(name: str, seen: Callable[[str, dict[str, Any]], None]) -> Iterator[
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        seen(self.__name__.lstrip("_"), held(name, facts(kernel, name)))
+        given = dict(zip(self.arg_names, arguments, strict=False)) | options
+        seen(self.__name__.lstrip("_"), held(name, facts(kernel, name)) | {"counter": _counted(given)})
         return kernel
 
     JITFunction.run = compile_only
@@ -127,6 +142,14 @@ def offline(name: str, seen: Callable[[str, dict[str, Any]], None]) -> Iterator[
     finally:
         JITFunction.run = run
         launch.Device.of = known
+
+
+def _counted(given: dict[str, Any]) -> bool | None:
+    """Whether a launch reads a counter on the device; None of a kernel that knows none."""
+    for name in ("HAS_LIVE", "HAS_SECTION"):
+        if name in given:
+            return bool(given[name])
+    return given["live"] is not None if "live" in given else None
 
 
 def without_memory(case: Case, dtype: torch.dtype) -> dict[str, Any]:

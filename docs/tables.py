@@ -11,6 +11,7 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tables_training
 from table_parts import header, load
@@ -83,7 +84,8 @@ def calibration(results: Path) -> str:
 
 def static(results: Path) -> str:
     """What `make static-report` found: per kernel and target the worst over the bfloat16 cases."""
-    rows = [row for row in load(results / "static_report.json")["rows"] if row["dtype"] == "bfloat16"]
+    every = load(results / "static_report.json")["rows"]
+    rows = [row for row in every if row["dtype"] == "bfloat16"]
     targets = list(dict.fromkeys(row["target"] for row in rows))
     worst: dict[tuple[str, str, str], tuple[float, ...]] = {}
     for row in rows:
@@ -98,10 +100,35 @@ def static(results: Path) -> str:
             cells.append(f"{registers} · {shared / 1024:.0f} · {-occupied:.0%}" + (f" · spills {spilled} B" if spilled else ""))
         lines.append(f"| `{op}` | `{kernel}` | {' | '.join(cells)} |")
     text = (
-        "Registers per thread · KiB of shared memory per program, the most over the cases · warps that a processor holds at "
-        "once of all it could, the least over the cases."
+        "bfloat16: registers per thread · KiB of shared memory per program, the most over the cases · warps that a processor "
+        f"holds at once of all it could, the least over the cases. {_spills(every)} {_counters(every)}"
     )
     return "\n".join([*lines, "", text, ""])
+
+
+def _spills(rows: list[dict[str, Any]]) -> str:
+    """By dtype how many entries spill, and how much."""
+    told = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = [row for row in rows if row["dtype"] == dtype]
+        spilt = [row for row in own if row["spilled"]]
+        if not spilt:
+            told.append(f"In {dtype} none of {len(own)} entries spills.")
+            continue
+        least, most = (choose(row["spilled"] for row in spilt) for choose in (min, max))
+        kernels = ", ".join(f"`{name}`" for name in sorted({row["kernel"] for row in spilt}))
+        where = ", ".join(dict.fromkeys(row["target"] for row in spilt))
+        size = f"{least} to {most} bytes a thread"
+        told.append(f"In {dtype} {len(spilt)} of {len(own)} entries spill {size}: {kernels} ({where}).")
+    return " ".join(told)
+
+
+def _counters(rows: list[dict[str, Any]]) -> str:
+    """Whether the run compiled what passes in graph style launch."""
+    kernels = sorted({row["kernel"] for row in rows if row.get("counter")})
+    if not kernels:
+        return "This run is of before kernels were compiled with a counter on the device, as passes in graph style launch them."
+    return f"With a counter on the device, as passes in graph style launch them, and without: {len(kernels)} kernels."
 
 
 def nvcc(results: Path) -> str:

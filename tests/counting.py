@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,12 +32,20 @@ def declared(given: dict[str, Any], out: Any, op: str) -> int:
     """Bytes of a call by its tensors: all of each, but of pages, tables and unused weights what is used of them."""
     given, out = _live(dict(given), out, op)
     rest = 0
-    pages, pos = given.pop("pages", None), given.get("pos")
+    pages, pos, slots = given.pop("pages", None), given.get("pos"), given.get("slots")
+    turned = 0 if pos is None else len(pos)
+    if op == "store_kv":  # rows without a slot: nobody asks for their keys and values
+        stored = slots >= 0
+        asks = torch.arange(len(slots)) < len(given["q"])
+        turned = int((stored | asks).sum())
+        given |= {"k": given["k"][stored], "v": given["v"][stored]}
+    elif op == "backfill_kv" and slots is not None:
+        turned = int((slots >= 0).sum())
     cos = given.pop("cos", None)
     given.pop("sin", None)
     if cos is not None:  # a row per token, of as many tables as there are
         tables = 1 if cos.dim() == 2 or given.get("variant") is None else len(given["variant"].unique())
-        rest += 2 * tables * len(pos) * cos.shape[-1] * cos.element_size()
+        rest += 2 * tables * turned * cos.shape[-1] * cos.element_size()
     if op == "ragged_attention" and pages is not None:
         table, window, per_page = given.pop("block_table"), given.get("window", 0), pages.shape[2]
         for p in pos.tolist():
@@ -45,9 +54,9 @@ def declared(given: dict[str, Any], out: Any, op: str) -> int:
             rest += len({at // per_page for at in seen}) * table.element_size()
     elif op == "backfill_kv" and pages is not None:
         layers = given["weight"][..., 0].numel()
-        rest += len(pos) * layers * pages.element_size()
+        rest += turned * layers * pages.element_size()
     elif pages is not None:
-        rest += 2 * int((given["slots"] >= 0).sum()) * pages[0, 0, 0].numel() * pages.element_size()
+        rest += 2 * int((slots >= 0).sum()) * pages[0, 0, 0].numel() * pages.element_size()
     if given.get("vocab_ids") is not None:
         given["head_weight"] = given["head_weight"][given["vocab_ids"]]
         given["head_bias"] = None if given.get("head_bias") is None else given["head_bias"][given["vocab_ids"]]

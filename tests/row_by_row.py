@@ -28,6 +28,8 @@ OP_ROWS = {
 }
 #: Those that must be told that all of their rows are live.
 _WITH_LIVE = ("project_qkv", "store_kv", "ragged_attention", "exit_stats", "router_score", "ragged_linear")
+#: Those whose keys and values are everybody's, whatever `live` is.
+_EVERYBODY = ("project_qkv", "store_kv")
 #: PyTorch's functions whose last bit may depend on the number of rows, and the argument that has the rows.
 BY_ROW = {
     "mm": "self", "addmm": "mat1", "silu": "self", "gelu": "self", "tanh": "self", "sigmoid": "self", "rsqrt": "self",
@@ -81,17 +83,32 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _op(name: str, given: dict[str, Any]) -> Any:
-    """The reference, a row at a time. Rows past `live` are unspecified: here they get their answer as any other."""
+    """The reference, a row at a time: of those below `live`, or of the section. What rows at or past `live` get is NaN or -1,
+    and nothing of theirs is looked at, so that whoever hands on a wrong counter, or reads what is unspecified, shows."""
     reference, count = REGISTRY[name].reference, len(given[OP_ROWS[name][0]])
     rows = {key: given[key] for key in OP_ROWS[name] if given.get(key) is not None}
+    assert {len(value) for value in rows.values()} == {count}, f"row by row: {name} with rows of some arguments alone"
     rest = {key: value for key, value in given.items() if key not in rows and key not in ("live", "section")}
     if name in _WITH_LIVE:
         rest["live"] = None
     if not count:
         return reference(**rest, **rows)
-    begin, end = 0, count
+    live = count if given.get("live") is None else min(int(given["live"]), count)
+    begin, end = 0, count if name in _EVERYBODY else live
     if given.get("section") is not None:
         begin, end = int(given["section"][0]), int(given["section"].sum())
     single = {key: _rows(value) for key, value in rows.items()}
     parts = [reference(**rest, **{key: value[at] for key, value in single.items()}) for at in range(begin, end)]
-    return None if name == "backfill_kv" else _joined(parts)
+    if name == "backfill_kv":
+        return None
+    if not parts:  # nobody is live: the shapes of a row that is not looked at
+        nobody = {key: torch.zeros_like(value[0]) for key, value in single.items()}
+        parts = [reference(**rest, **nobody)]
+    whole = _joined(parts)
+    return _unspecified(whole, live, count) if isinstance(whole, Tensor) else tuple(_unspecified(x, live, count) for x in whole)
+
+
+def _unspecified(found: Tensor, live: int, count: int) -> Tensor:
+    """Rows `[0, live)` of what was found, and of `count` the others spoilt."""
+    spoilt = torch.nan if found.is_floating_point() else -1
+    return torch.cat([found[:live], found.new_full((count - live, *found.shape[1:]), spoilt)])

@@ -11,6 +11,7 @@ import torch
 
 from dyndepth import ops  # noqa: F401  (registers the ops)
 from dyndepth.op import REGISTRY, Provider
+from dyndepth.plan.of_call import of_call
 from dyndepth.testing import CASES
 
 SCHEMA = {
@@ -54,6 +55,13 @@ def test_figures_by_hand() -> None:
     assert gated["flops_per_s"] == pytest.approx(gated["flops"] / 4e-6)
     assert gated["bytes"] == 2 * (2 * 576 * 1536 + 16 * (576 + 1536))
     assert half["flops"] == 2 * 576 * (8 * 576 + 16 * 2 * 192)
+
+
+@pytest.mark.parametrize("op", sorted(set(CALLS) - {"accept_drafts"}))
+def test_bytes_are_the_planner_s_as_flops_are(op: str) -> None:
+    case = next(case for case in CASES[op] if case.name == CALLS[op])
+    moved = of_call(op, case.build(torch.bfloat16))
+    assert {(row["bytes"], row["flops"]) for row in _rows({op: CALLS[op]})} == {(moved.bytes, moved.flops)}
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

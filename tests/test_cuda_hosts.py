@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,21 @@ import pytest
 import test_accept_drafts
 import test_store_kv
 import torch
+from kernel_cases import by_fibers, cuda_kernels
 
 from dyndepth.cuda import accept_drafts, compact_rows, store_kv
 from dyndepth.op import REGISTRY
-from dyndepth.testing import CASES, Case, assert_same
+from dyndepth.testing import Case, assert_same
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-#: Every op with a CUDA provider, and an argument of as many rows as there are.
-ROWS = {"accept_drafts": "drafts", "compact_rows": "state", "store_kv": "k"}
+#: Every op with a CUDA provider.
+OPS = ["accept_drafts", "compact_rows", "store_kv"]
 
 
 def cases(*ops: str) -> list[Any]:
-    """Those that a fiber per thread can afford."""
-    return [pytest.param(op, case, id=f"{op}-{case.name}") for op in ops for case in CASES[op] if not (case.large or case.gpu)]
+    """All that a fiber per thread can afford; tests/test_edges.py says what is among them."""
+    return [pytest.param(op, case, id=f"{op}-{case.name}") for op in ops for case in by_fibers(op)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def kernels(folder: Path, request: pytest.FixtureRequest) -> Iterator[cuda_progr
 
 
 def test_these_are_all() -> None:
-    assert sorted(ROWS) == sorted(op for op in REGISTRY if "cuda" in REGISTRY[op].providers)
+    assert sorted(op for op in REGISTRY if "cuda" in REGISTRY[op].providers) == OPS
 
 
 @pytest.mark.parametrize(("op", "case"), cases("accept_drafts", "compact_rows"))
@@ -52,7 +54,7 @@ def test_every_bit(kernels: cuda_programs.Library, op: str, case: Case) -> None:
     arguments = case.build()
     expected = op_harness._flat(REGISTRY[op].reference(**arguments))
     found = op_harness._flat(REGISTRY[op](**op_harness.copied(arguments)))
-    assert bool(kernels.launched) == (len(arguments[ROWS[op]]) > 0)
+    assert Counter(function for function, _, _ in kernels.launched) == cuda_kernels(op, arguments)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other.contiguous(), f"{op} {case.name}")
 
@@ -61,7 +63,7 @@ def test_every_bit(kernels: cuda_programs.Library, op: str, case: Case) -> None:
 @pytest.mark.parametrize(("op", "case"), cases("store_kv"))
 def test_as_exact_as_pytorch(kernels: cuda_programs.Library, op: str, case: Case, dtype: torch.dtype) -> None:
     op_harness.check_against_oracle(op, case, dtype, "cuda")
-    assert bool(kernels.launched) == (len(case.build()[ROWS[op]]) > 0)
+    assert Counter(function for function, _, _ in kernels.launched) == cuda_kernels(op, case.build(dtype))
 
 
 @pytest.mark.usefixtures("poisoned")

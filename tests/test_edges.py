@@ -1,71 +1,142 @@
-"""What the cases of ops must bring to every kernel, computed from the cases that run under Triton's interpreter."""
+"""What the cases of ops must bring to every GPU kernel, computed from the cases that run without a GPU.
+
+Triton's run under its interpreter, CUDA's own by fibers. A size counts where it is computed: rows that a counter leaves out
+bring nothing (tests/kernel_cases.py).
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
+import op_harness
 import pytest
-from kernel_cases import kernels, values
+from kernel_cases import by_fibers, cuda_kernels, kernels, values
 
 from dyndepth import ops  # noqa: F401  (registers the ops)
 from dyndepth.op import REGISTRY
 from dyndepth.testing import CASES
 
 FEW, MANY = {1, 2, 31, 32, 33}, {1023, 1024, 1025}
-LIVE = {"0", "1", "n-1", "n"}
+EVERY = {"rows": FEW | MANY, "live": {"0", "1", "n-1", "n"}}
 HEADS = {"head_dim": {64, 80, 96, 128, 256}}
 PAGES = {"page": {1, 16, 32}, **HEADS}
 STORED = {**PAGES, "slot": {False, True}}
-#: Which values every kernel of Triton's meets. CUDA's own run on the same cases (tests/test_cuda_hosts.py) and at 70 000 rows
-#: (tests/test_cuda_on_cpu.py). Rows apart are for arguments that may lie so; nothing is launched for no rows.
+#: Arguments that begin at odd addresses: all that a kernel is handed. The others have scratch, products of the library and a
+#: counter. Rows apart are for arguments that may lie so.
+KV = {"k", "v", "q", "cos", "sin", "pos", "slots", "pages", "live"}
+QKV = {f"{one}_{what}" for one in "qkv" for what in ("weight", "bias")} | {"q_gain", "k_gain"}
 REQUIRED: dict[str, dict[str, set[Any]]] = {
-    "partition": {"rows": FEW | MANY, "live": LIVE, "lie": {"odd address"}},
-    "move": {"rows": FEW | MANY, "live": LIVE, "lie": {"odd address", "apart"}},
+    "partition": {**EVERY, "odd": {"state"}},
+    "move": {**EVERY, "odd": {"payloads"}, "apart": {"payloads"}},
     # From 129 rows on the library multiplies.
-    "block_stats": {"rows": FEW, "live": LIVE, "lie": {"odd address"}, "words": {"blocks and a part"}},
-    "logit_stats": {"rows": {129} | MANY, "live": LIVE, "words": {"blocks and a part"}},
-    "fold": {"rows": FEW | MANY, "live": LIVE},
-    "router_score": {"rows": FEW | MANY, "live": LIVE, "lie": {"odd address"}},
+    "block_stats": {
+        **EVERY, "rows": FEW, "words": {"blocks and a part"}, "with": {"head_bias", "norm_gain", "vocab_ids", "softcap"},
+        "odd": {"hidden", "head_weight", "head_bias", "norm_gain", "vocab_ids", "live"},
+    },
+    "logit_stats": {
+        **EVERY, "rows": {129} | MANY, "words": {"blocks and a part"}, "products": {1, 2},
+        "with": {"head_bias", "norm_gain", "vocab_ids", "softcap"},
+    },
+    "fold": {**EVERY, "odd": {"vocab_ids", "live"}, "rounds": {1, 2}, "with": {"vocab_ids"}},
+    "router_score": {
+        **EVERY,
+        "odd": {"hidden", "weight1", "bias1", "weight2", "bias2", "previous", "cosine_weight", "extra", "extra_weight", "live"},
+    },
     "attend": {
-        "rows": FEW | MANY, "live": LIVE, "lie": {"odd address"}, "group": {1, 3, 4, 8}, **PAGES,
-        "pages with a tail": {0, 1, 2, 3}, "pages without": {1, 3},
+        **EVERY, "odd": {"q", "pages", "block_table", "seq", "pos", "live"}, "group": {1, 3, 4, 8}, **PAGES,
+        "pages with a tail": {0, 1, 2, 3}, "pages without": {1, 3}, "with": {"softcap", "window"},
     },
     # More rows fill the machine by themselves: nothing is split, nothing is combined.
-    "combine": {"rows": FEW, "live": LIVE, **HEADS},
-    "ragged_linear": {"rows": FEW | MANY, "live": LIVE, "lie": {"odd address"}},
-    "store_kv": {"rows": FEW | MANY, "live": LIVE, "lie": {"odd address", "apart"}, **STORED},
-    "project_qkv": {"rows": FEW | MANY, "live": LIVE, "lie": {"odd address", "apart"}, "group": {1, 3, 4, 8}, **STORED},
-    "backfill_kv": {"rows": FEW | MANY, "live": LIVE, "lie": {"odd address"}, **STORED},
+    "combine": {
+        **EVERY, "rows": FEW, **HEADS, "filled of splits": {(2, 2), (1, 5), (3, 5), (5, 5), (3, 3)},
+        "with": {"softcap", "window"},
+    },
+    "ragged_linear": {**EVERY, "odd": {"x", "weight", "bias", "gate_weight", "gate_bias", "residual", "live"}},
+    "store_kv": {**EVERY, "queries": FEW | MANY, "odd": KV, "apart": {"q", "k", "v"}, **STORED},
+    "project_qkv": {
+        **EVERY, "queries": FEW | MANY, "odd": {"x"} | QKV | KV - {"q", "k", "v"}, "group": {1, 3, 4, 8}, **STORED,
+        "apart": {"q_weight", "k_weight", "v_weight"},
+    },
+    "backfill_kv": {
+        **EVERY, **STORED, "odd": {"residual", "weight", "bias", "variant", "section"} | KV - {"q", "k", "v", "live"},
+    },
+    # One launch up to 1024 rows, two above.
+    "compact_rows_once": {**EVERY, "rows": FEW | {1023, 1024}, "odd": {"state", "payloads"}, "apart": {"payloads"}},
+    "compact_rows_count": {"rows": {1025, 2048}, "odd": {"state"}},
+    "compact_rows_move": {"rows": {1025, 2048}, "odd": {"state", "payloads"}, "apart": {"payloads"}},
+    "accept_drafts_greedy": {"rows": FEW | MANY | {70_000}, "odd": {"drafts", "lengths", "target"}},
+    # A block of 1024 threads per row, each a fiber.
+    "accept_drafts_sampled": {"rows": FEW, "odd": {"drafts", "lengths", "target", "draft_probs", "uniforms"}},
+    **{
+        f"store_kv_{dtype}": {**EVERY, "queries": FEW | MANY, "odd": KV, "apart": {"q", "k", "v"}, **STORED}
+        for dtype in ("float32", "bfloat16", "float16")
+    },
 }  # fmt: skip
 OPS = [name for name in sorted(REGISTRY) if "triton" in REGISTRY[name].providers]
+CUDA = [name for name in sorted(REGISTRY) if "cuda" in REGISTRY[name].providers]
 
 
-def _met() -> dict[str, dict[str, set[Any]]]:
-    """By kernel and kind of value, over all cases that the interpreter runs."""
-    found: dict[str, dict[str, set[Any]]] = defaultdict(lambda: defaultdict(set))
+def _runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(kernel, op, arguments) of everything that runs: by Triton's interpreter, then by fibers."""
     for op in OPS:
         for case in CASES[op]:
-            if case.bench or case.large or case.gpu:
-                continue
-            given = case.build()
-            for kernel in kernels(op, given):
-                for kind, brought in values(op, given).items():
-                    found[kernel][kind] |= brought
-    return found
+            if not (case.bench or case.large or case.gpu):
+                given = case.build()
+                yield from ((kernel, op, given) for kernel in kernels(op, given))
+    for op in CUDA:
+        for dtype in op_harness.DTYPES if op == "store_kv" else op_harness.DTYPES[:1]:
+            for case in by_fibers(op):
+                given = case.build(dtype)
+                yield from ((kernel, op, given) for kernel in cuda_kernels(op, given))
 
 
-MET = _met()
+def _met() -> tuple[dict[str, dict[str, set[Any]]], dict[str, set[str]]]:
+    """Values by kernel and kind, and kernels by op."""
+    found: dict[str, dict[str, set[Any]]] = defaultdict(lambda: defaultdict(set))
+    of_op: dict[str, set[str]] = defaultdict(set)
+    for kernel, op, given in _runs():
+        of_op[op].add(kernel)
+        for kind, brought in values(op, given).items():
+            found[kernel][kind] |= brought
+    return found, of_op
+
+
+MET, OF_OP = _met()
 
 
 @pytest.mark.parametrize("kernel", sorted(REQUIRED))
 def test_every_kernel_meets_every_value(kernel: str) -> None:
     missing = {kind: wanted - MET[kernel][kind] for kind, wanted in REQUIRED[kernel].items() if not wanted <= MET[kernel][kind]}
-    assert not missing, f"{kernel} runs on no case with {missing}"
+    assert not missing, f"{kernel} computes no case with {missing}"
 
 
 def test_these_are_all_kernels() -> None:
     assert set(MET) == set(REQUIRED)
+
+
+@pytest.mark.parametrize("op", sorted(OF_OP))
+def test_every_argument_is_wanted_at_an_odd_address(op: str) -> None:
+    tensors = {each.name for each in REGISTRY[op].overload._schema.arguments if "Tensor" in str(each.type)}
+    assert set().union(*(REQUIRED[kernel].get("odd", set()) for kernel in OF_OP[op])) >= tensors
+
+
+@pytest.mark.parametrize("live", [0, 1])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "compact_rows"])
+def test_rows_that_nobody_computes_bring_nothing(op: str, live: int) -> None:
+    """A table that calls of no work would satisfy says nothing. Keys and values are everybody's."""
+    given = next(case for case in CASES[op] if case.name == "shifted").build()
+    name, counter = ("section", [3, live]) if op == "backfill_kv" else ("live", [live])
+    brought = values(op, given | {name: given[name].new_tensor(counter)})
+    everybody = op in ("store_kv", "project_qkv")
+    assert ("rows" in brought) == everybody
+    assert "queries" not in brought
+    if live == 0 and not everybody:
+        assert set(brought) == {"live"}
+    if live == 1 and op == "ragged_attention":
+        context = int(given["pos"][0]) + 1
+        assert brought["pages with a tail"] | brought["pages without"] == {context // given["pages"].shape[2]}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -101,6 +101,17 @@ def test_ties_go_to_the_lowest_position_across_blocks(provider: str) -> None:
 
 
 @pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
+def test_ties_go_to_the_lowest_position_across_products(provider: str) -> None:
+    """So many rows that a library multiplies: the words lie in its second product, in two blocks of that."""
+    head = torch.zeros(18500, 1)
+    head[[17000, 18436]] = 1.0
+    with backend(provider):
+        stats = exit_stats(torch.ones(129, 1), head, live=torch.tensor([2], dtype=torch.int32))
+    assert stats.argmax[:2].tolist() == [17000, 17000]
+    assert stats.top2[:2].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
 def test_extreme_logits(provider: str) -> None:
     """A sure thing, huge spreads, minus infinity: no NaN, entropy zero where certain."""
     head = torch.tensor([[300.0], [0.0], [-300.0]])
@@ -205,6 +216,7 @@ def test_contract(name: str) -> None:
         ({"head_weight": torch.zeros(0, 3)}, r"exit_stats: head_weight must be at least one row"),
         ({"head_weight": torch.zeros(5, 3, dtype=torch.bfloat16)}, r"head_weight must be float32.*got bfloat16"),
         ({"head_bias": torch.zeros(4)}, r"exit_stats: head_bias must be float32 \[5\]"),
+        ({"head_bias": torch.zeros(10)[::2]}, "exit_stats: head_bias must be contiguous"),
         ({"norm_gain": torch.zeros(3, dtype=torch.bfloat16)}, r"exit_stats: norm_gain must be float32 \[3\]"),
         ({"norm_gain": torch.zeros(6)[::2]}, "exit_stats: norm_gain must be contiguous"),
         ({"softcap": math.nan}, "exit_stats: softcap must be at least 0"),

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dyndepth.errors import ExitsError
 from dyndepth.exits import Always, Criterion, Exits, Never, Patience, Saturation, TopProbability
 from dyndepth.op import backend
+from dyndepth.runtime import graph as graph_style
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.block import block_head
 from dyndepth.runtime.forward import forward
@@ -107,6 +108,21 @@ def test_the_same_bits_as_the_pass_of_slices(family: str, kind: str, kv: str) ->
     ran = [layer for layer in range(len(mine)) if kv == "predict" or layer >= len(wanted.work) or wanted.work[layer]]
     assert_same(mine[ran], theirs[ran], "pages")
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["project_qkv", "ragged_attention", "ragged_linear"])
+def test_a_counter_one_too_small_shows(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above sees a live row that nobody computed: what an op leaves unspecified is spoilt."""
+    right = getattr(graph_style, op)
+
+    def fewer(*args: Any, live: torch.Tensor, **options: Any) -> torch.Tensor:
+        return right(*args, live=(live - 1).clamp_min(0), **options)
+
+    monkeypatch.setattr(graph_style, op, fewer)
+    session, arguments = _start("llama", _exits("llama", "mixed"), "predict")
+    with backend("torch"), RowByRow():
+        found = session.run_graph(arguments["seq"], arguments["pos"], tokens=arguments["tokens"], step=arguments["step"])
+    assert bool(found.ready.isnan().any())
 
 
 @pytest.mark.parametrize("kv", ["predict", "propagate"])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def test_every_op_compiles_and_fits(rows: list[dict[str, Any]]) -> None:
     assert all(row["bytes"] > 0 and (row["flops"] > 0) == (row["op"] not in idle) for row in rows if row["case"] not in nobody)
     products = [row for row in rows if row["op"] == "ragged_linear"]
     assert all(row["matrix"] > 0 and row["load"] >= 16 and row["spilled"] == 0 for row in products)
+
+
+def test_every_kernel_that_takes_a_counter_compiles_with_and_without(rows: list[dict[str, Any]]) -> None:
+    """What passes in graph style launch, and what passes in slices do: as the launches themselves said."""
+    found: dict[tuple[str, str], set[bool | None]] = defaultdict(set)
+    for row in rows:
+        found[row["target"], row["kernel"]].add(row["counter"])
+        assert row["figures_of"] == "call"
+    none = ("partition", "move")
+    assert found == {(target, kernel): {None} if kernel in none else {False, True} for target, kernel in found}
+    assert {kernel for _, kernel in found} > {"block_stats", "logit_stats", "fold", "attend", "combine", "backfill_kv"}
 
 
 def test_bytes_and_flops_of_a_call_by_hand() -> None:

@@ -40,7 +40,12 @@ CALLS: dict[str, list[Maker]] = {
         *(linear(9, 40, 23, gated="silu", bias=True, gate_bias=True, live=live) for live in LIVE),
         *(linear(70, 40, 23, bias=True, residual=True, live=live) for live in (0, 65)),
     ],
-    "store_kv": [*(store(_ONE, 8, live=live) for live in LIVE), store(_ONE, 0), store(_ONE, 5, queries=3)],
+    "store_kv": [
+        *(store(_ONE, 8, live=live) for live in LIVE),
+        store(_ONE, 0),
+        *(store(_ONE, 5, queries=3, padding=padding) for padding in (False, True)),
+        store(_ONE, 8, padding=True, live=1),
+    ],
     "project_qkv": [
         *(project(_ONE, 40, 8, bias=True, norm=True, live=live) for live in LIVE),
         project(_ONE, 40, 8, padding=True, live=4),
@@ -49,6 +54,7 @@ CALLS: dict[str, list[Maker]] = {
     "backfill_kv": [
         *(backfill(_ONE, 40, 3, 8, section=section) for section in (None, (4, 0), (4, 1), (2, 5))),
         backfill(_ONE, 40, 3, 8, norm=0, bias=False),
+        *(backfill(_ONE, 40, 3, 8, padding=True, section=section) for section in (None, (2, 5))),
     ],
     "compact_rows": [compact(9, 5, most=4), compact(33, 8, run=1, most=4)],
 }
@@ -89,6 +95,26 @@ def _within(addresses: np.ndarray[Any, Any], memory: list[Tensor]) -> int:
         begin = each.untyped_storage().data_ptr()
         found |= (addresses >= begin) & (addresses < begin + each.untyped_storage().nbytes())
     return int(found.sum())
+
+
+def test_above_the_handover_kernels_read_what_the_library_wrote_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """exit_stats of 129 rows: of arguments kernels read the counter and the ids that won, beside them live rows' logits, which
+    the planner charges nobody for. The library writes those of all rows."""
+    live, words, products, product = 5, 70, [], torch.nn.functional.linear
+    arguments = op_harness.copied(stats(129, 8, 90, short=words, live=live)(torch.float32, torch.Generator().manual_seed(3)))
+
+    def kept(*given: Any) -> Tensor:
+        products.append(product(*given))
+        return products[-1]
+
+    monkeypatch.setattr(torch.nn.functional, "linear", kept)
+    with backend("triton"), _accesses() as seen:
+        out = REGISTRY["exit_stats"](**arguments)
+    touched = np.unique(np.concatenate(seen))
+    assert _within(touched, op_harness._flat(out)) == live * (8 + 5 * 4)
+    assert _within(touched, op_harness._flat(list(arguments.values()))) == 4 + 8 * len(out[0][:live].unique())
+    assert [tuple(each.shape) for each in products] == [(129, words)]
+    assert _within(touched, products) == live * words * 4
 
 
 @pytest.mark.parametrize(("op", "number"), [(op, at) for op, makers in CALLS.items() for at in range(len(makers))])

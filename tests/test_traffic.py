@@ -33,6 +33,8 @@ OPS = (
         (traffic.project_qkv(3, 0, 10, 8, 4, 1, 2, gains=2), Traffic(80 + 60 + 24 + 24 + 24 + 8, 240)),
         # 2 rows' q of 8 and 3 rows' k,v of 4, in and out; angles 24; positions and slots 24.
         (traffic.store_kv(3, 2, 8, 4, 1, 2), Traffic(2 * 28 * 2 + 48)),
+        # 2 of the 3 rows have a slot, and the third of them no query either: it needs no angle.
+        (traffic.store_kv(3, 2, 8, 4, 1, 2, stored=2, turned=2), Traffic(2 * 24 * 2 + 16 + 24)),
         # 2 rows of 4 heads x 5, 7 tokens seen in 2 K,V heads: 2 x (40 + 140) numbers; seq, pos and 2 pages of 4 positions.
         (traffic.ragged_attention(2, 7, 4, 2, 5, 2, page_size=4), Traffic(2 * (360 + 16), 2 * 4 * 7 * 20)),
         # A window of 3 sees positions 4, 5, 6: one page.
@@ -54,6 +56,8 @@ OPS = (
         # 3 rows of 10 to k,v of 4 in 5 layers; angles and ids as above; two tables with a number per layer.
         (traffic.backfill_kv(3, 5, 10, 4, 1, 2), Traffic(400 + 60 + 120 + 24 + 24, 1200)),
         (traffic.backfill_kv(3, 5, 10, 4, 1, 2, bias=True, variants=2), Traffic(628 + 40 + 24 + 20, 1200)),
+        # 1 of the 3 has a slot: 20 numbers written and two angles; all are multiplied.
+        (traffic.backfill_kv(3, 5, 10, 4, 1, 2, stored=1), Traffic(400 + 60 + 40 + 8 + 24, 1200)),
         # 3 rows of 9 bytes, moved, with a state and a place each; two counts.
         (traffic.compact_rows(3, 9), Traffic(54 + 3 + 12 + 8)),
         (traffic.elementwise(3, 10, 2, read=2, gain=True), Traffic(180 + 20)),
@@ -68,21 +72,19 @@ def test_traffic_adds_up() -> None:
     assert (Traffic(3, 5) + Traffic(1, 2)) * 2 == Traffic(8, 14)
 
 
-def fits(op: str, given: dict[str, Any]) -> bool:
-    """Rows without a slot are figured for `project_qkv` alone, the one op that a pass gives any."""
-    rows = len(next(given[name] for name in ("x", "k", "q", "hidden", "state", "residual") if name in given))
-    return rows > 0 and (op == "project_qkv" or "slots" not in given or bool((given["slots"] >= 0).all()))
+def has_rows(given: dict[str, Any]) -> bool:
+    return len(next(given[name] for name in ("x", "k", "q", "hidden", "state", "residual") if name in given)) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_bytes_are_those_of_the_tensors(op: str, dtype: torch.dtype) -> None:
-    """Every case of the op's own tests, counters and sections included."""
+    """Every case of the op's own tests, counters, sections and rows without a slot included."""
     func = getattr(torch.ops.dyndepth, op).default
     defaults = {a.name: a.default_value if a.has_default_value() else None for a in func._schema.arguments}
     seen = 0
     for case in CASES[op]:
-        if case.large or case.gpu or not fits(op, given := case.build(dtype)):
+        if case.large or case.gpu or not has_rows(given := case.build(dtype)):
             continue
         seen += 1
         out = func(**given)

@@ -46,7 +46,7 @@ def exit_stats(
     Args:
         hidden: float32, bfloat16 or float16 [n, d], contiguous: residuals if `norm_gain` is given, head-ready otherwise.
         head_weight: same dtype [V, d], contiguous.
-        head_bias: same dtype [V].
+        head_bias: same dtype [V], contiguous.
         norm_gain: float32 [d], contiguous; the RMSNorm `hidden / rms(hidden) * norm_gain` (eps inside the root) comes first.
         vocab_ids: int64 [v], the rows of `head_weight` to use (a shortlist); `argmax` is in ids of the full vocabulary.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2); 0 for none.
@@ -80,6 +80,7 @@ def _check(
         check.fail(name, "head_weight", "at least one row", head_weight)
     if head_bias is not None:
         check.tensor(name, "head_bias", head_bias, [vocabulary], (hidden.dtype,), device, "V")
+        check.contiguous(name, "head_bias", head_bias)
     if norm_gain is not None:
         check.tensor(name, "norm_gain", norm_gain, [width], check.FLOAT32, device, "d")
         check.contiguous(name, "norm_gain", norm_gain)

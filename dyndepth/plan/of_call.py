@@ -42,8 +42,12 @@ def _project_qkv(a: _Given) -> Traffic:
 
 
 def _store_kv(a: _Given) -> Traffic:
-    q, k = a["q"], a["k"]
-    return traffic.store_kv(len(k), a.live(len(q)), q.shape[1:].numel(), 2 * k.shape[1:].numel(), a.rotary, q.element_size())
+    q, k, stored = a["q"], a["k"], a["slots"] >= 0
+    queries = a.live(len(q))
+    return traffic.store_kv(
+        len(k), queries, q.shape[1:].numel(), 2 * k.shape[1:].numel(), a.rotary, q.element_size(), stored=int(stored.sum()),
+        turned=queries + int(stored[queries:].sum()),
+    )  # fmt: skip
 
 
 def _ragged_attention(a: _Given) -> Traffic:
@@ -87,15 +91,14 @@ def _compact_rows(a: _Given) -> Traffic:
 
 
 def _backfill_kv(a: _Given) -> Traffic:
-    residual, section = a["residual"], a["section"]
-    rows, width = residual.shape
+    residual, section, slots = a["residual"], a["section"], a["slots"]
     if section is not None:
         begin, count = section.tolist()
-        rows = len(range(rows)[max(begin, 0) : max(begin + max(count, 0), 0)])
+        slots = slots[max(begin, 0) : max(begin + max(count, 0), 0)]
     variants = 0 if a["variant"] is None or a["cos"] is None else len(a["variant"].unique())
     return traffic.backfill_kv(
-        rows, len(a["weight"]), width, 2 * a["weight"].shape[2], a.rotary, residual.element_size(),
-        bias=a["bias"] is not None, variants=variants,
+        len(slots), len(a["weight"]), residual.shape[1], 2 * a["weight"].shape[2], a.rotary, residual.element_size(),
+        bias=a["bias"] is not None, variants=variants, stored=int((slots >= 0).sum()),
     )  # fmt: skip
 
 

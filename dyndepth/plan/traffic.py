@@ -57,9 +57,18 @@ def project_qkv(
     return Traffic(weights + moved + _INT * counter, 2 * width * (live * query + rows * kv))
 
 
-def store_kv(rows: int, queries: int, query: int, kv: int, rotary: int, item: int) -> Traffic:
-    """Rotate q of the first `queries` rows and k of all, store k and v: the epilogue of other projections."""
-    return Traffic(2 * (queries * query + rows * kv) * item + rows * (2 * rotary * _FLOAT + 2 * _INT))
+def store_kv(
+    rows: int, queries: int, query: int, kv: int, rotary: int, item: int, *, stored: int | None = None,
+    turned: int | None = None,
+) -> Traffic:  # fmt: skip
+    """Rotate q of the first `queries` rows and k of all, store k and v: the epilogue of other projections.
+
+    Args:
+        stored: rows that have a slot, all if None: the others' keys and values are not looked at.
+        turned: rows with a query or a slot, all if None: the others need no angle.
+    """
+    stored, turned = rows if stored is None else stored, rows if turned is None else turned
+    return Traffic(2 * (queries * query + stored * kv) * item + turned * 2 * rotary * _FLOAT + rows * 2 * _INT)
 
 
 def ragged_attention(
@@ -103,13 +112,20 @@ def router_score(rows: int, neurons: int, width: int, item: int, *, cosine: bool
 
 
 def backfill_kv(
-    rows: int, layers: int, width: int, kv: int, rotary: int, item: int, *, bias: bool = False, variants: int = 0
-) -> Traffic:
-    """K,V of `layers` layers for rows that skip them. variants: rotary tables that the layers use; 0 where there is one."""
+    rows: int, layers: int, width: int, kv: int, rotary: int, item: int, *, bias: bool = False, variants: int = 0,
+    stored: int | None = None,
+) -> Traffic:  # fmt: skip
+    """K,V of `layers` layers for rows that skip them.
+
+    Args:
+        variants: rotary tables that the layers use; 0 where there is one.
+        stored: rows that have a slot, all if None: the others' keys and values are computed, not turned and written nowhere.
+    """
     if rows == 0:
         return Traffic(0)
+    stored = rows if stored is None else stored
     weights = layers * kv * (width + bias) * item + (layers * _INT if variants else 0)
-    moved = rows * ((width + layers * kv) * item + max(1, variants) * 2 * rotary * _FLOAT + 2 * _INT)
+    moved = rows * (width * item + 2 * _INT) + stored * (layers * kv * item + max(1, variants) * 2 * rotary * _FLOAT)
     return Traffic(weights + moved, 2 * rows * layers * kv * width)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyndepth.testing.accept_cases import greedy, sampled
 from dyndepth.testing.case import Arguments, Case
 from dyndepth.testing.linear_cases import linear
 from dyndepth.testing.makers import Paged, attention, backfill, compact, project, router, stats, store
@@ -45,8 +46,16 @@ def apart(make: Maker, *names: str) -> Maker:
     return made
 
 
-#: (rows, live): around warps; around a thousand; every counter that is an edge at least once.
-_ROWS = ((2, 1), (31, 30), (32, 0), (33, 33), (1023, 1), (1024, 0), (1025, 1025))
+def at(make: Maker, *contexts: int) -> Maker:
+    """Row i sees so many tokens as the i-th says, whatever its sequence could hold."""
+    return lambda dtype, generator: make(dtype, generator) | {"pos": torch.tensor(contexts, dtype=torch.int32) - 1}
+
+
+#: (rows, live): around warps; around a thousand; all rows computed at each, and every counter that is an edge at least once.
+_ROWS = (
+    (2, 1), (2, 2), (31, 30), (31, 31), (32, 0), (32, 32), (33, 33),
+    (1023, 1), (1023, 1023), (1024, 0), (1024, 1024), (1025, 1025),
+)  # fmt: skip
 
 
 def _rows(make: Callable[[int, int], Maker]) -> list[Case]:
@@ -68,6 +77,10 @@ def _backfill(rows: int, section: tuple[int, int]) -> Maker:
 _SHAPES = ((64, 4, 1, 1, 2), (80, 3, 1, 16, 20), (96, 8, 1, 32, 70), (128, 2, 2, 16, 50), (256, 3, 1, 32, 9))
 
 
+#: Sequences of which each could be 1248 tokens long: where rows are few, five programs share a row's context.
+_LONG = Paged(4, 4, 2, 16, 32, 4, 1248, decode=True, tight=True)
+
+
 def _shapes(make: Callable[[Paged, bool], Maker]) -> list[Case]:
     """A case per shape of heads and pages; some with rows that have no slot."""
     return [
@@ -85,16 +98,24 @@ def _contexts(page: int = 16) -> list[Case]:
 
 
 EDGES: dict[str, list[Case]] = {
-    "accept_drafts": [],
+    "accept_drafts": [
+        *(Case(f"greedy_rows{rows}", greedy(rows, 3)) for rows in (2, 31, 32, 33, 1023, 1024, 1025)),
+        *(Case(f"rows{rows}", sampled(rows, 2, 11)) for rows in (2, 31, 32, 33)),
+        Case("greedy_shifted", shifted(greedy(9, 7))),
+        Case("shifted", shifted(sampled(9, 5, 103))),
+    ],
     "compact_rows": [
         *(Case(f"rows{rows}", compact(rows, 5)) for rows in (2, 33)),
         *(Case(f"rows{rows}", compact(rows, 5, most=2), many=True) for rows in (1023, 1024)),
         *(Case(f"rows32_run{run}", compact(32, 3, run=run)) for run in (1, 31)),
         Case("shifted", shifted(compact(9, 6))),
+        Case("shifted1025", shifted(compact(1025, 5, most=2)), many=True),
     ],
     "exit_stats": [
-        *_rows(lambda rows, live: stats(rows, 16, 70, live=min(live, 130))),  # two kernels of a program per row
-        *(Case(f"rows{rows}_live{live}", stats(rows, 16, 70, live=live), many=True) for rows, live in ((129, 128), (129, 129))),
+        *_rows(lambda rows, live: stats(rows, 16, 70, live=live)),
+        *(Case(f"rows129_live{live}", stats(129, 16, 70, live=live), many=True) for live in (128, 129)),
+        # Two products of the library, ten programs a row, the last of five words.
+        Case("rows129_words18437", stats(129, 8, 18500, bias=True, short=18437, softcap=20.0, live=5)),
         Case("shifted", shifted(stats(9, 24, 515, bias=True, live=4))),
         Case("shifted_shortlist", shifted(stats(9, 23, 515, bias=True, short=77))),
     ],
@@ -109,8 +130,11 @@ EDGES: dict[str, list[Case]] = {
         # So far that two programs share a row's context, and another kernel puts their results together.
         *(
             Case(f"split{rows}_live{live}", attention(Paged(rows, 4, 1, 16, 32, rows, 290, decode=True, tight=True), live=live))
-            for rows, live in ((1, 1), (2, 1), (31, 30), (32, 0), (33, 1), (33, 33))
+            for rows, live in ((1, 1), (2, 1), (2, 2), (31, 30), (31, 31), (32, 0), (32, 32), (33, 1), (33, 33))
         ),
+        # A short context leaves most splits empty, a longer one some, the longest none.
+        Case("split_ragged", at(attention(_LONG), 3, 150, 290, 1100)),
+        Case("split_ragged_window_softcap", at(attention(_LONG, window=600, softcap=5.0), 3, 150, 290, 1100)),
         *(
             Case(f"split_dim{dim}", attention(Paged(2, 2, 1, dim, 32, 2, context, decode=True, tight=True)))
             for dim, context in ((64, 290), (80, 290), (96, 290), (128, 290), (256, 130))
@@ -138,7 +162,8 @@ EDGES: dict[str, list[Case]] = {
         *(
             Case(f"rows{rows}_section{begin}_{count}", _backfill(rows, (begin, count)), many=rows > 1000)
             for rows, begin, count in (
-                (2, 1, 1), (31, 0, 30), (32, 0, 32), (33, 3, 30), (1023, 1022, 1), (1024, 0, 0), (1025, 0, 1025),
+                (2, 1, 1), (2, 0, 2), (31, 0, 30), (31, 0, 31), (32, 0, 32), (33, 3, 30), (33, 0, 33),
+                (1023, 1022, 1), (1023, 0, 1023), (1024, 0, 0), (1024, 0, 1024), (1025, 0, 1025),
             )
         ),
         *_shapes(lambda p, padding: backfill(p, 24, 2, p.head_dim // 2, padding=padding, variants=2)),
