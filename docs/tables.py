@@ -113,13 +113,13 @@ def _spills(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if row["dtype"] == dtype]
         spilt = [row for row in own if row["spilled"]]
         if not spilt:
-            told.append(f"In {dtype} none of {len(own)} entries spills.")
+            told.append(f"In {dtype} none of the {len(own)} entries spills.")
             continue
         least, most = (choose(row["spilled"] for row in spilt) for choose in (min, max))
         kernels = ", ".join(f"`{name}`" for name in sorted({row["kernel"] for row in spilt}))
         where = ", ".join(dict.fromkeys(row["target"] for row in spilt))
-        size = f"{least} to {most} bytes a thread"
-        told.append(f"In {dtype} {len(spilt)} of {len(own)} entries spill {size}: {kernels} ({where}).")
+        size = f"{least} bytes a thread" if least == most else f"{least} to {most} bytes a thread"
+        told.append(f"In {dtype} {len(spilt)} of the {len(own)} entries spill {size}: {kernels} ({where}).")
     return " ".join(told)
 
 
