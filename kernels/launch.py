@@ -147,6 +147,8 @@ def ragged_linear(rows: int, outputs: int, width: int, gated: bool, device: Devi
     bucket, weights = min(RAGGED_LINEAR_GROUP, power_of_two(rows, 16)), 2 if gated else 1
     exact = itemsize >= 4  # without tensor cores operands lie in registers: smaller tiles, more warps
     shapes = [(128, 128), (128, 64), (64, 64), (64, 32)] if bucket > 64 else [(bucket, columns) for columns in (64, 32, 16)]
+    if device.architecture == "sm_100" and not gated:  # sums come out of tensor memory whole: beside a residual 128 x 128 spill
+        shapes = [shape for shape in shapes if shape != (128, 128)]
     shapes = [(min(height, 64), min(columns, 64)) for height, columns in shapes] if exact else shapes
     wanted = device.processors * 3 // 4 if bucket > 64 else 2 * device.processors
     for block_rows, columns in shapes:
