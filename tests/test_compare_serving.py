@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -161,5 +162,6 @@ def test_fewer_tokens_than_wanted_are_no_result(monkeypatch: pytest.MonkeyPatch)
 
 def test_cells_as_written_on_the_command_line() -> None:
     assert runner._cells("bfloat16:1024:1,4") == [("bfloat16", 1, 1024), ("bfloat16", 4, 1024)]
-    with pytest.raises(ValueError, match="unpack"):
-        runner._cells("bfloat16:1024")
+    for wrong in ("bfloat16:1024", "bfloat16:long:1", "foo"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"wanted DTYPE:CONTEXT:BATCHES .* got '{wrong}'"):
+            runner._cells(wrong)

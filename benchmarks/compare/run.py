@@ -163,8 +163,11 @@ def _ints(text: str) -> list[int]:
 
 def _cells(text: str) -> list[Key]:
     """bfloat16:1024:1,4 are two cells."""
-    dtype, context, batches = text.split(":")
-    return [(dtype, batch, int(context)) for batch in _ints(batches)]
+    try:
+        dtype, context, batches = text.split(":")
+        return [(dtype, batch, int(context)) for batch in _ints(batches)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted DTYPE:CONTEXT:BATCHES such as bfloat16:1024:1,4, got {text!r}") from None
 
 
 def main() -> None:
