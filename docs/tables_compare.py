@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from table_parts import header, load, machine
+from table_parts import drafts, header, load, machine, percent
 
 Row = dict[str, Any]
 
@@ -53,11 +53,9 @@ def compare_served(results: Path) -> str:
         return "Not measured.\n"
     lines = header("slots", "", "tokens/s", "completion p50, s", "p99, s", "rows × layers", "drafts accepted")
     for row in found["served"]:
-        work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
-        drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
         lines.append(
             f"| {row['slots']} | {row['system']}, {row['mode']} | {row['tokens_per_s']:.1f} | {row['p50_s']:.2f} "
-            f"| {row['p99_s']:.2f} | {work} | {drafts} |"
+            f"| {row['p99_s']:.2f} | {percent(row['rows_x_layers'])} | {drafts(row)} |"
         )
     asked = {row["slots"]: row["requests"] for row in found["served"]}
     tokens = ", ".join(map(str, found["served"][0]["lengths"]))

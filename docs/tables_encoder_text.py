@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from table_parts import header
+from table_parts import header, load
 
 
 def encoder_text(results: Path) -> str:
     """What `make encoder-text` found: every setting of every system."""
-    found = _load(results)
+    found = load(results / "encoder_text.json")
     lines = header("system", "trained", "setting", "accuracy", "samples × layers", "mean layers")
     for row in found["rows"]:
         trained = f"with the model, {row['updates']} updates from {row['started']}" if row["with_model"] else "exits alone"
@@ -36,7 +35,7 @@ def encoder_text(results: Path) -> str:
 
 def encoder_text_systems(results: Path) -> str:
     """System, what runs here, what differs, and the figure reached: at most a point is lost, for the least work."""
-    found = _load(results)
+    found = load(results / "encoder_text.json")
     lines = header("system", "what the paper adds", "what runs here", "what differs", "reached here")
     for system, (adds, _, differs) in found["about"].items():
         lines.append(f"| {system} | {adds} | {runs_here(found, system)} | {differs} | {figures(found, system)} |")
@@ -96,13 +95,9 @@ def _reached(found: dict[str, Any], system: str, with_model: bool) -> str:
     return f"{best['accuracy']:.1%} at {best['samples_x_layers']:.0%} ({setting}; full depth {whole['accuracy']:.1%}; {how})"
 
 
-def _load(results: Path) -> Any:
-    return json.loads((results / "encoder_text.json").read_text(encoding="utf-8"))
-
-
 def demo_text(results: Path) -> str:
     """What `dyndepth demo --task text` printed."""
-    found = json.loads((results / "text.json").read_text(encoding="utf-8"))
+    found = load(results / "text.json")
     lines = header("batch", "system", "documents/s (p10–p90)", "samples × layers", "accuracy", "agreement")
     for row in found["rows"]:
         lines.append(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from table_parts import header, machine
+from table_parts import header, load, machine
 
 
 def encoder_layouts(results: Path) -> str:
     """What benchmarks/encoder_layouts.py found: a pass packed, padded and by transformers."""
-    found = json.loads((results / "encoder_layouts.json").read_text(encoding="utf-8"))
+    found = load(results / "encoder_layouts.json")
     names = ("dtype", "lengths", "batch", "padding", "packed, ms", "padded, ms", "transformers, ms")
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
     for row in found["rows"]:
@@ -26,7 +25,7 @@ def encoder_layouts(results: Path) -> str:
 
 def encoder_speech(results: Path) -> str:
     """What benchmarks/encoder_speech.py found: exits by themselves, both criteria by threshold, speed by batch size."""
-    found = json.loads((results / "encoder_speech.json").read_text(encoding="utf-8"))
+    found = load(results / "encoder_speech.json")
     lines = header("everybody leaves after", "WER", "CER")
     for row in found["exits"]:
         lines.append(f"| layer {row['leave']} of {found['layers']} | {row['wer']:.1%} | {row['cer']:.1%} |")

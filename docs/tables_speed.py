@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from table_parts import header, load, machine
+from table_parts import drafts, header, load, machine, percent
 
 
 def depth_efficiency(results: Path) -> str:
@@ -83,11 +83,9 @@ def policies_speed(results: Path) -> str:
     found = load(results / "policies.json")
     lines = header("batch", "", "tokens/s (p10–p90)", "times full depth", "rows × layers", "drafts accepted")
     for row in found["speed"]:
-        work = "–" if row["rows_x_layers"] is None else f"{row['rows_x_layers']:.1%}"
-        drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
         lines.append(
             f"| {row['batch']} | {row['system']} | {row['tokens_per_s']:.1f} ({row['p10']:.1f}–{row['p90']:.1f}) "
-            f"| {row['times_full']:.2f} | {work} | {drafts} |"
+            f"| {row['times_full']:.2f} | {percent(row['rows_x_layers'])} | {drafts(row)} |"
         )
     return "\n".join([*lines, "", _policies(found), ""])
 
@@ -140,10 +138,9 @@ def policies_skips(results: Path) -> str:
         lines.append(f"| {layers} | {trial['accepted']} of {trial['drafted']} | {trial['gain']:.2f} |")
     lines += ["", *header("batch", "drafts", "tokens/s", "times full depth", "rows × layers", "drafts accepted")]
     for row in found["timed"]:
-        drafts = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
         lines.append(
             f"| {row['batch']} | {row['system']} | {row['tokens_per_s']:.1f} | {row['times_full']:.2f} "
-            f"| {row['rows_x_layers']:.1%} | {drafts} |"
+            f"| {percent(row['rows_x_layers'])} | {drafts(row)} |"
         )
     asked = found["search"]
     text = (

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compare.generated import exit_points
 from compare.journal import Journal
 from compare.measure import PREEMPTED, attempt
+from compare.texts import padded
 from dyndepth.engine import Engine, Request
 from dyndepth.exits import Exits
 
@@ -205,12 +205,10 @@ def _batches(load: Load, *, speculate: bool = False) -> dict[str, Any]:
     for at in range(0, len(load.prompts), load.slots):
         prompts, wanted = load.prompts[at : at + load.slots], load.tokens[at : at + load.slots]
         width = max(map(len, prompts))
-        ids = torch.stack([torch.cat([prompt.new_zeros(width - len(prompt)), prompt]) for prompt in prompts])
-        mask = torch.stack([(torch.arange(width) >= width - len(prompt)).long() for prompt in prompts])
+        inputs = padded([prompt.tolist() for prompt in prompts], width, 0)
         out = load.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max(wanted), do_sample=False, eos_token_id=None, pad_token_id=0,
-            **options,
-        )  # fmt: skip
+            **inputs, max_new_tokens=max(wanted), do_sample=False, eos_token_id=None, pad_token_id=0, **options
+        )
         ends += [time.perf_counter() - begin] * len(prompts)
         made += [min(tokens, out.shape[1] - width) for tokens in wanted]
     _complete(made, load.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,14 +68,14 @@ def measure(
         if journal.of(key, system.name, "judged") or journal.of(key, system.name, "failed"):
             continue
         say(f"{_title(key)}: judging {system.name}")
-        attempt(journal, key, system.name, lambda system=system: _judge(journal, key, cell, system, reference))  # type: ignore[misc]
+        attempt(journal, key, system.name, functools.partial(_judge, journal, key, cell, system, reference))
     for repetition in range(effort.repetitions):
         round_begin = time.perf_counter()
         for system in systems:
             if journal.of(key, system.name, "failed") or len(journal.of(key, system.name, "block")) > repetition:
                 continue
             say(f"{_title(key)}: repetition {repetition + 1}, {system.name}")
-            attempt(journal, key, system.name, lambda system=system: _block(journal, key, cell, system, reference, repetition))  # type: ignore[misc]  # noqa: B023
+            attempt(journal, key, system.name, functools.partial(_block, journal, key, cell, system, reference, repetition))
         now = time.perf_counter()
         if now - begin + (now - round_begin) > effort.seconds:
             for system in systems:

@@ -75,8 +75,13 @@ def compare(
     journal = Journal(folder / "compare_journal.jsonl", settings, fresh)
     machine, new_tokens = info.collect(), int(settings["new_tokens"])
     rows: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
     loaded = functools.lru_cache(maxsize=1)(subject)
+    everyone = [*systems, *(() if serving is None else serving.systems)]
+
+    def write() -> None:
+        served = [] if serving is None else completion.rows(journal, serving)
+        results.write(folder, machine, journal, rows, results.not_run(journal, everyone), served)
+
     try:
         for key in cells:
             begin = time.perf_counter()
@@ -85,8 +90,7 @@ def compare(
             prompt_tokens = int(cell.inputs["attention_mask"].sum())
             found = [results.compared(journal, key, system, new_tokens, prompt_tokens) for system in systems]
             rows += [one.flat() for one in found if one is not None]
-            failed = results.not_run(journal, systems)
-            results.write(folder, machine, journal, rows, failed, [] if serving is None else completion.rows(journal, serving))
+            write()
             draw(folder / "compare.png", rows)
             say(f"{', '.join(map(str, key))}: {time.perf_counter() - begin:.0f} s, {len(rows)} rows so far")
         if serving is not None:
@@ -95,10 +99,6 @@ def compare(
                 subject = loaded(serving.dtype)
                 prompts = subject.cell(completion.requests_of(slots), serving.context, new_tokens).prompts
                 return completion.Load.of(subject.model, subject.exits, prompts, slots, new_tokens)
-
-            def write() -> None:
-                failed = results.not_run(journal, [*systems, *serving.systems])
-                results.write(folder, machine, journal, rows, failed, completion.rows(journal, serving))
 
             for system in systems:  # a peer that waits for its next question holds memory, and maybe a thread
                 system.close()
