@@ -107,6 +107,66 @@ def test_rows_that_share_tiles(dtype: torch.dtype, head_dim: int, provider: str,
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "page_size", "window", "softcap"),
+    [
+        ((3, 1), 64, 16, 0, 0.0),
+        ((6, 2), 32, 32, 100, 0.0),
+        ((8, 8), 64, 16, 0, 5.0),
+        ((20, 1), 96, 24, 40, 5.0),
+        ((2, 1), 288, 16, 0, 0.0),
+    ],
+    ids=["gqa", "window", "softcap", "more heads than a tile", "wide head"],
+)
+def test_prompts_alone_and_in_pieces(
+    heads: tuple[int, int], head_dim: int, page_size: int, window: int, softcap: float, provider: str, threads: Callable
+) -> None:
+    """Tiles of many rows of a prompt, and of the one row that is left of it when it decodes."""
+    arguments = problem(
+        [70, 300],
+        rows_each=45,
+        page_size=page_size,
+        dtype=torch.bfloat16,
+        heads=heads,
+        head_dim=head_dim,
+        window=window,
+        softcap=softcap,
+    )
+    assert_independent(arguments, provider, threads)
+    reference, truth = op_harness.outcome(OP, arguments)["out"], op_harness.outcome(OP, widened(arguments))["out"]
+    assert_as_exact_as(attended(arguments, provider), reference, truth)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_long_prompt_equals_its_rows_alone(seed: int, provider: str) -> None:
+    """Half a million results: sums that differ in their last bit of fp32 only show in a few of them, rounded to bf16."""
+    arguments = problem([1024], rows_each=1024, dtype=torch.bfloat16, heads=(9, 3), head_dim=64)
+    arguments["q"] = torch.randn(arguments["q"].shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    alone = torch.cat([attended(arguments, provider, torch.tensor([row])) for row in range(1024)])
+    assert_same(attended(arguments, provider), alone)
+
+
+@pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize(("heads", "head_dim"), [((6, 2), 20), ((6, 2), 64), ((20, 1), 64)])
+def test_a_later_row_of_the_prompt_has_no_effect(
+    heads: tuple[int, int], head_dim: int, part: int, wrong: float, provider: str
+) -> None:
+    """Not even where rows share a tile, in which a key that only some of them see weighs 0 for the others: 0 x inf."""
+    arguments = problem([290], rows_each=40, dtype=torch.bfloat16, heads=heads, head_dim=head_dim)
+    clean = attended(arguments, provider)
+    for position in (255, 256, 270, 289):
+        spoiled = {**arguments, "pages": arguments["pages"].clone()}
+        spoiled["pages"][part, *place(arguments, 0, position)] = wrong
+        before = position - 250
+        found = attended(spoiled, provider)
+        assert_same(found[:before], clean[:before], f"position {position}")
+        assert not bool(torch.isfinite(found[before:]).all()), f"position {position}"
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", op_harness.DTYPES, ids=str)
 @pytest.mark.parametrize("window", [1, 17, 64, 100, 255, 256, 257, 400])
 def test_windows_begin_anywhere(window: int, dtype: torch.dtype, provider: str, threads: Callable) -> None:

@@ -3,11 +3,10 @@
 #include <cstring>
 
 #include "../common/simd.h"
+#include "amx_tiles.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define DYN_AMX 1
+#ifdef DYN_AMX
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -15,8 +14,6 @@
 namespace dyndepth {
 
 #ifdef DYN_AMX
-
-#define DYN_AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
 
 namespace {
 
@@ -27,37 +24,6 @@ bool ask_for_amx() {
   if (!amx || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq")) return false;
   // Linux keeps the 8 KiB of tile state from a process until it asks (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA).
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-}
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// 16 x 16 floats, [output][row] as a tile holds them -> [row][output].
-DYN_AMX_TARGET inline void transpose(const float* from, float* to) {
-  __m512 r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_ps(from + i * 16);
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 2; ++j) {
-      const __m512d low = _mm512_castps_pd(t[4 * i + j]), high = _mm512_castps_pd(t[4 * i + 2 + j]);
-      r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  // r[4 g + c] holds, per 128-bit lane l, row 4 l + c of outputs 4 g .. 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512 a = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512 e = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd), f = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-    _mm512_storeu_ps(to + (0 + c) * 16, _mm512_shuffle_f32x4(a, b, 0x88));
-    _mm512_storeu_ps(to + (8 + c) * 16, _mm512_shuffle_f32x4(a, b, 0xdd));
-    _mm512_storeu_ps(to + (4 + c) * 16, _mm512_shuffle_f32x4(e, f, 0x88));
-    _mm512_storeu_ps(to + (12 + c) * 16, _mm512_shuffle_f32x4(e, f, 0xdd));
-  }
 }
 
 // Tile registers are named at compile time: 0..3 sums [panel][row tile], 4..5 weights, 6..7 rows.
@@ -88,18 +54,18 @@ DYN_AMX_TARGET inline void multiply(const uint32_t* tiles, int64_t tile_stride, 
   }
   alignas(64) float square[256];
   _tile_stored(0, square, 64);
-  transpose(square, sums);
+  transpose(square, sums, 16);
   if constexpr (kTiles == 2) {
     _tile_stored(1, square, 64);
-    transpose(square, sums + 256);
+    transpose(square, sums + 256, 16);
   }
   if constexpr (kPanels == 2) {
     _tile_stored(2, square, 64);
-    transpose(square, sums + panel_sums);
+    transpose(square, sums + panel_sums, 16);
   }
   if constexpr (kPanels == 2 && kTiles == 2) {
     _tile_stored(3, square, 64);
-    transpose(square, sums + panel_sums + 256);
+    transpose(square, sums + panel_sums + 256, 16);
   }
 }
 
@@ -133,7 +99,7 @@ DYN_AMX_TARGET void amx_pack(const BFloat16* x, int64_t count, int64_t width, in
   alignas(64) float square[256] = {};
   for (int64_t k = 0; k < width; k += kTileDepth) {
     for (int64_t row = 0; row < count; ++row) std::memcpy(square + row * 16, x + row * stride + k, 64);
-    transpose(square, reinterpret_cast<float*>(tiles + k / kTileDepth * kTileWords));
+    transpose(square, reinterpret_cast<float*>(tiles + k / kTileDepth * kTileWords), 16);
   }
 }
 

@@ -6,28 +6,25 @@
 namespace dyndepth {
 
 template <class T>
-void attend_segment(const AttentionProblem& problem, const T* q, const T* keys, const T* values, int64_t first,
-                    int64_t last, int64_t kv_head, int64_t segment, Partial to, float* scratch) {
+void AttendVectors<T>::segment(const AttentionProblem& problem, const T* q, const T* keys, const T* values,
+                               int64_t first, int64_t last, int64_t kv_head, int64_t segment, Partial to,
+                               float* scratch) {
   DYN_BEST(attend_segment, problem, q, keys, values, first, last, kv_head, segment, to, scratch);
 }
 
-void merge_partials(const AttentionProblem& problem, int64_t rows, Partial total, Partial part) {
+template <class T>
+void AttendVectors<T>::merge(const AttentionProblem& problem, int64_t rows, Partial total, Partial part) {
   DYN_BEST(merge_partials, problem, rows, total, part);
 }
 
 template <class T>
-void write_attended(const AttentionProblem& problem, Partial total, int64_t first, int64_t last, int64_t kv_head,
-                    T* out) {
+void AttendVectors<T>::write(const AttentionProblem& problem, Partial total, int64_t first, int64_t last,
+                             int64_t kv_head, T* out) {
   DYN_BEST(write_attended, problem, total, first, last, kv_head, out);
 }
 
-#define DYN_INSTANTIATE(T)                                                                                       \
-  template void attend_segment(const AttentionProblem&, const T*, const T*, const T*, int64_t, int64_t, int64_t, \
-                               int64_t, Partial, float*);                                                        \
-  template void write_attended(const AttentionProblem&, Partial, int64_t, int64_t, int64_t, T*);
-DYN_INSTANTIATE(float)
-DYN_INSTANTIATE(BFloat16)
-DYN_INSTANTIATE(Half)
-#undef DYN_INSTANTIATE
+template struct AttendVectors<float>;
+template struct AttendVectors<BFloat16>;
+template struct AttendVectors<Half>;
 
 }  // namespace dyndepth

@@ -85,7 +85,7 @@ DYN_INLINE void attend_keys(const AttentionProblem& p, const T* q, const T* keys
                             int64_t last, int64_t kv_head, int64_t segment, Partial to, float* scratch) {
   const int64_t dim = p.head_dim, group = p.group();
   float* query = scratch;
-  float* strip_keys = query + kTileRows * group * dim;
+  float* strip_keys = query + p.queries() * dim;
   float* strip_values = strip_keys + kStrip * dim;
   float* weights = strip_values + kStrip * dim;
 

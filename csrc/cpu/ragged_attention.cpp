@@ -1,10 +1,12 @@
 #include "ragged_attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
 #include "../common/tensor.h"
+#include "attend_tiles.h"
 
 namespace dyndepth {
 
@@ -23,19 +25,32 @@ void check_attention(const char* op, const AttentionProblem& p, int64_t sequence
 
 namespace {
 
-// Tiles: runs of consecutive rows of one sequence, at most kTileRows each. tiles[i] .. tiles[i + 1] are one tile.
+// Tiles: runs of consecutive rows of one sequence, at most tile_rows each. tiles[i] .. tiles[i + 1] are one tile.
 std::vector<int64_t> tile_bounds(const AttentionProblem& p) {
   std::vector<int64_t> bounds{0};
   for (int64_t row = 1; row < p.rows; ++row)
-    if (p.seq[row] != p.seq[row - 1] || row - bounds.back() == kTileRows) bounds.push_back(row);
+    if (p.seq[row] != p.seq[row - 1] || row - bounds.back() == p.tile_rows) bounds.push_back(row);
   bounds.push_back(p.rows);
   return bounds;
 }
 
-}  // namespace
+// One task after the other from the last, for whoever is free: the last tiles of a long prompt see the most keys.
+template <class Kernel, class Task>
+void for_each_task(int64_t tasks, int64_t floats, const Task& task) {
+  std::atomic<int64_t> left{tasks};
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    static thread_local std::vector<float> memory;
+    memory.resize(floats);
+    Kernel::begin();
+    for (int64_t at; (at = left.fetch_sub(1, std::memory_order_relaxed) - 1) >= 0;) task(at, memory.data());
+    Kernel::end();
+  });
+}
 
-template <class T>
-void attend_all(const AttentionProblem& p, const T* q, const T* keys, const T* values, T* out) {
+template <class Kernel, class T>
+void attend_tiles(AttentionProblem p, const T* q, const T* keys, const T* values, T* out) {
+  p.tile_rows = Kernel::rows(p);
   const std::vector<int64_t> bounds = tile_bounds(p);
   const int64_t tiles = static_cast<int64_t>(bounds.size()) - 1, items = tiles * p.kv_heads;
   const int64_t size = Partial::floats(p);
@@ -51,30 +66,25 @@ void attend_all(const AttentionProblem& p, const T* q, const T* keys, const T* v
     starts[tile + 1] = starts[tile] + newest / kSegment + 1 - begin_of[tile];
   }
   const auto attend = [&](int64_t tile, int64_t head, int64_t segment, Partial to, float* scratch) {
-    attend_segment(p, q, keys, values, bounds[tile], bounds[tile + 1], head, begin_of[tile] + segment, to, scratch);
+    Kernel::segment(p, q, keys, values, bounds[tile], bounds[tile + 1], head, begin_of[tile] + segment, to, scratch);
   };
   // The rest of a tile's segments one after the other, merged in their order.
   const auto finish = [&](int64_t tile, int64_t head, Partial total, auto&& next) {
     for (int64_t segment = 1; segment < starts[tile + 1] - starts[tile]; ++segment)
-      merge_partials(p, bounds[tile + 1] - bounds[tile], total, next(segment));
-    write_attended(p, total, bounds[tile], bounds[tile + 1], head, out);
+      Kernel::merge(p, bounds[tile + 1] - bounds[tile], total, next(segment));
+    Kernel::write(p, total, bounds[tile], bounds[tile + 1], head, out);
   };
   // Fewer items than four per thread leave threads waiting: then segments are items of their own.
   const bool split = items < 4 * static_cast<int64_t>(torch::stable::get_num_threads()) && starts[tiles] > tiles;
   if (!split) {
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-      static thread_local std::vector<float> memory;
-      memory.resize(2 * size + attention_scratch(p));
-      const Partial total(memory.data(), p), part(memory.data() + size, p);
-      float* scratch = memory.data() + 2 * size;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t tile = i / p.kv_heads, head = i % p.kv_heads;
-        attend(tile, head, 0, total, scratch);
-        finish(tile, head, total, [&](int64_t segment) {
-          attend(tile, head, segment, part, scratch);
-          return part;
-        });
-      }
+    for_each_task<Kernel>(items, 2 * size + Kernel::scratch(p), [&](int64_t i, float* memory) {
+      const Partial total(memory, p), part(memory + size, p);
+      const int64_t tile = i / p.kv_heads, head = i % p.kv_heads;
+      attend(tile, head, 0, total, memory + 2 * size);
+      finish(tile, head, total, [&](int64_t segment) {
+        attend(tile, head, segment, part, memory + 2 * size);
+        return part;
+      });
     });
     return;
   }
@@ -83,19 +93,24 @@ void attend_all(const AttentionProblem& p, const T* q, const T* keys, const T* v
   const auto part_of = [&](int64_t tile, int64_t head, int64_t segment) {
     return Partial(parts.get() + ((starts[tile] + segment) * p.kv_heads + head) * size, p);
   };
-  torch::stable::parallel_for(0, starts[tiles] * p.kv_heads, 1, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<float> scratch;
-    scratch.resize(attention_scratch(p));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i / p.kv_heads, head = i % p.kv_heads;
-      const int64_t tile = std::upper_bound(starts.begin(), starts.end(), at) - starts.begin() - 1;
-      attend(tile, head, at - starts[tile], part_of(tile, head, at - starts[tile]), scratch.data());
-    }
+  for_each_task<Kernel>(starts[tiles] * p.kv_heads, Kernel::scratch(p), [&](int64_t i, float* scratch) {
+    const int64_t at = i / p.kv_heads, head = i % p.kv_heads;
+    const int64_t tile = std::upper_bound(starts.begin(), starts.end(), at) - starts.begin() - 1;
+    attend(tile, head, at - starts[tile], part_of(tile, head, at - starts[tile]), scratch);
   });
   for (int64_t i = 0; i < items; ++i) {
     const int64_t tile = i / p.kv_heads, head = i % p.kv_heads;
     finish(tile, head, part_of(tile, head, 0), [&](int64_t segment) { return part_of(tile, head, segment); });
   }
+}
+
+}  // namespace
+
+template <class T>
+void attend_all(const AttentionProblem& p, const T* q, const T* keys, const T* values, T* out) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (attends_on_tiles(p)) return attend_tiles<AttendTiles>(p, q, keys, values, out);
+  attend_tiles<AttendVectors<T>>(p, q, keys, values, out);
 }
 
 template void attend_all(const AttentionProblem&, const float*, const float*, const float*, float*);

@@ -15,7 +15,11 @@ struct AttentionProblem {
   int64_t page_size, max_pages;
   int64_t window;  // 0: the whole context
   float scale;
-  float softcap;  // 0: none
+  float softcap;          // 0: none
+  int64_t tile_rows = 0;  // rows of one sequence that share one walk over its pages; attend_all chooses
+
+  // Queries of a tile and one K,V head, and room for a step of sixteen that ends beyond them.
+  int64_t queries() const { return (tile_rows * group() + 31) / 16 * 16; }
 
   int64_t group() const { return heads / kv_heads; }
 
@@ -26,8 +30,6 @@ struct AttentionProblem {
   }
 };
 
-// Rows of one sequence that share one walk over its pages: 8 rows reuse every key 8 times from the first-level cache.
-constexpr int64_t kTileRows = 8;
 // Keys between two looks at the running maximum: 64 keys and values of 64 channels, as fp32, fit the first-level cache.
 constexpr int64_t kStrip = 64;
 // Keys that one thread takes at least. A row's softmax is always merged from segments that begin at multiples of this,
@@ -42,28 +44,33 @@ struct Partial {
   float* mass;  // [queries]
 
   Partial(float* memory, const AttentionProblem& p)
-      : sum(memory), peak(memory + kTileRows * p.group() * p.head_dim), mass(peak + kTileRows * p.group()) {}
-  static int64_t floats(const AttentionProblem& p) { return kTileRows * p.group() * (p.head_dim + 2); }
+      : sum(memory), peak(memory + p.queries() * p.head_dim), mass(peak + p.queries()) {}
+  Partial(float* sums, float* peaks, float* masses) : sum(sums), peak(peaks), mass(masses) {}
+  static int64_t floats(const AttentionProblem& p) { return p.queries() * (p.head_dim + 2); }
+  Partial from(int64_t query, int64_t dim) const { return {sum + query * dim, peak + query, mass + query}; }
 };
 
-// Floats that attend_segment wants as scratch: queries, keys and values as fp32, weights of a strip.
-inline int64_t attention_scratch(const AttentionProblem& p) {
-  return kTileRows * p.group() * p.head_dim + 2 * kStrip * p.head_dim + kStrip;
-}
-
-// Partial softmax of rows [first, last) of one sequence over keys [segment * kSegment, ... + kSegment) for one K,V
-// head. q is [rows, heads, head_dim], keys and values [pages, page_size, kv_heads, head_dim].
+// How attend_all attends: on vectors here, on matrix tiles in attend_tiles.h.
 template <class T>
-void attend_segment(const AttentionProblem& problem, const T* q, const T* keys, const T* values, int64_t first,
-                    int64_t last, int64_t kv_head, int64_t segment, Partial to, float* scratch);
-
-// total := total and part together.
-void merge_partials(const AttentionProblem& problem, int64_t rows, Partial total, Partial part);
-
-// out [rows, heads, head_dim] of rows [first, last) for one K,V head.
-template <class T>
-void write_attended(const AttentionProblem& problem, Partial total, int64_t first, int64_t last, int64_t kv_head,
+struct AttendVectors {
+  // 8 rows reuse every key 8 times from the first-level cache.
+  static int64_t rows(const AttentionProblem&) { return 8; }
+  // Floats that `segment` wants: queries, keys and values as fp32, weights of a strip.
+  static int64_t scratch(const AttentionProblem& p) {
+    return p.queries() * p.head_dim + 2 * kStrip * p.head_dim + kStrip;
+  }
+  static void begin() {}
+  static void end() {}
+  // Partial softmax of rows [first, last) of one sequence over keys [segment * kSegment, ... + kSegment) for one K,V
+  // head. q is [rows, heads, head_dim], keys and values [pages, page_size, kv_heads, head_dim].
+  static void segment(const AttentionProblem& problem, const T* q, const T* keys, const T* values, int64_t first,
+                      int64_t last, int64_t kv_head, int64_t segment, Partial to, float* scratch);
+  // total := total and part together.
+  static void merge(const AttentionProblem& problem, int64_t rows, Partial total, Partial part);
+  // out [rows, heads, head_dim] of rows [first, last) for one K,V head.
+  static void write(const AttentionProblem& problem, Partial total, int64_t first, int64_t last, int64_t kv_head,
                     T* out);
+};
 
 // All rows of a problem, in parallel over tiles, K,V heads and, where those are few, segments. T is float, BFloat16 or
 // Half.
