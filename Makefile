@@ -76,6 +76,7 @@ compare: $(VENV)/.built
 depth-efficiency: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build --dtype float32 --batches 1,32,64
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build --context 1024 --batches 1,16,32,64
 
 # K,V policies, lossless generation and re-batching beside full depth: speed, exactness, quality; a quarter of an hour.
 policies: $(VENV)/.built

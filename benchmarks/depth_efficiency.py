@@ -1,10 +1,11 @@
 """Depth efficiency: of the time that a perfect machine would save by leaving rows out of layers, the share that is saved.
 
-Rows leave at random with known rates (depth_forced.py), so the rows x layers removed are exact and the quality of exits
-plays no part. A perfect machine's layer takes what it was measured to take with that many rows, in the same run, on the same
-pages: sum over layers of (time with all rows - time with the rows that are left), nothing for no rows. Not part of it, and
-therefore counted against us: boundaries, moving rows, exit heads, K,V back-fill, jumps. Beside it, what exits cost that
-nobody takes: the shipped ones with thresholds that no score reaches.
+Rows leave with known rates (depth_forced.py): the rows x layers removed are exact and the quality of exits plays no part. A
+perfect machine's layer takes what it was measured to take with that many rows, in the same run, on the same pages: sum over
+layers of (time with all rows - time with the rows that are left), nothing for no rows. Not part of it, and therefore counted
+against us: boundaries, judges, moving rows, exit heads, K,V back-fill, jumps. Beside it, how long the weights of boundaries
+take to read, at the rate at which a layer of one row reads its own; and what exits cost that nobody takes: the shipped ones
+with thresholds that no score reaches.
 
     PYTHONPATH=benchmarks python benchmarks/depth_efficiency.py build [--quick]
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from depth_forced import Draw, Scenario, draw, forced_exits, perfect_saving
+from depth_forced import Draw, Scenario, at_rates, boundary_bytes, draw, forced_exits, perfect_saving
 from torch import Tensor
 
 from dyndepth import info
@@ -91,6 +92,11 @@ class Bench:
             range(self.batch), [self.context + step] * self.batch, tokens=self.tokens[step], step=[step] * self.batch
         )
         return self.model.argmax(result.ready), result.work
+
+    def work(self, exits: Exits) -> list[list[int]]:
+        """Live rows by layer, per step."""
+        session = self.session(exits)
+        return [self.step(session, step)[1] for step in range(self.steps)]
 
     def block(self, session: Session, expected: list[list[int]]) -> Callable[[], float]:
         """Runs all steps; returns the steps, for seconds a step. Raises if other rows ran than are expected."""
@@ -161,11 +167,14 @@ def measure(causal_lm: Any, rows: Sequence[Tensor], shipped: Exits, steps: int, 
         ("configured", None): (lambda: None, bench.block(bench.session(shipped.with_thresholds(NEVER_REACHED)), everybody)),
     }
     maps: dict[str, str] = {}
-    for number, (scenario, drawn) in enumerate(zip(wanted, draws, strict=True)):
-        exits, said = forced_exits(model, scenario, drawn, list(shipped))
+    read: list[float] = []
+    for number, scenario in enumerate(wanted):
+        exits, said = forced_exits(model, scenario, draws[number], list(shipped))
+        exits, draws[number] = at_rates(exits, scenario, draws[number], bench.work)
         maps |= said
-        runs["forced", number] = (lambda: None, bench.block(bench.session(exits), drawn.live))
-    for count in sorted({batch, *(count for drawn in draws for count in drawn.counts)}):
+        read.append(boundary_bytes(exits, draws[number], model.hidden_size))
+        runs["forced", number] = (lambda: None, bench.block(bench.session(exits), draws[number].live))
+    for count in sorted({1, batch, *(count for drawn in draws for count in drawn.counts)}):
         runs["layer", count] = bench.layers(count)
     samples: dict[Key, list[Sample]] = {key: [] for key in runs}
     for round_number in range(rounds + 1):
@@ -175,6 +184,7 @@ def measure(causal_lm: Any, rows: Sequence[Tensor], shipped: Exits, steps: int, 
                 samples[key].append(found)
     parts = by_part({key: run for key, (_, run) in runs.items() if key[0] != "layer"})
     layer_s = {key[1]: middle(taken) for key, taken in samples.items() if key[0] == "layer"}
+    layer_bytes = sum(weight.numel() * weight.element_size() for weight in model.layers[0].module.parameters())
     return {
         "batch": batch,
         "maps": maps,
@@ -187,6 +197,7 @@ def measure(causal_lm: Any, rows: Sequence[Tensor], shipped: Exits, steps: int, 
             {
                 "batch": batch,
                 **cell(scenario, drawn, samples, ("forced", number), batch),
+                "boundary_weights_s": read[number] * layer_s[1] / layer_bytes,
                 "parts_s": parts["forced", number],
             }
             for number, (scenario, drawn) in enumerate(zip(wanted, draws, strict=True))
@@ -302,7 +313,8 @@ def main() -> None:
     if min(*batches, wish.steps, rounds, wish.context) < 1:
         parser.error("batches, context, steps and rounds must be at least 1")
     causal_lm, tokenizer, shipped = load(getattr(torch, wish.dtype))
-    name = "depth_efficiency" if wish.dtype == "bfloat16" else f"depth_efficiency_{wish.dtype}"
+    name = "depth_efficiency" + (f"_{wish.dtype}" if wish.dtype != "bfloat16" else "")
+    name += f"_context{wish.context}" if wish.context != 128 else ""
     texts = [chat(tokenizer, text) for text in (*SHOWN, *calibrating()[:48])]
     found: dict[str, Any] = {
         "machine": info.collect(),

@@ -1,10 +1,14 @@
-"""Exits that are taken at random with known rates: which rows leave is drawn before anything runs, so that the rows x layers
-that are removed are known exactly."""
+"""Exits that are taken with known rates, whatever they are worth.
+
+Exits for good are judged by the shipped judges, with thresholds that the wanted share of rows reaches; bands that resume let
+rows go by lot. Tokens are forced and the pages are those of every other block, so that all blocks of a scenario do the same
+and the rows x layers that are removed are counted exactly.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,9 +17,10 @@ from torch import Tensor
 
 from dyndepth.exits import Band, Exits, JumpMap, KVMap, NormHead
 from dyndepth.exits.criteria import Criterion, View
-from dyndepth.exits.heads import Head
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.fingerprint import facts_of
+
+_HALVINGS = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +50,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Draw:
-    """Who leaves where: bool [steps, sequences] per band, and rows live at every layer, per step."""
+    """Who leaves where, of bands by lot: bool [steps, sequences] per band; and rows live at every layer, per step."""
 
     leaving: list[Tensor]
     live: list[list[int]]
@@ -84,6 +89,34 @@ def draw(scenario: Scenario, layers: int, steps: int, batch: int, seed: int) -> 
     return Draw(leaving, live)
 
 
+def left(live: Sequence[Sequence[int]], boundary: int) -> int:
+    """Rows that left at a boundary, over all steps."""
+    return sum(step[boundary - 1] - step[boundary] for step in live)
+
+
+def boundary_bytes(exits: Exits, draw: Draw, width: int) -> float:
+    """Bytes of weights a step that boundaries read: judges where rows come by, K,V and jump maps where rows leave."""
+    total = 0
+    for band in exits:
+        judging = moving = 0
+        if band.criterion.scored:
+            words = 0 if band.shortlist is None else len(band.shortlist)
+            judging = _bytes(band.head) + _bytes(band.router) + words * width * _element(band)
+        moving = _bytes(band.kv) + _bytes(band.jump)
+        for live in draw.live:
+            total += judging * (live[band.leave - 1] > 0) + moving * (live[band.leave - 1] > live[band.leave])
+    return total / len(draw.live)
+
+
+def _bytes(part: torch.nn.Module | None) -> int:
+    return 0 if part is None else sum(weight.numel() * weight.element_size() for weight in part.parameters())
+
+
+def _element(band: Band) -> int:
+    assert band.kv is not None
+    return band.kv.weight.element_size()
+
+
 def perfect_saving(draw: Draw, layer_s: Mapping[int, float], batch: int) -> float:
     """Seconds a step that a machine without any overhead would save: per layer its time with all rows less its time with
     the rows that are left. `layer_s` is seconds of a layer by rows; no rows take no time."""
@@ -92,22 +125,51 @@ def perfect_saving(draw: Draw, layer_s: Mapping[int, float], batch: int) -> floa
 
 
 def forced_exits(model: Model, scenario: Scenario, draw: Draw, shipped: Sequence[Band] = ()) -> tuple[Exits, dict[str, str]]:
-    """Exits that leave as drawn, and per band where its maps come from.
+    """Exits for good with shipped judges, closed (`at_rates` opens them); bands that leave as drawn. And per band where its
+    maps come from.
 
-    Maps and heads are the shipped ones where a shipped band is the same; elsewhere K,V and jump maps are zeros of the right
-    shape, and the head is a shipped one of another boundary (the norm alone without any): what they cost does not depend on
-    their values.
+    Maps, heads and judges are the shipped ones where a shipped band is the same; elsewhere K,V and jump maps are zeros of the
+    right shape, and head and judge are those of another boundary (by lot and the norm alone where nothing is shipped): what
+    they cost does not depend on their values.
     """
     bands, said = [], {}
     kv_width = model.layers[0].kv_heads * model.layers[0].head_dim
     for (leave, resume, _), leaving in zip(scenario.bands, draw.leaving, strict=True):
         same = next((band for band in shipped if (band.leave, band.resume) == (leave, resume)), None)
-        head: Head | None = None
-        if resume == model.depth:
-            source = same or next((band for band in shipped if band.resume == model.depth), None)
-            head = NormHead() if source is None else source.head_or_norm()
         kv = KVMap(resume - leave, kv_width, model.hidden_size) if same is None or same.kv is None else same.kv
-        jump = None if resume == model.depth else JumpMap(model.hidden_size)
-        bands.append(Band(leave, resume, Forced(leaving=leaving), head=head, jump=jump, kv=kv))
         said[f"[{leave}, {resume})"] = "zeros" if same is None or same.kv is None else "shipped"
+        if resume < model.depth:
+            bands.append(Band(leave, resume, Forced(leaving=leaving), jump=JumpMap(model.hidden_size), kv=kv))
+            continue
+        source = same or next((band for band in shipped if band.resume == model.depth), None)
+        if source is None:
+            bands.append(Band(leave, resume, Forced(leaving=leaving), head=NormHead(), kv=kv))
+        else:
+            head = source.head_or_norm()
+            bands.append(Band(leave, resume, source.criterion, head=head, kv=kv, shortlist=source.shortlist))
     return Exits(bands, facts_of(model)), said
+
+
+def at_rates(exits: Exits, scenario: Scenario, draw: Draw, run: Callable[[Exits], list[list[int]]]) -> tuple[Exits, Draw]:
+    """Thresholds at which the scenario's share of the live rows leaves, as nearly as rows go; and what is live then.
+
+    `run` runs all steps and returns the live rows by layer per step. Scores are shares; the search halves their logits.
+    """
+    thresholds = [math.inf if band.criterion.scored else band.threshold for band in exits]
+    live = run(exits.with_thresholds(thresholds))
+    for number, (band, (leave, _, rate)) in enumerate(zip(exits, scenario.bands, strict=True)):
+        if not band.criterion.scored:
+            continue
+        wanted = rate * sum(step[leave - 1] for step in live)
+        low, high, best = -24.0, 24.0, (math.inf, math.inf, live)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            thresholds[number] = 1 / (1 + math.exp(-middle))
+            found = run(exits.with_thresholds(thresholds))
+            gone = left(found, leave)
+            best = min(best, (abs(gone - wanted), thresholds[number], found), key=lambda one: one[0])
+            low, high = (middle, high) if gone > wanted else (low, middle)
+            if gone == round(wanted):
+                break
+        _, thresholds[number], live = best
+    return exits.with_thresholds(thresholds), Draw(draw.leaving, live)

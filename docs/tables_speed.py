@@ -18,15 +18,20 @@ def depth_efficiency_float32(results: Path) -> str:
     return _depth_efficiency(load(results / "depth_efficiency_float32.json"))
 
 
+def depth_efficiency_context1024(results: Path) -> str:
+    """The same in bfloat16 with a longer context."""
+    return _depth_efficiency(load(results / "depth_efficiency_context1024.json"))
+
+
 def _depth_efficiency(found: dict[str, Any]) -> str:
     lines = header("batch", "rows leave at", "of live rows", "rows × layers", "full step, ms", "saved, ms", "perfect, ms",
-                    "depth efficiency (p10–p90)")  # fmt: skip
+                    "weights of boundaries, ms", "depth efficiency (p10–p90)")  # fmt: skip
     for batch in found["batches"]:
         for cell in batch["cells"]:
             lines.append(
                 f"| {cell['batch']} | {cell['scenario']} | {cell['rate']:.0%} | {cell['rows_x_layers']:.1%} "
                 f"| {cell['full_s'] * 1e3:.2f} | {cell['saved_s'] * 1e3:.2f} | {cell['perfect_s'] * 1e3:.2f} "
-                f"| {_efficiency(cell)} |"
+                f"| {cell['boundary_weights_s'] * 1e3:.2f} | {_efficiency(cell)} |"
             )
     lines += ["", *header("batch", "full step, ms", "exits configured, none taken, ms", "cost (p10–p90)")]
     for batch in found["batches"]:
@@ -157,7 +162,8 @@ def _policies(found: dict[str, Any]) -> str:
 
 TABLES = {
     "kernel_ratios": kernel_ratios, "depth_efficiency": depth_efficiency,
-    "depth_efficiency_float32": depth_efficiency_float32, "soak": soak,
+    "depth_efficiency_float32": depth_efficiency_float32, "depth_efficiency_context1024": depth_efficiency_context1024,
+    "soak": soak,
     "policies_speed": policies_speed, "policies_lossless": policies_lossless, "policies_quality": policies_quality,
     "policies_engine": policies_engine, "policies_skips": policies_skips,
 }  # fmt: skip

@@ -12,9 +12,11 @@ import tables_speed
 import tiny_exits
 import tiny_models
 import torch
-from depth_forced import Draw, Scenario, draw, forced_exits, perfect_saving
+from depth_forced import Draw, Scenario, at_rates, boundary_bytes, draw, forced_exits, perfect_saving
 
+from dyndepth.exits import Band, Exits, KVMap, TopProbability, TranslatorHead
 from dyndepth.runtime.bind import bind
+from dyndepth.runtime.fingerprint import facts_of
 
 LAYERS = tiny_models.LAYERS
 
@@ -131,6 +133,40 @@ def test_maps_are_shipped_where_there_are_some() -> None:
     assert third.head is shipped[2].head is second.head
 
 
+def test_thresholds_at_rates() -> None:
+    """Two exits of a model of six layers, scores of four rows in two steps: 4 of 8 leave, then 1 of the 4 that are left."""
+    exits = Exits([Band(1, 6, TopProbability()), Band(2, 6, TopProbability())], facts_of(bind(tiny_models.shared("llama"))))
+    first = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.999, 0.6, 0.001, 0.7]])
+    second = torch.tensor([[0.05, 0.01, 0.03, 0.9], [0.9, 0.9, 0.02, 0.9]])  # the 0.9s are of rows that are gone by then
+
+    def run(now: Exits) -> list[list[int]]:
+        live = []
+        for a, b in zip(first, second, strict=True):
+            stay = a < now.bands[0].threshold
+            live.append([4, int(stay.sum()), *[int((stay & (b < now.bands[1].threshold)).sum())] * 4])
+        return live
+
+    scenario = Scenario("two", ((1, 6, 0.5), (2, 6, 0.25)))
+    opened, found = at_rates(exits, scenario, draw(scenario, 6, 2, 4, seed=1), run)
+    assert 0.3 < opened.bands[0].threshold <= 0.4
+    assert 0.03 < opened.bands[1].threshold <= 0.05
+    assert found.live == [[4, 3, 2, 2, 2, 2], [4, 1, 1, 1, 1, 1]]
+
+
+def test_bytes_of_boundaries_by_hand() -> None:
+    """Two steps: in the first the judge sees rows and some leave, in the second nobody is left to judge at the second exit."""
+    kv, head = KVMap(4, 4, 6), TranslatorHead(6, 6, None)
+    band = Band(1, 6, TopProbability(), head=head, kv=KVMap(5, 4, 6), shortlist=torch.arange(5))
+    later = Band(2, 6, TopProbability(), head=head, kv=kv, shortlist=torch.arange(5))
+    size = {part: sum(w.numel() * w.element_size() for w in part.parameters()) for part in (head, kv, band.kv)}
+    words = 5 * 6 * kv.weight.element_size()
+    exits = Exits([band, later], facts_of(bind(tiny_models.shared("llama"))))
+    once = boundary_bytes(exits, Draw([], [[4, 2, 2]]), 6)
+    assert once == size[head] + words + size[band.kv] + size[head] + words
+    assert boundary_bytes(exits, Draw([], [[4, 2, 2], [4, 0, 0]]), 6) == once / 2 + (size[head] + words + size[band.kv]) / 2
+    assert boundary_bytes(exits, Draw([], [[4, 4, 1]]), 6) == 2 * (size[head] + words) + size[kv]
+
+
 def test_a_measurement() -> None:
     """Everything really runs as drawn, and the schema is whole."""
     model = tiny_models.shared("llama")
@@ -146,6 +182,7 @@ def test_a_measurement() -> None:
     for cell in found["cells"]:
         assert cell["saved_s"] == pytest.approx(cell["full_s"] - cell["dynamic_s"])
         assert cell["parts_s"]["boundaries: back-fill"] > 0
+        assert cell["boundary_weights_s"] > 0
     assert "boundaries: back-fill" not in found["machinery"]["parts_s"]
     assert found["machinery"]["parts_s"]["boundaries: judging"] > 0
     assert "boundaries: judging" not in found["full_parts_s"]
@@ -190,7 +227,7 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     cell: dict[str, Any] = {
         "batch": 4, "scenario": "exit at 20", "rate": 0.5, "rows_x_layers": 5 / 6, "full_s": 0.1, "dynamic_s": 0.091,
         "saved_s": 0.009, "perfect_s": 0.012, "efficiency": 0.75, "efficiency_p10": 0.7, "efficiency_p90": 0.8,
-        "resolved": True,
+        "resolved": True, "boundary_weights_s": 0.003,
     }  # fmt: skip
     flat = {**cell, "scenario": "band", "efficiency": None, "efficiency_p10": None, "efficiency_p90": None, "resolved": False}
     cost = {"full_s": 0.1, "configured_s": 0.102, "cost": 0.02, "cost_p10": 0.01, "cost_p90": 0.03}
@@ -199,8 +236,8 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     found = {"machine": MACHINE, "settings": settings, "batches": [batch]}
     (tmp_path / "depth_efficiency.json").write_text(json.dumps(found))
     text = tables_speed.depth_efficiency(tmp_path)
-    assert "| 4 | exit at 20 | 50% | 83.3% | 100.00 | 9.00 | 12.00 | 75% (70%–80%) |" in text
-    assert "| 4 | band | 50% | 83.3% | 100.00 | 9.00 | 12.00 | – |" in text
+    assert "| 4 | exit at 20 | 50% | 83.3% | 100.00 | 9.00 | 12.00 | 3.00 | 75% (70%–80%) |" in text
+    assert "| 4 | band | 50% | 83.3% | 100.00 | 9.00 | 12.00 | 3.00 | – |" in text
     assert "| 4 | 100.00 | 102.00 | 2.0% (1.0%–3.0%) |" in text
     assert "1 of 9 blocks preempted" in text
     de.plot(tmp_path / "x.png", found)
