@@ -11,6 +11,7 @@ from torch import nn
 
 import dyndepth
 from dyndepth.errors import UnsupportedModelError
+from dyndepth.runtime.bind import most_likely
 
 TOKENS = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -129,3 +130,16 @@ def test_weights_of_a_tensor_subclass_go_through_their_modules() -> None:
             del module._parameters["weight"]
             object.__setattr__(module, "weight", weight)
     assert torch.equal(tokens_of(model, custom_generate=dyndepth.generate), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("words", [1, 2, 15, 16, 17, 1000, 49152])
+def test_the_most_likely_word_is_the_first_of_equals(words: int, dtype: torch.dtype) -> None:
+    """And a NaN before all: what torch.argmax takes, by which transformers chooses."""
+    generator = torch.Generator().manual_seed(words)
+    ties = torch.randint(-3, 4, (33, words), generator=generator).to(dtype)
+    broken = torch.randn(33, words, generator=generator).to(dtype)
+    broken[torch.rand(33, words, generator=generator) < 2 / words] = torch.nan
+    for scores in (ties, broken, torch.full_like(ties, -torch.inf), ties[:0]):
+        assert torch.equal(most_likely(scores), scores.argmax(-1))
+    assert most_likely(ties)[0] == (ties[0] == ties[0].max()).nonzero()[0, 0]

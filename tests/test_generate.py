@@ -79,6 +79,16 @@ def test_scores_and_logits() -> None:
     assert transition.shape == (6, 10)
 
 
+@pytest.mark.parametrize("end", [None, list(range(3, 60))], ids=["to the end", "some end"])
+def test_tokens_are_the_same_whoever_looks_at_logits(end: list[int] | None) -> None:
+    """Where nobody does, they are not made."""
+    plain, theirs = both(eos_token_id=end, pad_token_id=0)
+    shown, _ = both(eos_token_id=end, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(plain, theirs)
+    assert torch.equal(shown.sequences, theirs)
+    assert end is None or 0 in plain[:, INPUTS["input_ids"].shape[1] :], "nobody ended early"
+
+
 def test_own_processor_and_criteria() -> None:
     class Ban(t.LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from dyndepth.engine.request import Request
 from dyndepth.engine.rules import Immediate, Moment, Rule, Waiting
 from dyndepth.errors import ArgumentError, PagesFullError
 from dyndepth.exits import Exits
-from dyndepth.runtime.bind import bind
+from dyndepth.runtime.bind import bind, most_likely
 from dyndepth.runtime.forward import Result
 from dyndepth.runtime.parked import Parked
 from dyndepth.runtime.policies import EXACT
@@ -289,8 +289,12 @@ class Engine:
             [*parked.get(request.slot, []), row] if request.lossless and depths[row] == top else [row] for request, row in due
         ]
         chosen = torch.tensor([row for group in groups for row in group], device=result.ready.device)
-        logits = self.model.logits(result.ready[chosen])
-        best = logits.argmax(-1).tolist()
+        ready = result.ready[chosen]
+        if all(request.plain for request, _ in due) and self.model.logit_softcap == 0:  # nobody looks at logits
+            logits, best = ready.new_empty(len(ready), 0), self.model.argmax(ready).tolist()
+        else:
+            logits = self.model.logits(ready)
+            best = most_likely(logits).tolist()
         events = []
         begin = 0
         for (request, row), group in zip(due, groups, strict=True):

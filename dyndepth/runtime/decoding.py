@@ -30,3 +30,11 @@ class Decoding:
     def keep(self) -> bool:
         """The caller wants more than tokens."""
         return bool(self.config.return_dict_in_generate)
+
+    @property
+    def tokens_only(self) -> bool:
+        """Nobody looks at logits: the most likely token is all that is wanted of them."""
+        config = self.config
+        shown = self.keep and (config.output_scores or config.output_logits)
+        # A cap that rounds makes equals of words that were not, and the first of them is taken.
+        return not (config.do_sample or len(self.processor) or shown or self.model.logit_softcap > 0)

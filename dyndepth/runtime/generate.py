@@ -13,7 +13,7 @@ from torch import Tensor
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Exits
 from dyndepth.exits.criteria import HOLE_FREE
-from dyndepth.runtime.bind import bind
+from dyndepth.runtime.bind import bind, most_likely
 from dyndepth.runtime.confidence import Confidence
 from dyndepth.runtime.decoding import Decoding
 from dyndepth.runtime.forward import Result
@@ -160,18 +160,22 @@ class _Loop(Decoding):
         while True:
             # Without an EOS token transformers goes on writing sequences that a stop string or criterion ended: so do we.
             running = (unfinished if ends else torch.ones_like(unfinished)).nonzero()[:, 0].cpu()
-            logits = self._pass(running, lengths, content, embedded and step == 0, step, batch)
-            next_scores = self.processor(input_ids, logits.to(input_ids.device))
-            if self.keep:
-                if config.output_scores:
-                    scores.append(next_scores)
-                if config.output_logits:
-                    raw_logits.append(logits.to(input_ids.device))
-            if config.do_sample:
-                probabilities = torch.softmax(next_scores, dim=-1)
-                tokens = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+            ready = self._pass(running, lengths, content, embedded and step == 0, step, batch)
+            if self.tokens_only:
+                tokens = self._everyone(self.model.argmax(ready), running, batch).to(input_ids.device)
             else:
-                tokens = next_scores.argmax(-1)
+                logits = self._everyone(self.model.logits(ready), running, batch).to(input_ids.device)
+                next_scores = self.processor(input_ids, logits)
+                if self.keep:
+                    if config.output_scores:
+                        scores.append(next_scores)
+                    if config.output_logits:
+                        raw_logits.append(logits)
+                if config.do_sample:
+                    probabilities = torch.softmax(next_scores, dim=-1)
+                    tokens = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+                else:
+                    tokens = most_likely(next_scores)
             if ends:
                 tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
@@ -209,7 +213,7 @@ class _Loop(Decoding):
         )
 
     def _pass(self, running: Tensor, lengths: list[int], content: Tensor, embedded: bool, step: int, batch: int) -> Tensor:
-        """Logits fp32 [batch, V], zero for sequences that have ended; notes where the rows went, (-1, -1, 0) for those."""
+        """Head-ready rows of the running sequences; notes where they went, (-1, -1, 0) for those that have ended."""
         positions = [lengths[sequence] - 1 for sequence in running.tolist()]
         mine = content[running.to(content.device)]
         source: dict[str, Any] = {"embeds": mine} if embedded else {"tokens": mine}
@@ -231,35 +235,35 @@ class _Loop(Decoding):
                 for sequence, at, ran in zip(parked.seq.tolist(), parked.step.tolist(), went[1, count:].tolist(), strict=True):
                     self.went[at][1, sequence] += ran
             self.parked = self.session.left(result, running, positions, steps, parked)
-        logits = self.model.logits(result.ready[:count])
         if self.observer is not None:
-            self._observe(
-                result,
-                logits,
-                (running, steps) if parked is None else (_joined(running, parked.seq), _joined(steps, parked.step)),
-            )
+            whose = (running, steps) if parked is None else (_joined(running, parked.seq), _joined(steps, parked.step))
+            self._observe(result, count, whose)
         if count == batch:
             self.went.append(went[:, :count].clone())
-            return logits
-        self.went.append(torch.tensor([-1, -1, 0])[:, None].repeat(1, batch))
-        self.went[-1][:, running] = went[:, :count]
-        everyone = logits.new_zeros(batch, logits.shape[1])
-        everyone[running.to(logits.device)] = logits
+        else:
+            self.went.append(torch.tensor([-1, -1, 0])[:, None].repeat(1, batch))
+            self.went[-1][:, running] = went[:, :count]
+        return result.ready[:count]
+
+    @staticmethod
+    def _everyone(found: Tensor, running: Tensor, batch: int) -> Tensor:
+        """[batch, ...] of what was found for the running sequences; zeros for those that have ended."""
+        if running.shape[0] == batch:
+            return found
+        everyone = found.new_zeros(batch, *found.shape[1:])
+        everyone[running.to(found.device)] = found
         return everyone
 
-    def _observe(self, result: Result, logits: Tensor, whose: tuple[Tensor, Tensor]) -> None:
+    def _observe(self, result: Result, count: int, whose: tuple[Tensor, Tensor]) -> None:
         """Tell the observer of the rows whose truth this pass found: all under `release`, else those that reached the top."""
         model, observer = self.model, self.observer
         assert observer is not None
         assert result.hidden is not None
         if self.session.kv_policy == "release":
-            rows, full = torch.arange(logits.shape[0]), model.argmax(model.finish(result.hidden))
+            rows, full = torch.arange(count), model.argmax(model.finish(result.hidden))
         else:
             rows = (result.exit_layer.cpu() == model.depth).nonzero()[:, 0]
-            fresh, others = rows[rows < logits.shape[0]], rows[rows >= logits.shape[0]]
-            full = logits[fresh.to(logits.device)].argmax(-1)
-            if len(others):
-                full = torch.cat([full, model.argmax(result.ready[others.to(full.device)])])
+            full = model.argmax(result.ready[rows.to(result.ready.device)])
         if len(rows):
             observer(observed(list(self.session.plan.bands), result.carried, rows, full, *(each[rows] for each in whose)))
 

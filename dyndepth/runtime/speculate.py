@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dyndepth.exits import Band, Exits
 from dyndepth.ops import accept_drafts
+from dyndepth.runtime.bind import most_likely
 from dyndepth.runtime.confidence import Confidence, Gate
 from dyndepth.runtime.decoding import Decoding
 from dyndepth.runtime.forward import Result
@@ -209,7 +210,7 @@ class Speculation(Decoding):
             else:
                 logits = self.model.logits(ready) if band is None else self.session.plan.logits(band, ready)
                 scores = self.processed([each.prefix(len(each.drafts)) for each in mine], logits)
-                tokens = scores.argmax(-1)
+                tokens = most_likely(scores)
                 sure = torch.softmax(scores.float(), dim=-1)
                 if self.config.do_sample:
                     chances = sure
@@ -281,7 +282,7 @@ class Speculation(Decoding):
         lengths = torch.tensor(counts, dtype=torch.int32, device=device)
         if not self.config.do_sample:
             best = torch.zeros(len(there), most + 1, dtype=torch.int64, device=device)
-            best[where[0], where[1]] = scores.argmax(-1)
+            best[where[0], where[1]] = most_likely(scores)
             if self.rollback > 0:  # what the full model can live with counts as its own word
                 chances = scores.new_full((len(there), most + 1, scores.shape[1]), -torch.inf)
                 chances[where[0], where[1]] = torch.log_softmax(scores.float(), dim=-1)
