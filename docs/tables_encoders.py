@@ -43,16 +43,19 @@ def encoder_speech(results: Path) -> str:
             f"| {row['samples_x_layers']:.1%} | {row['quality']:.1%} |"
         )
     chosen = ", ".join(f"{row['criterion']} {row['threshold']:g}" for row in chosen_on_calibration(found).values())
-    runs = "; ".join(
-        f"{criterion} on {run['threads']} threads, {run['repetitions']} repetitions in turn, {machine(run)[:-1]}"
-        for criterion, run in found["speed"].items()
-    )
+    machines: dict[str, list[str]] = {}
+    for criterion, sizes in found["speed"].items():
+        for run in sizes.values():
+            of = f"{run['threads']} threads, {run['repetitions']} repetitions in turn, {machine(run)[:-1]}"
+            machines.setdefault(of, [])
+            machines[of] += [criterion] * (criterion not in machines[of])
+    runs = "; ".join(f"{' and '.join(criteria)} on {of}" for of, criteria in machines.items())
     text = (
         f"{found['phrases']} phrases, {found['seconds_of_speech']:.0f} s of speech, {found['parameters'] / 1e6:.2f} M "
         f"parameters, trained for {found['training']['steps']} steps of {found['training']['batch']} phrases. Speed is at the "
         f"threshold chosen on other phrases of these voices, the least work with a WER at most {found['spare_wer'] * 100:.0f} "
-        f"points above full depth's there: {chosen}. Compare speeds only within a block: each was measured in a run of its own "
-        f"({runs}). transformers' batch reads padding, hence its WER."
+        f"points above full depth's there: {chosen}. Compare speeds only within a block and batch size: each was measured in a "
+        f"run of its own ({runs}). transformers' batch reads padding, hence its WER."
     )
     return "\n".join([*lines, "", text, ""])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def test_speech_is_timed_at_thresholds_that_calibration_chose() -> None:
     assert speech["rows"]
     for row in speech["rows"]:
         assert row["threshold"] == chosen[row["criterion"]]["threshold"]
-        assert speech["speed"][row["criterion"]]["machine"]["cpu"]
+        assert speech["speed"][row["criterion"]][str(row["batch"])]["machine"]["cpu"]
     assert {name: row["threshold"] for name, row in chosen.items()} == {
         name: encoder_speech.chosen(speech, name) for name in chosen
     }
@@ -37,9 +38,10 @@ def test_speech_is_timed_at_thresholds_that_calibration_chose() -> None:
 def test_blocks_of_speeds_name_their_runs() -> None:
     """Two machines, two thread counts: both stand beside the table, each with its criterion."""
     text = tables_encoders.encoder_speech(tables.RESULTS)
-    for criterion, run in found("encoder_speech")["speed"].items():
-        assert f"{criterion} on {run['threads']} threads" in text
-    assert "only within a block" in text
+    for criterion, sizes in found("encoder_speech")["speed"].items():
+        for run in sizes.values():
+            assert re.search(rf"{criterion}( and \w+)* on {run['threads']} threads", text)
+    assert "only within a block and batch size" in text
 
 
 def test_what_is_said_of_systems_is_what_benchmarks_say() -> None:
