@@ -1,6 +1,6 @@
 """Splitformer on the speech demo's Conformer: errors and operations of every exit, with half-rate layers and without.
 
-    python benchmarks/splitformer.py BUILD_FOLDER [--steps 400] [--results docs/results/splitformer.json]
+    python benchmarks/splitformer.py BUILD_FOLDER [--steps 800] [--results docs/results/splitformer.json]
 
 Both start from the demo's weights (`splitformer.of` adds nothing until it learns) and see the same batches in the same order:
 espeak-ng's voices with white noise, as in train_speech_demo.py. Trained as early-exit ASR is. Nothing is chosen: figures are
@@ -27,7 +27,7 @@ from dyndepth.encoders import DynamicEncoder, SampleExits, facts_of
 from dyndepth.files import replacing
 from dyndepth.recipes import asr, splitformer
 
-PEAK, WARMUP, BATCH, UTTERANCES, TEST = 1e-3, 0.1, 24, 800, 256
+PEAK, WARMUP, BATCH, UTTERANCES, TEST = 1e-3, 0.1, 24, 4000, 256
 #: Of the phrases: training of the demo saw seeds 0 and 1.
 SEED, TEST_SEED = 4, 3
 #: Steps between two checkpoints.
@@ -111,7 +111,7 @@ def operations(encoder: DynamicEncoder, phrases: list[Any]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--results", type=Path)
     given = parser.parse_args()
     espeak.require()

@@ -14,7 +14,7 @@ def encoder_text(results: Path) -> str:
     found = load(results / "encoder_text.json")
     lines = header("system", "trained", "setting", "accuracy", "samples × layers", "mean layers")
     for row in found["rows"]:
-        trained = f"with the model, {row['updates']} updates from {row['started']}" if row["with_model"] else "exits alone"
+        trained = f"with the model, {_updates(row)} updates from {row['started']}" if row["with_model"] else "exits alone"
         setting = row["setting"]
         if "bound" in row:
             setting += f" (bound {row['bound']:.2f})"
@@ -66,6 +66,11 @@ def figures(found: dict[str, Any], system: str) -> str:
     return "; ".join(reached) or "not measured"
 
 
+def _updates(row: dict[str, Any]) -> str:
+    """How many trained the model; a model that was made narrower in steps had as many after each."""
+    return f"{row['steps']} times {row['updates']}" if "steps" in row else str(row["updates"])
+
+
 def _rows(found: dict[str, Any], system: str, with_model: bool) -> list[dict[str, Any]]:
     return [row for row in found["rows"] if row["system"] == system and row["with_model"] == with_model]
 
@@ -91,7 +96,7 @@ def _reached(found: dict[str, Any], system: str, with_model: bool) -> str:
         setting += f"; {best['products']:.0%} of the wide layers' products"
     how = "model frozen"
     if with_model:
-        how = f"model trained, {best['updates']} updates of {found['batch']} from {best['started']}"
+        how = f"model trained, {_updates(best)} updates of {found['batch']} from {best['started']}"
     return f"{best['accuracy']:.1%} at {best['samples_x_layers']:.0%} ({setting}; full depth {whole['accuracy']:.1%}; {how})"
 
 

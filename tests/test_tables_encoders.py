@@ -54,8 +54,9 @@ def test_what_is_said_of_systems_is_what_benchmarks_say() -> None:
     for row in text["rows"]:
         if row["with_model"]:
             place = places.get(row["system"], row["system"].lower())
-            wanted = encoder_text.UPDATES.get(place, encoder_text.STAGE), encoder_text.STARTED[place]
+            wanted = (encoder_text.UPDATES | encoder_text.STAGES)[place], encoder_text.STARTED[place]
             assert (row["updates"], row["started"]) == wanted
+            assert row.get("steps") == (encoder_text.STEPS if place == "costeff" else None)
 
 
 def row(system: str, setting: str, held: float, work: float, **more: Any) -> dict[str, Any]:
@@ -86,9 +87,11 @@ def test_what_has_no_figure_is_not_among_what_runs() -> None:
     assistant = [one | {"system": "A, assistant"} for one in rows]
     assert tables_encoder_text.runs_here({**text, "rows": assistant}, "A").endswith("without a figure: narrow layers")
     assert "its assistant only" in tables_encoder_text.figures({**text, "rows": assistant}, "A")
-    both = [*assistant, *(one | {"products": 0.45} for one in rows)]
+    both = [*assistant, *(one | {"products": 0.45, "steps": 3} for one in rows)]
     assert tables_encoder_text.runs_here({**text, "rows": both}, "A") == "narrow layers"
-    assert "45% of the wide layers' products" in tables_encoder_text.figures({**text, "rows": both}, "A")
+    said = tables_encoder_text.figures({**text, "rows": both}, "A")
+    assert "45% of the wide layers' products" in said
+    assert "3 times 4 updates of 32" in said
 
 
 def test_states_that_are_updated_and_thresholds_that_are_missing_are_shown(tmp_path: Path) -> None:
