@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from table_parts import header, load
+from table_parts import demo_rows, header, load
 
 
 def encoder_text(results: Path) -> str:
@@ -103,13 +103,7 @@ def _reached(found: dict[str, Any], system: str, with_model: bool) -> str:
 def demo_text(results: Path) -> str:
     """What `dyndepth demo --task text` printed."""
     found = load(results / "text.json")
-    lines = header("batch", "system", "documents/s (p10–p90)", "samples × layers", "accuracy", "agreement")
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['batch']} | {row['system']}, {row['mode']} | {row['samples_per_s_median']:.0f} "
-            f"({row['samples_per_s_p10']:.0f}–{row['samples_per_s_p90']:.0f}) | {row['samples_x_layers']:.1%} "
-            f"| {row['quality']:.1%} | {row['agreement']:.1%} |"
-        )
+    lines = demo_rows(found, "documents", "accuracy")
     facts, cpu = found["facts"], found["machine"]["cpu"]
     certificate = facts["record"]["certificate"]
     text = (

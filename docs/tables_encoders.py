@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from table_parts import header, load, machine
+from table_parts import demo_rows, header, load, machine
 
 
 def encoder_layouts(results: Path) -> str:
@@ -60,6 +60,25 @@ def encoder_speech(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
+def demo_speech(results: Path) -> str:
+    """What `dyndepth demo --task speech` printed."""
+    found = load(results / "speech.json")
+    facts = found["facts"]
+    certificate = facts["record"]["certificate"]
+    said = (
+        f"another text than at full depth for at most {certificate['risk']:.0%} of phrases with "
+        f"{certificate['confidence']:.0%} confidence, certified on {facts['phrases']['calibration']} other phrases"
+        if certificate["certified"]
+        else "nothing could be certified: exits are closed"
+    )
+    text = (
+        f"{facts['model']}, exits after {', '.join(map(str, facts['exits']))}; {facts['phrases']['test']} phrases; {said}. "
+        f"Agreement: the arg max of every frame is that of transformers' first batch size. {facts['threads']} threads, "
+        f"{facts['repetitions']} repetitions. {machine(found)}"
+    )
+    return "\n".join([*demo_rows(found, "phrases", "WER"), "", text, ""])
+
+
 def chosen_on_calibration(found: dict[str, Any]) -> dict[str, Any]:
     """Criterion -> the row of its sweep that runs the least on the calibration phrases at a word error rate that may be."""
     most = found["full"]["calibration"]["wer"] + found["spare_wer"]
@@ -72,4 +91,4 @@ def chosen_on_calibration(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-TABLES = {"encoder_layouts": encoder_layouts, "encoder_speech": encoder_speech}
+TABLES = {"demo_speech": demo_speech, "encoder_layouts": encoder_layouts, "encoder_speech": encoder_speech}

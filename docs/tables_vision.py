@@ -6,19 +6,13 @@ import itertools
 import math
 from pathlib import Path
 
-from table_parts import header, load, machine
+from table_parts import demo_rows, header, load, machine
 
 
 def demo_image(results: Path) -> str:
     """What `dyndepth demo --task image` printed."""
     found = load(results / "image.json")
-    lines = header("batch", "system", "images/s (p10–p90)", "samples × layers", "accuracy", "agreement")
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['batch']} | {row['system']}, {row['mode']} | {row['samples_per_s_median']:.0f} "
-            f"({row['samples_per_s_p10']:.0f}–{row['samples_per_s_p90']:.0f}) | {row['samples_x_layers']:.1%} "
-            f"| {row['quality']:.1%} | {row['agreement']:.1%} |"
-        )
+    lines = demo_rows(found, "images", "accuracy")
     facts = found["facts"]
     certificate = facts["record"]["certificate"]
     said = (

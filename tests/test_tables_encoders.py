@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import encoder_image
 import encoder_speech
 import encoder_text
 import mue
@@ -113,6 +114,35 @@ def test_splitformer_is_not_measured_without_its_file(tmp_path: Path) -> None:
     (tmp_path / "splitformer.json").write_text(json.dumps({"steps": 5, "batch": 3, "rows": rows}))
     said = tables_encoder_systems._splitformer(tmp_path)
     assert said == "WER at the first exit 60.0% (without 70.0%), at the top 40.0% (45.0%), after 5 steps of 3 each"
+
+
+def test_the_point_of_an_image_system_is_chosen_on_other_images(tmp_path: Path) -> None:
+    """Least work within a point of full depth on the calibration images, whatever the test images say."""
+    rows = [
+        {"system": "A", "point": point, "accuracy": accuracy, "work": work, "samples_per_s_median": rate,
+         "calibration": {"accuracy": other, "work": work}}
+        for point, accuracy, other, work, rate in (
+            ("full depth", 0.97, 0.96, 1.0, 100), ("near", 0.90, 0.955, 0.4, 250), ("far", 0.97, 0.93, 0.2, 500),
+        )
+    ]  # fmt: skip
+    (tmp_path / "encoder_image.json").write_text(json.dumps({"rows": rows}))
+    said = tables_encoder_systems._image("A")(tmp_path)
+    assert said == "90.0% at 40% of the work (near; full depth 97.0%), 2.5 times the images/s"
+    assert found("encoder_image")["chosen"] == encoder_image.CHOSEN
+
+
+def test_depth_efficiency_says_how_sure_it_is(tmp_path: Path) -> None:
+    cell = {
+        "exits": [4], "rate": 0.5, "samples_x_layers": 0.8, "by_tokens_s": 0.02, "perfect_s": 0.01, "saved_s": 0.009,
+        "efficiency": 0.9, "efficiency_p25": 0.7, "efficiency_p75": 1.1, "nobody_s": 0.1, "from_s": 0.1,
+    }  # fmt: skip
+    row = {"model": "vit", "dtype": "float32", "layout": "padded", "batch": 32, "rounds": 16, "full_s": 0.2, "cells": [cell]}
+    results = {"rows": [row], "settings": {"threads": 2}, "machine": found("encoder_image")["machine"]}
+    (tmp_path / "encoder_depth_efficiency.json").write_text(json.dumps(results))
+    line = tables.TABLES["encoder_depth"](tmp_path).splitlines()[2]
+    # 1.96 standard errors of a median, 1.2533 sigma / sqrt(16), with sigma the quartiles' distance over 1.349.
+    sure = 100 * 1.96 * 1.2533 * (0.4 / 1.349) / 4
+    assert f"| 20.0 | 10.0 | 9.0 | 90% (70%–110%) | {sure:.0f} | +0.0% |" in line
 
 
 @pytest.mark.parametrize("page", ["encoders.md", "encoders-text.md"])
