@@ -113,12 +113,13 @@ encoder-text: $(VENV)/.built
 encoder-text-speed: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_text_speed.py build
 
-# Systems on small models that are trained here: MuE, DYNAMAX, regression under PABEE; half an hour, and what was trained is used
-# again.
+# Systems on small models that are trained here: MuE, DYNAMAX, regression under PABEE, Splitformer (needs espeak-ng); an hour, and
+# what was trained is used again.
 encoder-recipes: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/mue.py build/mue
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/dynamax.py build/dynamax
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_regression.py build/encoder-regression
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/splitformer.py build/splitformer
 
 # Every Triton kernel compiled for every target, without a GPU; about seven minutes.
 static-report: $(VENV)/.built

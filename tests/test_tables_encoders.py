@@ -13,6 +13,7 @@ import encoder_speech
 import encoder_text
 import mue
 import pytest
+import splitformer
 import tables
 import tables_encoder_systems
 import tables_encoder_text
@@ -108,12 +109,20 @@ def test_states_that_are_updated_and_thresholds_that_are_missing_are_shown(tmp_p
     assert "(and 25% updated)" in tables_encoder_systems._dynamax(tmp_path)
 
 
-def test_splitformer_is_not_measured_without_its_file(tmp_path: Path) -> None:
-    assert tables_encoder_systems._splitformer(tmp_path) == "not measured; equal to a plain loop (tests)"
-    rows = [{"exits": [{"wer": first}, {"wer": last}]} for first, last in ((0.9, 0.5), (0.7, 0.45), (0.6, 0.4))]
+def test_splitformer_is_beside_the_model_that_was_trained_as_long(tmp_path: Path) -> None:
+    rows = [
+        {"exits": [{"wer": first, "operations": low}, {"wer": last, "operations": high}]}
+        for first, last, low, high in ((0.9, 0.5, 10, 40), (0.7, 0.45, 10, 40), (0.6, 0.4, 12, 44))
+    ]
     (tmp_path / "splitformer.json").write_text(json.dumps({"steps": 5, "batch": 3, "rows": rows}))
-    said = tables_encoder_systems._splitformer(tmp_path)
-    assert said == "WER at the first exit 60.0% (without 70.0%), at the top 40.0% (45.0%), after 5 steps of 3 each"
+    assert tables_encoder_systems._splitformer(tmp_path) == (
+        "WER at the first exit 60.0% (without 70.0%; 20% more operations), at the top 40.0% (without 45.0%; 10% more "
+        "operations), after 5 more steps of 3 for both"
+    )
+    assert found("splitformer")["chosen"] == splitformer.CHOSEN
+    assert [(row["model"], bool(row["steps"])) for row in found("splitformer")["rows"]] == [
+        ("conformer", False), ("conformer", True), ("splitformer", True),
+    ]  # fmt: skip
 
 
 def test_the_point_of_an_image_system_is_chosen_on_other_images(tmp_path: Path) -> None:
