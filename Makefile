@@ -94,9 +94,11 @@ demo-image: $(VENV)/.built
 encoder-image: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_image.py build/encoder-image
 
-# Time saved by samples that leave encoders at random, against a machine that saves all of it; minutes.
+# Time saved by samples that leave encoders at random, against a machine that saves all of it; ten minutes.
 encoder-depth: $(VENV)/.built
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_depth_efficiency.py build
+	for dtype in float32 bfloat16; do \
+	  PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_depth_efficiency.py build --dtype $$dtype --rounds 80 --seconds 70 || exit 1; \
+	done
 
 # Requests join and leave for half an hour: memory flat, no page lost, the same tokens as in the first minute.
 soak: $(VENV)/.built
@@ -114,12 +116,13 @@ encoder-text: $(VENV)/.built
 encoder-text-speed: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_text_speed.py build
 
-# Systems on small models that are trained here: MuE, DYNAMAX, regression under PABEE; half an hour, and what was trained is used
-# again.
+# Systems on small models that are trained here: MuE, DYNAMAX, regression under PABEE, Splitformer (needs espeak-ng); an hour, and
+# what was trained is used again.
 encoder-recipes: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/mue.py build/mue
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/dynamax.py build/dynamax
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_regression.py build/encoder-regression
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/splitformer.py build/splitformer
 
 # Every Triton kernel compiled for every target, without a GPU; about seven minutes.
 static-report: $(VENV)/.built

@@ -6,8 +6,11 @@ of (time of a layer with all samples - time with those that are left). Not part 
 samples, heads of those that leave, deciding, and everything between layers. Models have random weights: time does not see them.
 
 Both passes are timed from the last layer below the first exit: what runs below it is the same, and would only add noise.
+Runs of a twentieth of a second take turns, for a machine whose speed drifts. Beside the perfect machine's saving stands what
+would be saved if layers took time in proportion to tokens, so that one sees what the machine's own products make of fewer rows.
 
-    PYTHONPATH=benchmarks python benchmarks/encoder_depth_efficiency.py build [--batches 32,128] [--rounds 15] [--models vit]
+    PYTHONPATH=benchmarks python benchmarks/encoder_depth_efficiency.py build [--batches 32,128] [--rounds 15] [--seconds 80]
+        [--models vit] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import ctypes
 import functools
 import json
+import math
 import random
 import statistics
 import time
@@ -35,7 +39,7 @@ from dyndepth.files import replacing
 SCENARIOS = (((2 / 3,), 0.25), ((2 / 3,), 0.5), ((1 / 3, 2 / 3), 0.25), ((1 / 3, 2 / 3), 0.5))
 
 #: Runs shorter than this are repeated within a block.
-BLOCK_S = 0.2
+BLOCK_S = 0.05
 #: mallopt's names for these numbers.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
@@ -109,11 +113,18 @@ def keep_memory() -> bool:
     return mallopt is not None and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def interleaved(runs: dict[Any, Callable[[], Any]], rounds: int, times: int) -> dict[Any, list[float]]:
-    """Seconds of every run, `times` in a row, in another order every round, after one round that does not count."""
+def interleaved(runs: dict[Any, Callable[[], Any]], rounds: int, times: int, limit: float = math.inf) -> dict[Any, list[float]]:
+    """Seconds of every run, `times` in a row, in another order every round, after one round that does not count.
+
+    No round begins that would end after `limit` seconds, going by the longest.
+    """
     found: dict[Any, list[float]] = {key: [] for key in runs}
     shuffled = random.Random(0)
+    start, longest = time.perf_counter(), 0.0
     for number in range(rounds + 1):
+        began = time.perf_counter()
+        if number > 1 and began - start + longest > limit:
+            break
         for key in shuffled.sample(list(runs), len(runs)):
             run = runs[key]
             begin = time.perf_counter()
@@ -121,17 +132,19 @@ def interleaved(runs: dict[Any, Callable[[], Any]], rounds: int, times: int) -> 
                 run()
             if number:
                 found[key].append((time.perf_counter() - begin) / times)
+        longest = max(longest, time.perf_counter() - began)
     return found
 
 
 @torch.no_grad()
-def measure(name: str, batch: int, layout: str, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
+def measure(name: str, batch: int, layout: str, rounds: int, dtype: torch.dtype, limit: float = math.inf) -> dict[str, Any]:
     """All scenarios of one model, batch size and layout, with what a perfect machine would save in each."""
     model = {"vit": vit, "minilm": minilm}[name]().to(dtype)
     inputs = inputs_of(name, batch)
     facts = facts_of(model)
     runs: dict[Any, Callable[[], Any]] = {}
     cells: list[dict[str, Any]] = []
+    stretches: list[list[tuple[Any, Any, float]]] = []
     plain = DynamicEncoder(model, SampleExits([], facts), layout=layout)
     runs["full"] = lambda: plain(**inputs)
     runs["transformers"] = lambda: model(**inputs)
@@ -141,30 +154,36 @@ def measure(name: str, batch: int, layout: str, rounds: int, dtype: torch.dtype)
         encoder = DynamicEncoder(model, SampleExits(points, facts), layout=layout)
         closed = torch.full_like(where, -1)
         below, _ = plain.advance(plain.begin(**inputs), leaves[0] - 1)
-        runs["full", number] = functools.partial(_upwards, plain, below, None)
+        # Neither depends on who leaves: scenarios with the same exits share them.
+        runs["full", shares] = functools.partial(_upwards, plain, below, None)
+        runs["nobody", shares] = functools.partial(_upwards, encoder, below, closed)
         runs["dynamic", number] = functools.partial(_upwards, encoder, below, where)
-        runs["nobody", number] = functools.partial(_upwards, encoder, below, closed)
         # Layers above each exit, all samples against those that are left: what the perfect machine saves.
+        stretch = []
         for leave, end in zip(leaves, [*leaves[1:], plain.depth], strict=True):
             gone = (where >= 0) & (where <= leave)
-            for who, samples in (("all", below), ("left", below.split(gone[below.ids]))):
-                runs["layers", number, leave, who] = functools.partial(_layers, plain, samples, leave, end)
+            left = below.split(gone[below.ids])
+            every, fewer = ("all", leave, end), ("left", number, leave)
+            runs[every] = functools.partial(_layers, plain, below, leave, end)
+            runs[fewer] = functools.partial(_layers, plain, left, leave, end)
+            stretch.append((every, fewer, 1 - left.total / below.total))
+        stretches.append(stretch)
         work = encoder(**inputs, depth=where).work
         cells.append({"exits": leaves, "rate": rate, "samples_x_layers": work.fraction})
     begin = time.perf_counter()
     plain(**inputs)
-    raw = interleaved(runs, rounds, max(1, round(BLOCK_S / (time.perf_counter() - begin))))
+    raw = interleaved(runs, rounds, max(1, round(BLOCK_S / (time.perf_counter() - begin))), limit)
+    rounds = len(raw["full"])
     seconds = {key: statistics.median(taken) for key, taken in raw.items()}
-    for number, cell in enumerate(cells):
-        perfect = _perfect(seconds, number, cell["exits"])
-        saved = seconds["full", number] - seconds["dynamic", number]
+    for number, (cell, stretch, (shares, _)) in enumerate(zip(cells, stretches, SCENARIOS, strict=True)):
+        perfect = _perfect(seconds, stretch)
+        saved = seconds["full", shares] - seconds["dynamic", number]
         by_round = [{key: taken[at] for key, taken in raw.items()} for at in range(rounds)]
-        spread = sorted(
-            (one["full", number] - one["dynamic", number]) / _perfect(one, number, cell["exits"]) for one in by_round
-        )
+        spread = sorted((one["full", shares] - one["dynamic", number]) / _perfect(one, stretch) for one in by_round)
         cell |= {
-            "dynamic_s": seconds["dynamic", number], "from_s": seconds["full", number], "nobody_s": seconds["nobody", number],
+            "dynamic_s": seconds["dynamic", number], "from_s": seconds["full", shares], "nobody_s": seconds["nobody", shares],
             "saved_s": saved, "perfect_s": perfect, "efficiency": saved / perfect,
+            "by_tokens_s": sum(gone * seconds[every] for every, _, gone in stretch),
             "efficiency_p25": spread[rounds // 4], "efficiency_p75": spread[(3 * rounds) // 4],
         }  # fmt: skip
     return {
@@ -173,9 +192,9 @@ def measure(name: str, batch: int, layout: str, rounds: int, dtype: torch.dtype)
     }  # fmt: skip
 
 
-def _perfect(seconds: dict[Any, float], number: int, exits: list[int]) -> float:
+def _perfect(seconds: dict[Any, float], stretch: list[tuple[Any, Any, float]]) -> float:
     """Above each exit, time with all samples less time with those that are left."""
-    return sum(seconds["layers", number, at, "all"] - seconds["layers", number, at, "left"] for at in exits)
+    return sum(seconds[every] - seconds[fewer] for every, fewer, _ in stretch)
 
 
 def _upwards(encoder: DynamicEncoder, samples: Samples, depth: Tensor | None) -> None:
@@ -196,6 +215,7 @@ def main() -> None:
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[32, 128])
     parser.add_argument("--models", type=lambda text: text.split(","), default=["vit", "minilm"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for the rounds of one model and batch size")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     wish = parser.parse_args()
     kept = keep_memory()
@@ -207,7 +227,9 @@ def main() -> None:
     for name in wish.models:
         for layout in layouts[name]:
             for batch in wish.batches:
-                row = measure(name, batch, layout, wish.rounds, getattr(torch, wish.dtype)) | {"dtype": wish.dtype}
+                row = measure(name, batch, layout, wish.rounds, getattr(torch, wish.dtype), wish.seconds) | {
+                    "dtype": wish.dtype
+                }
                 key = ("model", "batch", "layout", "dtype")
                 found["rows"] = [old for old in found["rows"] if any(old[part] != row[part] for part in key)] + [row]
                 print(f"{name} {layout} batch {batch}: full {row['full_s']:.3f} s, transformers {row['transformers_s']:.3f} s")

@@ -1,8 +1,9 @@
 """Three ways to leave a vision model early, on scikit-learn's digits: a ViT with linear exits, LGViT, Dyn-Perceiver.
 
-All are trained on the same images, their thresholds come from the same calibration images, and every figure is of the same test
-images. A row is one operating point: an agreement with full depth (ViT, LGViT) or an exit distribution (Dyn-Perceiver), its
-accuracy, the share of the work that is run, and samples per second in whole batches, in turn with full depth.
+All are trained on the same images, and every figure is of the same test images. A row is one operating point: a threshold (ViT,
+LGViT) or an exit distribution made of calibration images (Dyn-Perceiver), its accuracy, the share of the work that is run, and
+samples per second in whole batches, in turn with full depth. What the point reaches on the calibration images stands beside it:
+a table that shows one point of a system chooses by those.
 
     PYTHONPATH=benchmarks python benchmarks/encoder_image.py build [--repetitions 5] [--only train]
 
@@ -33,6 +34,8 @@ THRESHOLDS = (float("inf"), 0.999, 0.99, 0.95, 0.865, 0.7, 0.5)
 #: Powers of the exit fractions of Dyn-Perceiver; None is everything through all of it.
 POWERS = (None, 3.0, 1.5, 1.0, 0.6, 0.3, 0.1)
 SYSTEMS = ("ViT, largest probability", "LGViT", "Dyn-Perceiver")
+#: How a table that shows one point of a system picks it.
+CHOSEN = "on the calibration images: the least work among the points within one point of full depth's accuracy there"
 
 
 def epochs(number: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -107,10 +110,10 @@ def perceiver_run(model: Any, thresholds: Any, batches: list[Tensor], cost: dict
     return run
 
 
-def points(folder: Path, batch: int, wish: argparse.Namespace) -> dict[tuple[str, str], Run]:
-    """(system, operating point) -> a run over the test images."""
+def points(folder: Path, split: str, wish: argparse.Namespace) -> dict[tuple[str, str], Run]:
+    """(system, operating point) -> a run over the images of a split."""
     data = digits.digits()
-    batches = list(data["test"].pixels.split(batch))
+    batches = list(data[split].pixels.split(wish.batch))
     vit, linear = digits.load()
     deep, heads = lgvit_model(folder, wish.first, wish.second)
     perceiver = perceiver_model(folder, wish.epochs)
@@ -162,26 +165,32 @@ def main() -> None:
     parser.add_argument("--only", choices=("train",))
     wish = parser.parse_args()
     require("matplotlib", "the picture needs matplotlib: pip install 'dyndepth[demo]'")
-    runs = points(wish.folder, wish.batch, wish)
+    runs, others = (points(wish.folder, split, wish) for split in ("test", "calibration"))
     if wish.only == "train":
         return
-    labels = digits.digits()["test"].labels
+    data = digits.digits()
+    labels = data["test"].labels
     first, seconds = interleaved(runs, wish.repetitions, lambda: None)
     rows: list[dict[str, Any]] = []
     for (system, point), (logits, work) in first.items():
         rates = Rates.of(len(labels), seconds[system, point])
         reference = first[system, "full depth"][0].argmax(-1)
+        chooses, chooses_work = others[system, point]()
         rows.append(
             {
                 "system": system, "point": point, "batch": wish.batch, "samples": len(labels), "work": work,
                 "accuracy": float((logits.argmax(-1) == labels).float().mean()),
                 "agreement": float((logits.argmax(-1) == reference).float().mean()),
                 "samples_per_s_median": rates.median, "samples_per_s_p10": rates.p10, "samples_per_s_p90": rates.p90,
+                "calibration": {
+                    "accuracy": float((chooses.argmax(-1) == data["calibration"].labels).float().mean()), "work": chooses_work,
+                },
             }
         )  # fmt: skip
         print(f"{system}, {point}: {rows[-1]['accuracy']:.1%}, work {work:.1%}, {rates.median:.0f} images/s")
     settings = {key: value for key, value in vars(wish).items() if key not in ("folder", "only")}
-    found = {"machine": info.collect(), "settings": settings | {"threads": torch.get_num_threads()}, "rows": rows}
+    settings["threads"] = torch.get_num_threads()
+    found = {"machine": info.collect(), "settings": settings, "chosen": CHOSEN, "rows": rows}
     with replacing(wish.folder / "encoder_image.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
     plot(wish.folder / "encoder_image.png", rows)

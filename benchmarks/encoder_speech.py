@@ -2,12 +2,12 @@
 
     python benchmarks/encoder_speech.py FOLDER
     python benchmarks/encoder_speech.py FOLDER --speed frame_entropy
-    python benchmarks/encoder_speech.py FOLDER --speed sentence_posterior
+    python benchmarks/encoder_speech.py FOLDER --speed sentence_posterior [--batch 32]
 
-The first writes FOLDER/encoder_speech.json; the others, on a quiet machine, add samples per second to it. Needs espeak-ng.
-Phrases are spoken by voices that training never heard. The threshold at which speed is measured is chosen on the demo's
-calibration phrases; all other figures are of its test phrases. A second call of the first keeps the speeds of thresholds that
-it chooses again. A criterion's speeds are a run of their own, whose machine stands beside them.
+The first writes FOLDER/encoder_speech.json; the others, on a quiet machine, add samples per second to it, of all batch sizes or
+of one. Needs espeak-ng. Phrases are spoken by voices that training never heard. The threshold at which speed is measured is
+chosen on the demo's calibration phrases; all other figures are of its test phrases. A second call of the first keeps the speeds
+of thresholds that it chooses again. Every batch size under a criterion is a run of its own, whose machine stands beside it.
 """
 
 from __future__ import annotations
@@ -112,20 +112,24 @@ def chosen(found: dict[str, Any], criterion: str) -> float:
 
 
 def speed(
-    criterion: str, threshold: float, model: Any, exits: SampleExits, texts: list[str], sounds: list[Any]
-) -> list[dict[str, Any]]:
-    """Every way by batch size."""
+    found: dict[str, Any], criterion: str, size: int, model: Any, exits: SampleExits, texts: list[str], sounds: list[Any]
+) -> None:
+    """Every way at one batch size, at the threshold that was chosen: into `rows`, and what ran them into `speed`."""
+    threshold = chosen(found, criterion)
     problem = speech.problem_of(DynamicEncoder(model, asr.judged_by(exits, criterion, threshold)), texts, sounds)
-    return [
-        {"criterion": criterion, "threshold": threshold, **asdict(row)}
-        for row in measure(problem, SIZES[criterion], REPETITIONS)
-    ]
+    timed = [{"criterion": criterion, "threshold": threshold, **asdict(row)} for row in measure(problem, (size,), REPETITIONS)]
+    others = [row for row in found.get("rows", []) if (row["criterion"], row["batch"]) != (criterion, size)]
+    order = list(LEVELS)
+    found["rows"] = sorted(others + timed, key=lambda row: (order.index(row["criterion"]), row["batch"]))
+    run = {"threads": torch.get_num_threads(), "repetitions": REPETITIONS, "machine": info.collect()}
+    found.setdefault("speed", {}).setdefault(criterion, {})[str(size)] = run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--speed", choices=list(LEVELS))
+    parser.add_argument("--batch", type=int, help="one batch size instead of all of the criterion's")
     given = parser.parse_args()
     path = given.folder / "encoder_speech.json"
     espeak.require()
@@ -133,16 +137,14 @@ def main() -> None:
     texts, sounds = speech.spoken("test", TEST)
     if given.speed:
         found = json.loads(path.read_text())
-        rows = [row for row in found.get("rows", []) if row["criterion"] != given.speed]
-        found["rows"] = rows + speed(given.speed, chosen(found, given.speed), model, exits, texts, sounds)
-        run = {"threads": torch.get_num_threads(), "repetitions": REPETITIONS, "machine": info.collect()}
-        found["speed"] = found.get("speed", {}) | {given.speed: run}
+        for size in SIZES[given.speed] if given.batch is None else (given.batch,):
+            speed(found, given.speed, size, model, exits, texts, sounds)
     else:
         before = json.loads(path.read_text()) if path.exists() else {}
         found = errors_and_work(model, exits, texts, sounds)
         found["rows"] = [row for row in before.get("rows", []) if row["threshold"] == chosen(found, row["criterion"])]
         kept = {row["criterion"] for row in found["rows"]}
-        found["speed"] = {name: run for name, run in before.get("speed", {}).items() if name in kept}
+        found["speed"] = {name: runs for name, runs in before.get("speed", {}).items() if name in kept}
     found["training"] = {"steps": exits.record["steps"], "batch": BATCH}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")

@@ -37,8 +37,10 @@ from dyndepth.training.encoder_trainer import EncoderConfig
 BATCH = 32
 #: Updates that train the model with its exits: few, for two cores. Fresh exits take more, to make up for what they do to it.
 UPDATES = {"deebert": 200, "pabee": 80, "palbert": 80}
-#: Updates of one stage of COST-EFF's several, and of exits on a model that stays.
-STAGE, ON_FROZEN = 40, 1000
+#: Updates of COST-EFF's assistant, and of its narrow model after each of the steps that make it narrower.
+STAGES, STEPS = {"costeff-assistant": 40, "costeff": 120}, 2
+#: Updates of exits on a model that stays.
+ON_FROZEN = 1000
 #: What a training of the model begins with.
 STARTED = {
     "deebert": "fresh exits", "pabee": "the frozen model's exits", "palbert": "the frozen model's exits",
@@ -92,9 +94,10 @@ def frozen(**changes: Any) -> EncoderConfig:
 class Bench:
     """The systems, each trained once and kept in the folder."""
 
-    def __init__(self, folder: Path, updates: int | None = None, stage: int = STAGE) -> None:
-        self.folder, self.stage = folder, stage
+    def __init__(self, folder: Path, updates: int | None = None, stage: int | None = None) -> None:
+        self.folder = folder
         self.updates = {name: own if updates is None else updates for name, own in UPDATES.items()}
+        self.updates |= {name: own if stage is None else stage for name, own in STAGES.items()}
         found = reuters.documents()
         _, tokenizer = reuters.minilm()
         test = reuters.Split(found.test.texts[:TEST], found.test.labels[:TEST])
@@ -124,7 +127,7 @@ class Bench:
             model, exits = make(place)
             place.mkdir(parents=True, exist_ok=True)
             if with_model:
-                told = {"updates": self.updates.get(name, self.stage), "started": STARTED[name]}
+                told = {"updates": self.updates[name], "started": STARTED[name]}
                 (place / "training.json").write_text(json.dumps(told) + "\n")
             costeff.save(model, place / "model")
             exits.save_pretrained(place / "exits")
@@ -185,23 +188,23 @@ class Bench:
             exits = costeff.exits(model, data.topics, pooling="mean")
             exits.load_state_dict(tops.state_dict())  # a copy of the teacher, its off-ramps included
             return model, costeff.assist(
-                model, exits, teacher, tops, data.train, data.train_labels, config=settings(self.stage),
-                validation=data.validation, folder=place / "run",
+                model, exits, teacher, tops, data.train, data.train_labels,
+                config=settings(self.updates["costeff-assistant"]), validation=data.validation, folder=place / "run",
             )  # fmt: skip
 
         wide = self.kept("costeff-assistant", True, assistant)
 
         def slender(place: Path) -> Trained:
             made = costeff.slenderise(
-                *wide, data.train, data.train_labels, heads=6, neurons=768, rank=192, steps=2, validation=data.validation,
-                config=settings(self.stage), folder=place / "run",
+                *wide, data.train, data.train_labels, heads=6, neurons=768, rank=192, steps=STEPS, validation=data.validation,
+                config=settings(self.updates["costeff"]), folder=place / "run",
             )  # fmt: skip
             return made.model, made.exits
 
         return wide, self.kept("costeff", True, slender)
 
     def training_of(self, system: str) -> dict[str, Any]:
-        """Updates that trained a system's model (of COST-EFF, in each stage), and what they began with."""
+        """Updates that trained a system's model (COST-EFF's narrow one: in each step), and what they began with."""
         place = {"COST-EFF, assistant": "costeff-assistant", "EERO": "deebert"}.get(system, system.lower().replace("-", ""))
         return dict(json.loads((self.folder / f"{place}-model" / "training.json").read_text()))
 
@@ -278,11 +281,15 @@ class Results:
         path = bench.folder / "encoder_text.json"
         self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 
+    def has(self, system: str, with_model: bool, setting: str) -> bool:
+        """An earlier run measured it."""
+        return any((row["system"], row["with_model"], row["setting"]) == (system, with_model, setting) for row in self.rows)
+
     def add(
         self, system: str, with_model: bool, setting: str, trained: Trained, exits: SampleExits | None = None, **more: Any
     ) -> None:
-        if any((row["system"], row["with_model"], row["setting"]) == (system, with_model, setting) for row in self.rows):
-            return  # measured by an earlier run
+        if self.has(system, with_model, setting):
+            return
         found = self.bench.reached(trained, exits)
         if with_model:
             more |= self.bench.training_of(system)
@@ -310,6 +317,7 @@ class Results:
 
 ENTROPIES = {f"S = {entropy}": -entropy for entropy in (0.05, 0.2, 0.5)}
 PATIENCES = {f"P = {patience}": pabee.threshold(patience) for patience in (1, 2, 3)}
+BUDGETS = (1.5, 2.0, 3.0)
 TRADES = (0.01, 0.03, 0.1, 0.5, 2.0)
 QUANTILES = {f"q = {q}": q for q in (0.25, 0.5, 0.75)}
 
@@ -319,7 +327,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/encoder-text"))
     parser.add_argument("--with-model", action="store_true", help="the recipes that train the model, too")
     parser.add_argument("--updates", type=int, help=f"that train the model with its exits; {UPDATES} by default")
-    parser.add_argument("--stage", type=int, default=STAGE, help=f"updates of each of COST-EFF's stages, {STAGE} by default")
+    parser.add_argument("--stage", type=int, help=f"updates of each of COST-EFF's stages; {STAGES} by default")
     given = parser.parse_args()
     folder, with_model = given.folder, given.with_model
     folder.mkdir(parents=True, exist_ok=True)
@@ -328,7 +336,9 @@ def main() -> None:
     for trained_too in (False, True) if with_model else (False,):
         found = bench.deebert(trained_too)
         results.sweep("DeeBERT", trained_too, found, ENTROPIES)
-        for budget in (1.5, 2.0, 3.0):
+        for budget in BUDGETS:
+            if results.has("EERO", trained_too, f"budget {budget} layers"):
+                continue
             exits = eero.fit(*found, bench.data.held, bench.data.held_labels, budget)
             bound = exits.record["eero"]["layers_bound"]
             results.add("EERO", trained_too, f"budget {budget} layers", found, exits, budget=budget, bound=bound)
@@ -343,7 +353,8 @@ def main() -> None:
     if with_model:
         wide, narrow = bench.costeff()
         results.sweep("COST-EFF, assistant", True, wide, ENTROPIES)
-        results.sweep("COST-EFF", True, narrow, ENTROPIES, products=multiplications(narrow[0]) / multiplications(wide[0]))
+        share = multiplications(narrow[0]) / multiplications(wide[0])
+        results.sweep("COST-EFF", True, narrow, ENTROPIES, products=share, steps=STEPS)
     print(f"wrote {folder / 'encoder_text.json'}")
 
 

@@ -30,3 +30,15 @@ def percent(value: float | None) -> str:
 def drafts(row: dict[str, Any]) -> str:
     """Drafts that held, of those that were made; a dash where there were none."""
     return f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
+
+
+def demo_rows(found: dict[str, Any], samples: str, metric: str) -> list[str]:
+    """Lines of what `dyndepth demo --task` measured: every way at every batch size."""
+    lines = header("batch", "system", f"{samples}/s (p10–p90)", "samples × layers", metric, "agreement")
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['batch']} | {row['system']}, {row['mode']} | {row['samples_per_s_median']:.0f} "
+            f"({row['samples_per_s_p10']:.0f}–{row['samples_per_s_p90']:.0f}) | {row['samples_x_layers']:.1%} "
+            f"| {row['quality']:.1%} | {row['agreement']:.1%} |"
+        )
+    return lines

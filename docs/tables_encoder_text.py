@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from table_parts import header, load
+from table_parts import demo_rows, header, load
 
 
 def encoder_text(results: Path) -> str:
@@ -14,7 +14,7 @@ def encoder_text(results: Path) -> str:
     found = load(results / "encoder_text.json")
     lines = header("system", "trained", "setting", "accuracy", "samples × layers", "mean layers")
     for row in found["rows"]:
-        trained = f"with the model, {row['updates']} updates from {row['started']}" if row["with_model"] else "exits alone"
+        trained = f"with the model, {_updates(row)} updates from {row['started']}" if row["with_model"] else "exits alone"
         setting = row["setting"]
         if "bound" in row:
             setting += f" (bound {row['bound']:.2f})"
@@ -66,6 +66,11 @@ def figures(found: dict[str, Any], system: str) -> str:
     return "; ".join(reached) or "not measured"
 
 
+def _updates(row: dict[str, Any]) -> str:
+    """How many trained the model; a model that was made narrower in steps had as many after each."""
+    return f"{row['steps']} times {row['updates']}" if "steps" in row else str(row["updates"])
+
+
 def _rows(found: dict[str, Any], system: str, with_model: bool) -> list[dict[str, Any]]:
     return [row for row in found["rows"] if row["system"] == system and row["with_model"] == with_model]
 
@@ -91,20 +96,14 @@ def _reached(found: dict[str, Any], system: str, with_model: bool) -> str:
         setting += f"; {best['products']:.0%} of the wide layers' products"
     how = "model frozen"
     if with_model:
-        how = f"model trained, {best['updates']} updates of {found['batch']} from {best['started']}"
+        how = f"model trained, {_updates(best)} updates of {found['batch']} from {best['started']}"
     return f"{best['accuracy']:.1%} at {best['samples_x_layers']:.0%} ({setting}; full depth {whole['accuracy']:.1%}; {how})"
 
 
 def demo_text(results: Path) -> str:
     """What `dyndepth demo --task text` printed."""
     found = load(results / "text.json")
-    lines = header("batch", "system", "documents/s (p10–p90)", "samples × layers", "accuracy", "agreement")
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['batch']} | {row['system']}, {row['mode']} | {row['samples_per_s_median']:.0f} "
-            f"({row['samples_per_s_p10']:.0f}–{row['samples_per_s_p90']:.0f}) | {row['samples_x_layers']:.1%} "
-            f"| {row['quality']:.1%} | {row['agreement']:.1%} |"
-        )
+    lines = demo_rows(found, "documents", "accuracy")
     facts, cpu = found["facts"], found["machine"]["cpu"]
     certificate = facts["record"]["certificate"]
     text = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from table_parts import header, load, machine
+from table_parts import demo_rows, header, load, machine
 
 
 def encoder_layouts(results: Path) -> str:
@@ -43,18 +43,40 @@ def encoder_speech(results: Path) -> str:
             f"| {row['samples_x_layers']:.1%} | {row['quality']:.1%} |"
         )
     chosen = ", ".join(f"{row['criterion']} {row['threshold']:g}" for row in chosen_on_calibration(found).values())
-    runs = "; ".join(
-        f"{criterion} on {run['threads']} threads, {run['repetitions']} repetitions in turn, {machine(run)[:-1]}"
-        for criterion, run in found["speed"].items()
-    )
+    machines: dict[str, list[str]] = {}
+    for criterion, sizes in found["speed"].items():
+        for run in sizes.values():
+            of = f"{run['threads']} threads, {run['repetitions']} repetitions in turn, {machine(run)[:-1]}"
+            machines.setdefault(of, [])
+            machines[of] += [criterion] * (criterion not in machines[of])
+    runs = "; ".join(f"{' and '.join(criteria)} on {of}" for of, criteria in machines.items())
     text = (
         f"{found['phrases']} phrases, {found['seconds_of_speech']:.0f} s of speech, {found['parameters'] / 1e6:.2f} M "
         f"parameters, trained for {found['training']['steps']} steps of {found['training']['batch']} phrases. Speed is at the "
         f"threshold chosen on other phrases of these voices, the least work with a WER at most {found['spare_wer'] * 100:.0f} "
-        f"points above full depth's there: {chosen}. Compare speeds only within a block: each was measured in a run of its own "
-        f"({runs}). transformers' batch reads padding, hence its WER."
+        f"points above full depth's there: {chosen}. Compare speeds only within a block and batch size: each was measured in a "
+        f"run of its own ({runs}). transformers' batch reads padding, hence its WER."
     )
     return "\n".join([*lines, "", text, ""])
+
+
+def demo_speech(results: Path) -> str:
+    """What `dyndepth demo --task speech` printed."""
+    found = load(results / "speech.json")
+    facts = found["facts"]
+    certificate = facts["record"]["certificate"]
+    said = (
+        f"another text than at full depth for at most {certificate['risk']:.0%} of phrases with "
+        f"{certificate['confidence']:.0%} confidence, certified on {facts['phrases']['calibration']} other phrases"
+        if certificate["certified"]
+        else "nothing could be certified: exits are closed"
+    )
+    text = (
+        f"{facts['model']}, exits after {', '.join(map(str, facts['exits']))}; {facts['phrases']['test']} phrases; {said}. "
+        f"Agreement: the arg max of every frame is that of transformers' first batch size. {facts['threads']} threads, "
+        f"{facts['repetitions']} repetitions. {machine(found)}"
+    )
+    return "\n".join([*demo_rows(found, "phrases", "WER"), "", text, ""])
 
 
 def chosen_on_calibration(found: dict[str, Any]) -> dict[str, Any]:
@@ -69,4 +91,4 @@ def chosen_on_calibration(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-TABLES = {"encoder_layouts": encoder_layouts, "encoder_speech": encoder_speech}
+TABLES = {"demo_speech": demo_speech, "encoder_layouts": encoder_layouts, "encoder_speech": encoder_speech}

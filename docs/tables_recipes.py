@@ -1,4 +1,4 @@
-"""Tables of recipe pages, part of tables.py: MuE, DYNAMAX and regression under PABEE on this project's data."""
+"""Tables of recipe pages, part of tables.py: MuE, DYNAMAX, regression under PABEE, Splitformer on this project's data."""
 
 from __future__ import annotations
 
@@ -81,8 +81,28 @@ def encoder_regression(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
+def splitformer(results: Path) -> str:
+    """What `benchmarks/splitformer.py` found: every exit with half-rate layers and without, after the same training."""
+    found = load(results / "splitformer.json")
+    lines = header("model", "parameters", "more steps", "exit after layer", "WER", "CER", "operations a second of speech")
+    for row in found["rows"]:
+        for point in row["exits"]:
+            rate = point["operations"] / found["seconds_of_speech"] / 1e6
+            lines.append(
+                f"| {row['model']} | {row['parameters'] / 1e6:.2f} M | {row['steps']} | {point['leave']} of {found['layers']} "
+                f"| {point['wer']:.1%} | {point['cer']:.1%} | {rate:.1f} M |"
+            )
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in found["peak_rates"].items())
+    text = (
+        f"{found['phrases']} test phrases. Steps of {found['batch']} of {found['utterances']} phrases; highest rates: {rates}. "
+        f"Chosen: {found['chosen']}. Operations: floating-point ones of layers, front end and heads left out."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "mue": mue,
     "dynamax": dynamax,
     "encoder_regression": encoder_regression,
+    "splitformer": splitformer,
 }

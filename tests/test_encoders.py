@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 from typing import Any
 
 import pytest
@@ -103,15 +104,27 @@ def test_pooling_sees_no_padding(name: str, pooling: str) -> None:
         torch.testing.assert_close(out.logits, want, **BOUND)
 
 
-@pytest.mark.parametrize("kind", ["patience", "q_exit", "exit_gate", "saturation"])
-def test_batches_do_not_matter(kind: str) -> None:
-    """A sample's exit and answer are the same alone, in any order and with any company."""
-    batch = inputs("bert")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", criteria())
+def test_batches_do_not_matter(kind: str, layout: str) -> None:
+    """A sample's exit and answer are the same alone, twice over, in any order and with any company."""
+    batch, depth, numbers = inputs("bert"), torch.tensor([1, -1, 3, 5, 2, 4, 1, 3]), torch.arange(8)
     found = exits("bert", kind)
-    found = found.with_thresholds(middle(model("bert"), found, kind, batch))
-    whole = _run("bert", found, batch)
-    for rows in ([5], [7, 0], [3, 1, 4], [7, 6, 5, 4, 3, 2, 1, 0]):
-        part = _run("bert", found, {name: value[rows] for name, value in batch.items()})
+    if kind == "ponder_draw":
+        found = found.with_thresholds(0.0)
+    elif found.exits[0].criterion.scored:
+        found = found.with_thresholds(middle(model("bert"), found, kind, batch))
+    encoder = dyndepth.DynamicEncoder(model("bert"), found, layout=layout)
+
+    def run(rows: list[int]) -> Any:
+        part = {name: value[rows] for name, value in batch.items()}
+        return encoder(**part, numbers=numbers[rows], depth=depth[rows] if kind == "fixed_depth" else None)
+
+    whole = run(list(range(8)))
+    draws = random.Random(kind)
+    drawn = [draws.choices(range(8), k=count) for count in range(1, 12)]
+    for rows in (*([row] for row in range(8)), [7, 0], [7, 6, 5, 4, 3, 2, 1, 0], *drawn):
+        part = run(rows)
         assert part.exit_layers.tolist() == whole.exit_layers[rows].tolist()
         torch.testing.assert_close(part.logits, whole.logits[rows], **BOUND)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import wave
 from pathlib import Path
@@ -16,6 +17,8 @@ import dyndepth
 from dyndepth.encoders import CtcHead, SampleExits
 from dyndepth.errors import ArgumentError
 from dyndepth.recipes import asr
+from dyndepth.training.encoder_trainer import EncoderConfig
+from dyndepth.training.weighting import warm_cosine
 
 #: Debian's pocketsphinx-testdata.
 RECORDINGS = Path("/usr/share/pocketsphinx/test/data")
@@ -108,6 +111,37 @@ def test_training_lowers_the_loss_at_every_exit() -> None:
             loss.backward()
         optimizer.step()
     assert all(now < 0.6 * then for now, then in zip(losses(), before, strict=True))
+
+
+def test_training_by_the_recipe_is_adam_on_the_loss() -> None:
+    """`asr.train` against the loop written out: AdamW on `asr.loss`, its rates, its order of utterances."""
+    texts = [torch.tensor([3, 4]), torch.tensor([1]), torch.tensor([5, 6, 5])]
+    padded = torch.full((3, 3), -100)
+    for row, text in enumerate(texts):
+        padded[row, : len(text)] = text
+    batch = inputs([300, 400, 233])
+    networks = [copy.deepcopy(model("conformer")) for _ in range(2)]
+    for module in (part for network in networks for part in network.requires_grad_(True).modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    config = EncoderConfig(updates=4, batch=3, lr=2e-3, base_lr=1e-3, clip=0.0, warmup=0.0)
+    done = asr.train(networks[0], asr.exits(networks[0], every=1), batch, padded, config=config)
+    other = asr.exits(networks[1], every=1)
+    encoder = dyndepth.DynamicEncoder(networks[1], other)
+    groups = [{"params": networks[1].parameters(), "lr": 1e-3}, {"params": other.parameters(), "lr": 2e-3}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    networks[1].train()
+    for update in range(4):
+        for group, rate in zip(optimizer.param_groups, (1e-3, 2e-3), strict=True):
+            group["lr"] = rate * warm_cosine(1.0, 0.0, update, 4)
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            asr.loss(encoder.everywhere(**batch), texts).backward()
+        optimizer.step()
+    for mine, wanted in zip(done.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=2e-5)
+    with pytest.raises(ArgumentError, match=r"labels must be int64 \[n, longest\], got torch.int64 \[3\]"):
+        asr.train(networks[0], done, batch, torch.tensor([1, 2, 3]))
 
 
 def test_decoding() -> None:

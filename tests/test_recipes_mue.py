@@ -266,6 +266,30 @@ def test_the_loss_is_the_sum_over_layers_and_reaches_every_part() -> None:
         mue.loss(logits, labels[:, 1:])
 
 
+@torch.enable_grad()
+def test_training_is_adam_on_the_loss() -> None:
+    """`mue.train` against the loop written out: two epochs of two batches, gradients cut to norm 1, the rate of a cosine."""
+    drawn = torch.Generator().manual_seed(2)
+    texts = [torch.randint(3, WORDS, (3, 6), generator=drawn) for _ in range(2)]
+    texts[1][0, 4:] = -100
+    parts = [(_inputs([0, 1, 2]), texts[0]), (_inputs([3, 4, 5]), texts[1])]
+    trained, by_hand = (copy.deepcopy(_system(18)) for _ in range(2))
+    assert mue.train(trained, lambda _: parts, count=2, rate=1e-3, decay=0.02) is trained
+    assert not any(part.training for part in trained.modules())
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-3, weight_decay=0.02)
+    for rate in (1e-3, 0.5e-3):  # half a cosine's way after one epoch of two
+        optimizer.param_groups[0]["lr"] = rate
+        for given, text in parts:
+            logits = by_hand(given, text[:, :-1].clamp_min(0))
+            flat = [torch.nn.functional.cross_entropy(part.flatten(0, 1), text[:, 1:].flatten()) for part in logits]
+            optimizer.zero_grad()
+            torch.stack(flat).sum().backward()
+            torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+            optimizer.step()
+    for mine, wanted in zip(trained.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
+
+
 def _with_stream(model: Any) -> mue.MuE:
     return mue.MuE({"one": model}, _system().decoder).eval()
 

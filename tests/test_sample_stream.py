@@ -145,3 +145,13 @@ def test_draws_of_a_stream_are_those_of_one_call() -> None:
     assert len(set(whole.exit_layers.tolist())) > 1
     for answer in dyndepth.SampleStream(encoder, 5)(_parts([4] * 6)):
         assert answer.exit_layer == whole.exit_layers[answer.number]
+
+
+@pytest.mark.parametrize("kind", ["never", "always"])
+def test_a_stream_has_no_answers_that_are_nan(kind: str) -> None:
+    """Neither at an exit nor at the top, as in whole batches."""
+    broken = inputs("vit")
+    broken["pixel_values"][3] = torch.nan
+    encoder = dyndepth.DynamicEncoder(model("vit"), exits("vit", kind))
+    with pytest.raises(ArgumentError, match="NaN"):
+        list(dyndepth.SampleStream(encoder, 3)([broken]))

@@ -191,7 +191,7 @@ class DynamicEncoder:
     @torch.no_grad()
     def finish(self, samples: Samples) -> Departure:
         """The answers of samples that ran every layer."""
-        answers = self.final_answers(samples)
+        answers = _checked(self.final_answers(samples), self.depth)
         return Departure(samples.ids, answers, samples.lengths, self.depth)
 
     def final_answers(self, samples: Samples) -> Tensor:
@@ -256,7 +256,7 @@ class DynamicEncoder:
         """bool [count] on the CPU, and what gives the logits of all of them."""
         head, criterion = point.head, point.criterion
         classes = self._exits.model.vocab_size
-        answers = functools.cache(lambda: self._checked(head(samples, self.family.finish), point))
+        answers = functools.cache(lambda: _checked(head(samples, self.family.finish), point.leave))
         features = functools.cache(lambda: head.features(samples))
 
         @functools.cache
@@ -303,15 +303,9 @@ class DynamicEncoder:
         if read is None or last is None:
             logits = answers().index_select(0, at)
         else:
-            logits = self._checked(last(read.index_select(0, at)), point)
+            logits = _checked(last(read.index_select(0, at)), point.leave)
         ids = torch.from_numpy(samples.ids.numpy()[gone])
         return Departure(ids, logits, torch.from_numpy(lengths[gone]), point.leave)
-
-    @staticmethod
-    def _checked(answers: Tensor, point: SampleExit) -> Tensor:
-        if math.isnan(answers.amax()):  # a NaN is the maximum of whatever holds one
-            raise ArgumentError(f"DynamicEncoder: logits at the exit after layer {point.leave} hold NaN")
-        return answers
 
     def output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None = None) -> Any:
         """What a call returns, from the groups in which all `n` samples left."""
@@ -323,8 +317,6 @@ class DynamicEncoder:
 
         boundaries = torch.zeros(n, dtype=torch.int32)
         for departed in departures:
-            if bool(torch.isnan(departed.answers).any()):
-                raise ArgumentError(f"DynamicEncoder: logits after layer {departed.boundary} hold NaN")
             boundaries[departed.ids] = departed.boundary
         logits, lengths = assembled(departures, n, self.per_token)
         if self.per_token:
@@ -343,6 +335,12 @@ class DynamicEncoder:
     def answers_per_token(self, head: SampleHead | None) -> bool:
         """Whether a head (None: the model's own) answers per token."""
         return self.family.per_token if head is None or head.per_token is None else head.per_token
+
+
+def _checked(answers: Tensor, boundary: int) -> Tensor:
+    if math.isnan(answers.amax()):  # a NaN is the maximum of whatever holds one
+        raise ArgumentError(f"DynamicEncoder: logits after layer {boundary} hold NaN")
+    return answers
 
 
 @functools.lru_cache(maxsize=128)

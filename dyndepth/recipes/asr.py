@@ -4,7 +4,8 @@ or by the posterior of the best sentence; trained with the plain sum of their CT
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dyndepth.encoders import CtcHead, FrameEntropy, SampleExit, SampleExits, Sa
 from dyndepth.encoders.ctc import SentencePosterior, beam_search, ctc_losses, greedy
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Criterion
+from dyndepth.training.encoder_trainer import EncoderConfig, train_encoder
 
 CRITERIA = ("frame_entropy", "sentence_posterior")
 
@@ -71,15 +73,45 @@ def loss(everywhere: Sequence[tuple[Samples, Tensor]], labels: Sequence[Tensor],
         everywhere: from `DynamicEncoder.everywhere`.
         labels: int64 [symbols] per sample, in the caller's order.
     """
-    total = torch.zeros(())
-    for samples, logits in everywhere:
+    for samples, _ in everywhere:
         if len(labels) != samples.count:
             raise ArgumentError(f"asr.loss: labels must hold {samples.count} texts, got {len(labels)}")
-        texts = [labels[i] for i in samples.ids.tolist()]
-        sizes = torch.tensor([max(len(text), 1) for text in texts]).to(logits.device)
-        losses = ctc_losses(logits, samples.lengths, texts, blank, zero_infinity=True)
-        total = total.to(logits.device) + (losses / sizes).mean()
-    return total
+    return _summed(everywhere, [labels[i] for i in everywhere[0][0].ids.tolist()], blank)
+
+
+def _summed(everywhere: Sequence[tuple[Samples, Tensor]], texts: Sequence[Tensor], blank: int) -> Tensor:
+    """`loss` of texts in the order of the samples, which is the same at all exits."""
+    sizes = torch.tensor([max(len(text), 1) for text in texts])
+    parts = [ctc_losses(logits, samples.lengths, texts, blank, zero_infinity=True) for samples, logits in everywhere]
+    return torch.stack([(part / sizes.to(part.device)).mean() for part in parts]).sum()
+
+
+def train(
+    model: Any,
+    exits: SampleExits,
+    inputs: Mapping[str, Tensor],
+    labels: Tensor,
+    *,
+    blank: int = 0,
+    config: EncoderConfig | None = None,
+    validation: tuple[Mapping[str, Tensor], Tensor] | None = None,
+    folder: str | Path | None = None,
+) -> SampleExits:
+    """Train the model and all exits with `loss`.
+
+    Args:
+        inputs: `input_values` and `attention_mask` of all utterances, [n, samples].
+        labels: int64 [n, longest], -100 past a text's end, as transformers pads them.
+        config, validation, folder: of dyndepth.training.train_encoder; `config.base_lr` above 0 trains the model too.
+    """
+    if labels.dim() != 2 or labels.is_floating_point():
+        raise ArgumentError(f"asr.train: labels must be int64 [n, longest], got {labels.dtype} {list(labels.shape)}")
+    config = config or EncoderConfig(base_lr=1e-3, lr=1e-3)
+
+    def summed(everywhere: Sequence[tuple[Samples, Tensor]], padded: Tensor) -> Tensor:
+        return _summed(everywhere, [row[row >= 0] for row in padded], blank)
+
+    return train_encoder(model, exits, inputs, labels, summed, config=config, validation=validation, folder=folder).exits
 
 
 def noam(step: int, width: int, warmup: int, scale: float = 1.0) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dyndepth.closed_form.trace import trace
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits import Band, Exits, RouterScore
+from dyndepth.files import require
 from dyndepth.runtime import entry
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.fingerprint import facts_of
@@ -157,18 +158,22 @@ def _fit(
     generator: torch.Generator,
 ) -> None:
     parameters = [p for one in classifiers for p in one.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    require("accelerate", "training needs the package accelerate: pip install 'dyndepth[train]'")
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
+    optimizer: Any = accelerator.prepare(torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01))
     steps = epochs * len(sequences)
     with torch.no_grad():
         seen = [observed(model, tokens, leave, top_k) for tokens in sequences]
-    decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(epochs):
         for at in torch.randperm(len(sequences), generator=generator).tolist():
             residuals, targets = seen[at]
             value = loss([one(x[None])[0] for one, x in zip(classifiers, residuals, strict=True)], targets)
-            optimiser.zero_grad()
-            value.backward()
-            optimiser.step()
+            optimizer.zero_grad()
+            accelerator.backward(value)
+            optimizer.step()
             decay.step()
 
 

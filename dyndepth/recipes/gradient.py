@@ -1,4 +1,4 @@
-"""The plain loop that recipes of vision encoders train with: AdamW, a cosine over epochs, clipped gradients."""
+"""The loop that recipes of vision encoders and MuE train with, on accelerate: AdamW, a cosine by epoch, clipped gradients."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: An epoch: (inputs, labels) of every batch, given its number.
-Epoch = Callable[[int], Iterable[tuple[Mapping[str, Tensor], Tensor]]]
+from dyndepth.files import require
+
+#: An epoch: (inputs, labels) of every batch, given its number. Inputs are what the recipe's loss reads.
+Epoch = Callable[[int], Iterable[tuple[Mapping[str, Any], Tensor]]]
 
 
 def descend(
     parameters: list[Any],
-    loss: Callable[[Mapping[str, Tensor], Tensor, int], Tensor],
+    loss: Callable[[Mapping[str, Any], Tensor, int], Tensor],
     epochs: Epoch,
     numbers: range,
     *,
@@ -29,7 +31,11 @@ def descend(
     The rate falls by epoch, for how many batches there will be is not known beforehand. `after` is called after every step,
     `advance` after every epoch.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+    require("accelerate", "training needs the package accelerate: pip install 'dyndepth[train]'")
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no", cpu=parameters[0].device.type == "cpu")
+    optimizer: Any = accelerator.prepare(torch.optim.AdamW(parameters, lr=rate, weight_decay=decay))
     step = 0
     for done, number in enumerate(numbers):
         for group in optimizer.param_groups:
@@ -37,8 +43,8 @@ def descend(
         for inputs, labels in epochs(number):
             with torch.enable_grad():
                 optimizer.zero_grad()
-                loss(inputs, labels, step).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                accelerator.backward(loss(inputs, labels, step))
+            accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             after()
             step += 1

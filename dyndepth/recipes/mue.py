@@ -9,7 +9,7 @@ residual as it is (copied), and with that their keys and values of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from dyndepth.encoders import Samples
 from dyndepth.encoders import bind as bind_encoder
 from dyndepth.encoders.family import EncoderFamily, pack
 from dyndepth.errors import ArgumentError
+from dyndepth.recipes.gradient import Epoch, descend
 from dyndepth.recipes.mue_decoder import Decoded, Decoder
 from dyndepth.runtime.session import Work
 
@@ -239,3 +240,32 @@ def loss(logits: list[Tensor], labels: Tensor) -> Tensor:
         raise ArgumentError(f"mue.loss: labels must be int64 [n, t] of the logits {shapes}, got {list(labels.shape)}")
     parts = [torch.nn.functional.cross_entropy(part.flatten(0, 1).float(), labels.flatten()) for part in logits]
     return torch.stack(parts).sum()
+
+
+def train(
+    system: MuE,
+    epochs: Epoch,
+    *,
+    count: int,
+    rate: float = 1e-3,
+    decay: float = 0.02,
+    advance: Callable[[], None] = lambda: None,
+) -> MuE:
+    """Train all of it in place with `loss`, for `count` epochs; returns the system, in eval mode.
+
+    Args:
+        epochs: called with 0, 1, ..., gives that epoch's batches of (streams, tokens): the arguments of every stream, and int64
+            [n, t], the texts with their beginning and end, -100 past it.
+        rate, decay: of AdamW; the rate falls as a cosine.
+        advance: called after every epoch.
+    """
+
+    def summed(inputs: Inputs, tokens: Tensor, step: int) -> Tensor:
+        return loss(system(inputs, tokens[:, :-1].clamp_min(0)), tokens[:, 1:])
+
+    system.train()
+    try:
+        descend(list(system.parameters()), summed, epochs, range(count), rate=rate, decay=decay, advance=advance)
+    finally:
+        system.eval()
+    return system
