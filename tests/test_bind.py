@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import dyndepth
 from dyndepth.errors import UnsupportedModelError
-from dyndepth.runtime.bind import most_likely
+from dyndepth.runtime.bind import bind, most_likely
 
 TOKENS = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -143,3 +144,15 @@ def test_the_most_likely_word_is_the_first_of_equals(words: int, dtype: torch.dt
     for scores in (ties, broken, torch.full_like(ties, -torch.inf), ties[:0]):
         assert torch.equal(most_likely(scores), scores.argmax(-1))
     assert most_likely(ties)[0] == (ties[0] == ties[0].max()).nonzero()[0, 0]
+
+
+def test_a_cap_that_rounds_decides_with_the_logits() -> None:
+    """In bf16 a soft cap makes equals of logits that were not: the token is the first of them, as in transformers."""
+    bound = bind(copy.deepcopy(tiny_models.shared("gemma2")).to(torch.bfloat16))
+    assert bound.logit_softcap > 0
+    ready = 20 * torch.randn(200, bound.hidden_size, generator=torch.Generator().manual_seed(3)).bfloat16()
+    head: Any = bound.head
+    logits = torch.nn.functional.linear(ready, head.weight)
+    capped = torch.tanh(logits / bound.logit_softcap) * bound.logit_softcap
+    assert not torch.equal(logits.argmax(-1), capped.argmax(-1))
+    assert torch.equal(bound.argmax(ready), capped.argmax(-1))

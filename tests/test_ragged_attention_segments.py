@@ -147,6 +147,25 @@ def test_a_long_prompt_equals_its_rows_alone(seed: int, provider: str) -> None:
     assert_same(attended(arguments, provider), alone)
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("keys", "scale", "softcap"), [(1e10, 0.125, 0.0), (1e25, 0.125, 0.0), (1.0, 1e10, 0.0), (1.0, 0.125, 1e6)]
+)
+def test_scores_and_caps_of_any_size(keys: float, scale: float, softcap: float, dtype: torch.dtype, provider: str) -> None:
+    """The largest weight is 1 whatever its score is, in one segment and in two."""
+    arguments = problem([100, 300], rows_each=20, dtype=dtype, head_dim=64) | {"scale": scale, "softcap": softcap}
+    arguments["pages"][0] *= keys
+    reference, truth = op_harness.outcome(OP, arguments)["out"], op_harness.outcome(OP, widened(arguments))["out"]
+    found = attended(arguments, provider)
+    assert bool(torch.isfinite(found).all())
+    if max(keys, scale) == 1.0:  # beyond, one key weighs everything, and which one is a matter of rounding where two are level
+        assert_as_exact_as(found, reference, truth)
+    else:
+        same = (found.double() - truth).abs().amax((1, 2)) <= 0.01
+        assert int(same.sum()) >= 0.95 * len(same)
+
+
 @pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 @pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])

@@ -12,6 +12,9 @@
 
 namespace dyndepth {
 
+// Before tile loads of what was stored since: the intrinsic does not tell the compiler that it reads.
+inline void tiles_see_memory() { asm volatile("" ::: "memory"); }
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};

@@ -19,9 +19,11 @@ namespace dyndepth {
 
 #ifdef DYN_AMX
 
+using namespace tiles;
+
 namespace {
 
-// Keys times queries: scores [keys of blocks begin .. end][16 queries].
+// Keys times queries: scores [keys of blocks begin .. end][16 queries], from block `begin` on.
 DYN_AMX_TARGET void score(const AttentionProblem& p, const Seen& seen, int64_t begin, int64_t end,
                           const uint32_t* queries, float* scores) {
   for (int64_t b = begin; b < end; b += 2) {
@@ -35,8 +37,9 @@ DYN_AMX_TARGET void score(const AttentionProblem& p, const Seen& seen, int64_t b
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 5, 6);
     }
-    _tile_stored(0, scores + b * kBlock * 16, 64);
-    _tile_stored(1, scores + (b + 1) * kBlock * 16, 64);
+    _tile_stored(0, scores, 64);
+    _tile_stored(1, scores + 256, 64);
+    scores += 512;
   }
 }
 
@@ -73,6 +76,7 @@ DYN_AMX_TARGET void add_turned(const AttentionProblem& p, int64_t begin, int64_t
     _tile_zero(2);
     _tile_zero(3);
   }
+  tiles_see_memory();
   for (int64_t c = begin / 2; c < end / 2; ++c) {
     const uint32_t* values = scratch.turned + (c * p.head_dim + channel) * 16;
     _tile_loadd(6, scratch.high + c * kTileWords, 64);
@@ -121,7 +125,8 @@ DYN_AMX_TARGET void attend_sixteen(const AttentionProblem& p, const Seen& seen, 
     return;
   }
   float* scores = scratch.scores;
-  score(p, seen, begin, end, scratch.queries + at / kBlock * (p.head_dim / kTileDepth) * kTileWords, scores);
+  score(p, seen, begin, end, scratch.queries + at / kBlock * (p.head_dim / kTileDepth) * kTileWords,
+        scores + begin * kBlock * 16);
 
   const Scale scale(p);
   if (scale.capped())
@@ -143,23 +148,23 @@ DYN_AMX_TARGET void attend_sixteen(const AttentionProblem& p, const Seen& seen, 
     for (int i = 0; i < 4; ++i)  // the second operand wins over a NaN
       highest[i] = _mm512_max_ps(_mm512_load_ps(scores + (key + i) * 16), highest[i]);
   const __m512 best = _mm512_max_ps(_mm512_max_ps(highest[0], highest[1]), _mm512_max_ps(highest[2], highest[3]));
-  const __m512 by = _mm512_set1_ps(scale.by), peak = _mm512_mul_ps(best, by);
+  const __m512 by = _mm512_set1_ps(scale.by);
   // Nothing but -inf (or NaN) so far: no weight, and no -inf - -inf.
-  const __m512 level = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(peak, _mm512_set1_ps(kNothing), _CMP_NEQ_UQ), peak);
+  const __m512 level = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(best, _mm512_set1_ps(kNothing), _CMP_NEQ_UQ), best);
   __m512 mass[16];
   for (int64_t j = 0; j < kBlock; ++j) {
     __m512 total = _mm512_setzero_ps();
     for (int64_t c = begin / 2; c < end / 2; ++c) {
       const float* at_key = scores + (c * kChunk + j) * 16;
-      const __m512 one = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(at_key), by, level));
-      const __m512 two = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(at_key + kBlock * 16), by, level));
+      const __m512 one = weight_of(_mm512_load_ps(at_key), level, by);
+      const __m512 two = weight_of(_mm512_load_ps(at_key + kBlock * 16), level, by);
       total = _mm512_add_ps(_mm512_add_ps(total, one), two);
       store_pairs(one, two, scratch.high + c * kTileWords + j * 16, scratch.low + c * kTileWords + j * 16);
     }
     mass[j] = total;
   }
   _mm512_storeu_ps(to.mass + at, sum_of(mass));
-  _mm512_storeu_ps(to.peak + at, peak);
+  _mm512_storeu_ps(to.peak + at, best);
 
   alignas(64) float squares[4 * 256];
   float* sums = to.sum + at * p.head_dim;
@@ -207,6 +212,7 @@ DYN_AMX_TARGET void add_values(const Seen& seen, int64_t channel, const Scratch&
         _mm512_store_si512(pairs + (2 * part) * kTileWords + r * 16, _mm512_unpacklo_epi16(a, b));
         _mm512_store_si512(pairs + (2 * part + 1) * kTileWords + r * 16, _mm512_unpackhi_epi16(a, b));
       }
+    tiles_see_memory();
     _tile_loadd(4, scratch.high + c * kTileWords, 64);
     _tile_loadd(5, scratch.low + c * kTileWords, 64);
     _tile_loadd(6, pairs, 64);
@@ -244,7 +250,7 @@ DYN_AMX_TARGET void attend_few(const AttentionProblem& p, const Seen& seen, int6
         if (next + kAhead < seen.end)
           fetch(seen.block[next + kAhead].keys, seen.block[next + kAhead].stride, p.head_dim);
       }
-      score(p, seen, b, b + 2, scratch.queries, squares - b * 256);
+      score(p, seen, b, b + 2, scratch.queries, squares);
       transpose(squares, scratch.scores + b * kBlock, kSegment);
       transpose(squares + 256, scratch.scores + (b + 1) * kBlock, kSegment);
     }
@@ -267,17 +273,17 @@ DYN_AMX_TARGET void attend_few(const AttentionProblem& p, const Seen& seen, int6
       _mm512_store_ps(scores + key, x);
       highest = _mm512_max_ps(x, highest);
     }
-    const float peak = _mm512_reduce_max_ps(highest) * scale.by;
-    const __m512 by = _mm512_set1_ps(scale.by), level = _mm512_set1_ps(peak == kNothing ? 0.f : peak);
+    const float best = _mm512_reduce_max_ps(highest);
+    const __m512 by = _mm512_set1_ps(scale.by), level = _mm512_set1_ps(best == kNothing ? 0.f : best);
     __m512 total = _mm512_setzero_ps();
     for (int64_t key = begin; key < end; key += kChunk) {
-      const __m512 one = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores + key), by, level));
-      const __m512 two = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores + key + kBlock), by, level));
+      const __m512 one = weight_of(_mm512_load_ps(scores + key), level, by);
+      const __m512 two = weight_of(_mm512_load_ps(scores + key + kBlock), level, by);
       total = _mm512_add_ps(_mm512_add_ps(total, one), two);
       const int64_t at = key / kChunk * kTileWords + q * 16;
       store_pairs(one, two, scratch.high + at, scratch.low + at);
     }
-    to.peak[q] = peak;
+    to.peak[q] = best;
     to.mass[q] = sum_of(total);
   }
   if (begin >= end) {
@@ -306,7 +312,7 @@ DYN_AMX_TARGET void attend_few(const AttentionProblem& p, const Seen& seen, int6
 }  // namespace
 
 bool attends_on_tiles(const AttentionProblem& p) {
-  return amx_usable() && p.head_dim % 32 == 0 && p.head_dim > 0 && p.scale > 0.f;
+  return amx_usable() && p.head_dim % 32 == 0 && p.head_dim > 0 && p.scale > 0.f && p.softcap <= kMostCap;
 }
 
 int64_t AttendTiles::scratch(const AttentionProblem& p) { return Scratch::words(p); }
@@ -349,11 +355,12 @@ void AttendTiles::segment(const AttentionProblem& p, const BFloat16* q, const BF
 }
 
 DYN_AMX_TARGET void AttendTiles::merge(const AttentionProblem& p, int64_t rows, Partial total, Partial part) {
+  const float by = Scale(p).by;
   for (int64_t at = 0; at < rows * p.group(); ++at) {
     if (part.peak[at] == kNothing && part.mass[at] == 0.f) continue;  // the segment showed this query nothing
     const float best = std::max(total.peak[at], part.peak[at]);
-    const float mine = total.mass[at] == 0.f ? 0.f : std::exp2(total.peak[at] - best),
-                its = std::exp2(part.peak[at] - best);
+    const float mine = total.mass[at] == 0.f ? 0.f : std::exp2((total.peak[at] - best) * by),
+                its = std::exp2((part.peak[at] - best) * by);
     float* sums = total.sum + at * p.head_dim;
     const float* more = part.sum + at * p.head_dim;
     for (int64_t i = 0; i < p.head_dim; i += 16) {

@@ -1,6 +1,8 @@
 // ragged_attention of bf16 rows on Intel AMX.
 #pragma once
 
+#include <algorithm>
+
 #include "ragged_attention.h"
 
 namespace dyndepth {
@@ -8,8 +10,9 @@ namespace dyndepth {
 // Head sizes of whole tiles (multiples of 32 channels), on a machine that has matrix tiles.
 bool attends_on_tiles(const AttentionProblem& problem);
 
-// What attend_all asks of a way to attend (attend_vectors is the other). Sums lie in the order of channels, peaks count
-// in powers of two.
+// What attend_all asks of a way to attend (attend_vectors is the other). Sums lie in the order of channels,
+// peaks are scores before the scale. A V that is not finite makes results not finite; whether inf or NaN is open, as a
+// weight is two numbers and one of them may be 0.
 struct AttendTiles {
   // Rows of one sequence that share a walk over its pages.
   static int64_t rows(const AttentionProblem& problem) { return std::max<int64_t>(kQueries / problem.group(), 1); }

@@ -10,7 +10,7 @@
 #include "ragged_attention.h"
 
 #ifdef DYN_AMX
-namespace dyndepth {
+namespace dyndepth::tiles {
 
 constexpr int64_t kBlock = 16;  // keys of a tile
 constexpr int64_t kChunk = 32;  // keys of a step of weights times values: key r is paired with key r + 16
@@ -125,5 +125,5 @@ inline Seen look(const AttentionProblem& p, const BFloat16* keys, const BFloat16
   return seen;
 }
 
-}  // namespace dyndepth
+}  // namespace dyndepth::tiles
 #endif

@@ -7,7 +7,7 @@
 #include "ragged_attention.h"
 
 #ifdef DYN_AMX
-namespace dyndepth {
+namespace dyndepth::tiles {
 
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
@@ -24,6 +24,14 @@ DYN_AMX_TARGET inline __m512 exp2_of(__m512 x) {
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f));
   return _mm512_scalef_ps(y, x);
 }
+
+// The weight of a score beside the largest: 1 there, however large scores are.
+DYN_AMX_TARGET inline __m512 weight_of(__m512 score, __m512 largest, __m512 by) {
+  return exp2_of(_mm512_mul_ps(_mm512_sub_ps(score, largest), by));
+}
+
+// Larger caps are left to vectors: tanh below loses 1e-7 of the cap.
+constexpr float kMostCap = 1000.f;
 
 // Products of rows as scores in powers of two: product * scale, after the softcap where there is one.
 struct Scale {
@@ -73,5 +81,5 @@ DYN_AMX_TARGET inline float sum_of(__m512 x) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-}  // namespace dyndepth
+}  // namespace dyndepth::tiles
 #endif

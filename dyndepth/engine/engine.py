@@ -290,7 +290,7 @@ class Engine:
         ]
         chosen = torch.tensor([row for group in groups for row in group], device=result.ready.device)
         ready = result.ready[chosen]
-        if all(request.plain for request, _ in due) and self.model.logit_softcap == 0:  # nobody looks at logits
+        if all(request.plain for request, _ in due):  # nobody looks at logits
             logits, best = ready.new_empty(len(ready), 0), self.model.argmax(ready).tolist()
         else:
             logits = self.model.logits(ready)

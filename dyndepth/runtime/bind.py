@@ -80,8 +80,9 @@ class Model:
         return y.float()
 
     def argmax(self, ready: Tensor) -> Tensor:
-        """int64 [n], the most likely token of head-ready rows; the cap is monotone and fp32 exact, so neither is needed."""
-        return most_likely(self._head_product(ready))
+        """int64 [n], the most likely token of head-ready rows."""
+        # A cap that rounds makes equals of words that were not, and the first of them is taken.
+        return most_likely(self.logits(ready) if self.logit_softcap > 0 else self._head_product(ready))
 
     def _head_product(self, ready: Tensor) -> Tensor:
         plain = self.plain_head()

@@ -36,5 +36,4 @@ class Decoding:
         """Nobody looks at logits: the most likely token is all that is wanted of them."""
         config = self.config
         shown = self.keep and (config.output_scores or config.output_logits)
-        # A cap that rounds makes equals of words that were not, and the first of them is taken.
-        return not (config.do_sample or len(self.processor) or shown or self.model.logit_softcap > 0)
+        return not (config.do_sample or len(self.processor) or shown)

@@ -145,6 +145,8 @@ class _Loop(Decoding):
     parked: Parked | None = field(init=False, default=None)
     #: int64 [3, batch] per step: exit layers, layers run, bands taken.
     went: list[Tensor] = field(init=False, default_factory=list)
+    #: The last pass, and sequence and step of its rows.
+    seen: tuple[Result, tuple[Tensor, Tensor]] = field(init=False)
 
     def run(self, input_ids: Tensor, prompts: list[Tensor], embedded: bool, prompt_work: Work) -> Any:
         config, session = self.config, self.session
@@ -162,9 +164,14 @@ class _Loop(Decoding):
             running = (unfinished if ends else torch.ones_like(unfinished)).nonzero()[:, 0].cpu()
             ready = self._pass(running, lengths, content, embedded and step == 0, step, batch)
             if self.tokens_only:
-                tokens = self._everyone(self.model.argmax(ready), running, batch).to(input_ids.device)
+                best = self.model.argmax(ready)
+                self._observe(best)
+                tokens = self._everyone(best, running, batch).to(input_ids.device)
             else:
-                logits = self._everyone(self.model.logits(ready), running, batch).to(input_ids.device)
+                logits = self.model.logits(ready)
+                if self.observer is not None:
+                    self._observe(most_likely(logits))
+                logits = self._everyone(logits, running, batch).to(input_ids.device)
                 next_scores = self.processor(input_ids, logits)
                 if self.keep:
                     if config.output_scores:
@@ -235,9 +242,8 @@ class _Loop(Decoding):
                 for sequence, at, ran in zip(parked.seq.tolist(), parked.step.tolist(), went[1, count:].tolist(), strict=True):
                     self.went[at][1, sequence] += ran
             self.parked = self.session.left(result, running, positions, steps, parked)
-        if self.observer is not None:
-            whose = (running, steps) if parked is None else (_joined(running, parked.seq), _joined(steps, parked.step))
-            self._observe(result, count, whose)
+        whose = (running, steps) if parked is None else (_joined(running, parked.seq), _joined(steps, parked.step))
+        self.seen = result, whose
         if count == batch:
             self.went.append(went[:, :count].clone())
         else:
@@ -254,18 +260,25 @@ class _Loop(Decoding):
         everyone[running.to(found.device)] = found
         return everyone
 
-    def _observe(self, result: Result, count: int, whose: tuple[Tensor, Tensor]) -> None:
-        """Tell the observer of the rows whose truth this pass found: all under `release`, else those that reached the top."""
-        model, observer = self.model, self.observer
-        assert observer is not None
+    def _observe(self, best: Tensor) -> None:
+        """Tell the observer of the rows whose truth this pass found: all under `release`, else those that reached the top.
+
+        `best` is what the pass's own tokens say, whatever processors make of it.
+        """
+        model, (result, whose) = self.model, self.seen
+        if self.observer is None:
+            return
         assert result.hidden is not None
         if self.session.kv_policy == "release":
-            rows, full = torch.arange(count), model.argmax(model.finish(result.hidden))
+            rows, full = torch.arange(len(best)), model.argmax(model.finish(result.hidden))
         else:
             rows = (result.exit_layer.cpu() == model.depth).nonzero()[:, 0]
-            full = model.argmax(result.ready[rows.to(result.ready.device)])
+            fresh, others = rows[rows < len(best)], rows[rows >= len(best)]
+            full = best[fresh.to(best.device)]
+            if len(others):
+                full = torch.cat([full, model.argmax(result.ready[others.to(full.device)])])
         if len(rows):
-            observer(observed(list(self.session.plan.bands), result.carried, rows, full, *(each[rows] for each in whose)))
+            self.observer(observed(list(self.session.plan.bands), result.carried, rows, full, *(each[rows] for each in whose)))
 
 
 def _joined(fresh: Tensor, parked: Indices) -> Tensor:
