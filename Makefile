@@ -24,7 +24,7 @@ test: $(VENV)/.built
 # The Triton kernels on the CPU. A process of its own: Triton decides between compiler and interpreter when it is imported.
 test-interpreted: $(VENV)/.built
 	TRITON_INTERPRET=1 $(BIN)/pytest $(OPS:%=tests/test_%.py) tests/test_ragged_linear_live.py tests/test_launches.py \
-	  tests/test_touched.py -k triton
+	  tests/test_touched.py tests/test_triton_bfloat16.py -k triton
 
 # The kernels' versions for processors without matrix tiles, without AVX-512, without AVX2: the same tests, a process each.
 test-simd: $(VENV)/.built

@@ -117,10 +117,11 @@ def test_above_the_handover_kernels_read_what_the_library_wrote_triton(monkeypat
     assert _within(touched, products) == live * words * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("op", "number"), [(op, at) for op, makers in CALLS.items() for at in range(len(makers))])
-def test_bytes_touched_are_those_declared_triton(op: str, number: int) -> None:
+def test_bytes_touched_are_those_declared_triton(op: str, number: int, dtype: torch.dtype) -> None:
     """Every address counts once, read or written, of arguments and results: live rows alone, and no weight for nobody."""
-    arguments = op_harness.copied(CALLS[op][number](torch.float32, torch.Generator().manual_seed(3)))
+    arguments = op_harness.copied(CALLS[op][number](dtype, torch.Generator().manual_seed(3)))
     schema = REGISTRY[op].overload._schema.arguments
     defaults = {each.name: each.default_value if each.has_default_value() else None for each in schema}
     with backend("triton"), _accesses() as seen:
