@@ -8,7 +8,19 @@ import tiny_exits
 import tiny_models
 import torch
 
-from dyndepth.exits import Always, Exits, FixedDepth, Patience, Saturation, Schedule, TopProbability
+from dyndepth.exits import (
+    AdapterJump,
+    Always,
+    Exits,
+    FixedDepth,
+    MlpJump,
+    Patience,
+    Router,
+    RouterScore,
+    Saturation,
+    Schedule,
+    TopProbability,
+)
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.block import block_head
 from dyndepth.runtime.session import Session
@@ -57,9 +69,31 @@ def exits_of(family: str, kind: str) -> Exits:
             bands.append(tiny_exits.band(model, leave, 6, criteria[kind], threshold=threshold, shortlist=short))
             bands[-1].head = block_head(bind(model), leave)
         return tiny_exits.exits_of(model, *bands)
+    if kind == "maps":  # every kind of jump; heads with corrections of their own
+        adapter = AdapterJump(model.config.hidden_size, 1, 5, linear=False)
+        jumps = [MlpJump(model.config.hidden_size, 7), AdapterJump(model.config.hidden_size, 2, 5), adapter]
+        bands = [tiny_exits.band(model, leave, resume) for leave, resume in ((1, 3), (2, 4), (3, 4))]
+        for number, (band, jump) in enumerate(zip(bands, jumps, strict=True)):
+            band.jump = tiny_exits.filled(jump, torch.Generator().manual_seed(number))
+        bands += [tiny_exits.band(model, 4, 6, head="mlp"), tiny_exits.band(model, 5, 6, head="whole")]
+        bands[3].head.readout = bands[4].head
+        bands[4].head = block_head(bind(model), 5)
+        bands[4].head.readout = tiny_exits.head_of("translator", model.config.hidden_size, bind(model).ready_size, _drawn(9))
+        return tiny_exits.exits_of(model, *bands)
+    if kind == "routers":  # that compare residuals; that know where rows left and see statistics
+        seeing = {"cosine": True}, {}, {"cosine": True}, {"stats": True, "history": (2, 3)}
+        bands = []
+        for (leave, resume), options in zip(((2, 6), (3, 4), (4, 6), (5, 6)), seeing, strict=True):
+            router = tiny_exits.filled(Router(model.config.hidden_size, 3, silu=True, **options), _drawn(leave), 4.0)
+            bands.append(tiny_exits.band(model, leave, resume, RouterScore(router), head="norm", threshold=0.5))
+        return tiny_exits.exits_of(model, *bands)
     if kind in ("named", "schedule"):  # no row ever reads what another skipped
         by_kind = FixedDepth() if kind == "named" else Schedule(first=6, last=2, length=8)
         return tiny_exits.exits_of(model, *(tiny_exits.band(model, point, 6, by_kind) for point in (2, 3, 5)))
     criterion = Saturation() if kind == "saturation" else TopProbability()
     options: dict[str, Any] = {"criterion": criterion, "threshold": THRESHOLDS.get((family, kind), 0.8)}
     return tiny_exits.exits_of(model, *(tiny_exits.band(model, point, 6, **options) for point in (2, 3, 5)))
+
+
+def _drawn(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

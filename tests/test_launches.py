@@ -14,13 +14,14 @@ import tiny_exits
 import tiny_models
 import torch
 from counting import Counting
+from graph_starts import exits_of
 from kernel_cases import composed, said
 
 from dyndepth import env
 from dyndepth.exits import Router, RouterScore, TopProbability
 from dyndepth.op import REGISTRY, backend
-from dyndepth.plan import Sizes
-from dyndepth.plan.launches import Boundary, graph_launches
+from dyndepth.plan import Leaving, Sizes, leavings
+from dyndepth.plan.launches import graph_launches
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.session import Session
 from dyndepth.testing import CASES
@@ -83,7 +84,7 @@ def test_launches_of_a_pass_triton(judge: str, kv: str) -> None:
         router = tiny_exits.filled(Router(sizes.width), torch.Generator().manual_seed(leave), 30.0)
         criterion = TopProbability() if words else RouterScore(router)
         bands.append(tiny_exits.band(model, leave, 6, criterion, head="norm", threshold=0.5))
-        boundaries.append(Boundary(leave, words))
+        boundaries.append(Leaving(leave, words=words))
     exits = tiny_exits.exits_of(model, *bands) if bands else None
     session = Session(bind(model), [9] * rows, exits, kv=kv, page_size=page)
     prompts = [torch.arange(3, 7) for _ in range(rows)]
@@ -95,16 +96,42 @@ def test_launches_of_a_pass_triton(judge: str, kv: str) -> None:
         assert not [name for name, _ in calls.seen if name == "product"]
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "kind", "kv"),
+    [
+        ("llama", "patience", "predict"), ("llama", "routers", "propagate"), ("qwen3", "block_probability", "predict"),
+        ("gemma2", "maps", "predict"), ("gemma3", "mixed", "propagate"), ("gemma3", "schedule", "none"),
+    ],
+)  # fmt: skip
+def test_launches_of_a_pass_with_exits_of_every_kind_triton(name: str, kind: str, kv: str) -> None:
+    """Heads, jumps, bands that resume, criteria that carry, windows and norms of Gemma: kernels, and the library's products."""
+    model, rows, page = tiny_models.shared(name), 3, 4
+    sizes, exits = Sizes.of(model), exits_of(name, kind)
+    session = Session(bind(model), [9] * rows, exits, kv=kv, page_size=page)
+    session.prefill([torch.arange(3, 7) for _ in range(rows)], session.work())
+    with _counted() as found, backend("triton"), Counting() as calls:
+        session.run_graph(range(rows), [4] * rows, tokens=torch.tensor([5, 9, 30]), step=range(rows))
+    products = sum(count for (called, _), count in calls.seen.items() if called == "product")
+    wanted = graph_launches(sizes, rows, 2 * page, leavings(exits, sizes.vocab), kv=kv, item=4)
+    assert found + Counter({"library": products}) == wanted
+
+
 def test_counts_by_hand() -> None:
     """Llama-3-8B on an H100, 32 rows, 2048 tokens: 5 kernels a layer and a sixth where the context is split."""
     sizes = Sizes.known("Llama-3-8B")
     plain = graph_launches(sizes, 32, 2048)
     assert plain == {"project_qkv": 32, "attend": 32, "combine": 32, "ragged_linear": 96}
-    exits = graph_launches(sizes, 32, 2048, [Boundary(16), Boundary(24, words=128256)])
+    exits = graph_launches(sizes, 32, 2048, [Leaving(16), Leaving(24, words=128256)])
     assert exits - plain == {"router_score": 1, "block_stats": 1, "fold": 1, "partition": 2, "move": 18, "backfill_kv": 2}
-    with_cuda = graph_launches(sizes, 32, 2048, [Boundary(16)], kv="propagate", compact="cuda")
+    with_cuda = graph_launches(sizes, 32, 2048, [Leaving(16)], kv="propagate", compact="cuda")
     assert with_cuda - plain == {"router_score": 1, "compact_rows_once": 1}
     assert graph_launches(sizes, 256, 128)["combine"] == 0
+    resuming = graph_launches(sizes, 32, 2048, [Leaving(8, resume=12, jump="mlp")])
+    assert resuming - plain == {"router_score": 1, "partition": 2, "move": 18, "backfill_kv": 1, "library": 3}
+    block = graph_launches(sizes, 32, 2048, [Leaving(8, head="block", readout=64)], kv="propagate")
+    layer = {"project_qkv": 2, "attend": 1, "combine": 1, "library": 6}
+    assert block - plain == {"router_score": 1, "partition": 1, "move": 9, **layer}
     assert counts.exit_stats(129, 128256, gained=True) == {"library": 9, "logit_stats": 8, "fold": 1}
 
 
