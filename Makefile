@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare depth-efficiency \
+	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check gpu-report compare depth-efficiency \
 	kernel-ratios policies text-exits encoder-text encoder-text-speed encoder-recipes soak demo-image encoder-image \
 	encoder-depth wheel clean
 
@@ -120,7 +120,7 @@ encoder-recipes: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/dynamax.py build/dynamax
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_regression.py build/encoder-regression
 
-# Every Triton kernel compiled for every target, without a GPU; about seven minutes.
+# Every Triton kernel compiled for every target and dtype, without a GPU; about ten minutes.
 static-report: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/static_report.py
 
@@ -142,6 +142,10 @@ nvcc-check: $(VENV)/.built
 	test -d build/nvcc || $(PYTHON) -m venv build/nvcc
 	build/nvcc/bin/python -m pip install --quiet --disable-pip-version-check $(CUDA_PACKAGES)
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/nvcc_check.py build/nvcc
+
+# Both of the above as one list, build/gpu_report.json, against the budget of spills, shared memory, loads, matrix instructions.
+gpu-report: static-report nvcc-check
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/gpu_report.py build
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
