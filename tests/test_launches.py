@@ -38,8 +38,8 @@ interpreted = pytest.mark.skipif(not env.triton_interpret(), reason="runs under 
 
 
 @contextlib.contextmanager
-def _counted() -> Iterator[Counter[str]]:
-    """Launches of Triton's kernels by name, in Triton's interpreter."""
+def _counted(run: bool = True) -> Iterator[Counter[str]]:
+    """Launches of Triton's kernels by name, in Triton's interpreter; `run` False starts them and leaves it at that."""
     from triton.runtime import interpreter
 
     seen: Counter[str] = Counter()
@@ -47,7 +47,7 @@ def _counted() -> Iterator[Counter[str]]:
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen[self.fn.__name__.lstrip("_")] += 1
-        return call(self, *args, **kwargs)
+        return call(self, *args, **kwargs) if run else None
 
     interpreter.GridExecutor.__call__ = counting
     try:
@@ -59,13 +59,13 @@ def _counted() -> Iterator[Counter[str]]:
 @interpreted
 @pytest.mark.parametrize("op", sorted(name for name, op in REGISTRY.items() if "triton" in op.providers))
 def test_launches_of_every_case_triton(op: str) -> None:
-    """All but those of more than a thousand rows: their programs are many, their launches are those of 129."""
+    """Those of more than a thousand rows too."""
     seen: set[str] = set()
-    for case in [case for case in CASES[op] if not (case.large or case.gpu or case.bench or case.many)]:
+    for case in [case for case in CASES[op] if not (case.large or case.gpu or case.bench)]:
         given = case.build(torch.float32)
         if op in ("project_qkv", "backfill_kv") and composed(op, given):
             continue  # the library's products, then store_kv
-        with _counted() as found, backend("triton"):
+        with _counted(run=False) as found, backend("triton"):  # how many a host function starts is no kernel's affair
             REGISTRY[op](**op_harness.copied(given))
         assert found == Counter({name: count for name, count in said(op, given).items() if name != "library"}), case.name
         seen |= set(found)
