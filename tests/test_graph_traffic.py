@@ -127,6 +127,15 @@ def test_what_exits_save_and_what_fixed_shapes_cost() -> None:
     assert empty < 2 * (32 * 2 * 1024 * 4096 + 128256 * 4096) * 1.1, "weights of K and V, and the LM head"
 
 
+def test_rows_that_resumed_may_leave_again() -> None:
+    """Half of the rows skip layers 2 to 5; all leave at 8, and at 7 there are as many as at first."""
+    sizes = Sizes.demo()
+    found = graph_calls(sizes, 4, 5, [Leaving(2, 2, resume=6), Leaving(8, 4)])
+    attended = {call.where: call.traffic for call in found if call.op == "ragged_attention"}
+    assert attended["layers 2 to 5"].flops * 2 == attended["layers 6 to 7"].flops == attended["layers 0 to 1"].flops
+    assert attended["layers 8 to 29"].flops == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -134,6 +143,10 @@ def test_what_exits_save_and_what_fixed_shapes_cost() -> None:
         ({"count": -1}, r"a count in \[0, rows\], got 4, 5, -1"),
         ({"kv": "copy"}, "kv must be one of predict, propagate, none, got 'copy'"),
         ({"count": 2, "exits": [Leaving(3, 3)]}, r"2 rows cannot leave as \[3\]"),
+        ({"exits": [Leaving(3, 2, resume=6), Leaving(5, 3)]}, r"4 rows cannot leave as \[2, 3\]"),
+        ({"exits": [Leaving(3, resume=3)]}, r"rows that leave at 3 must resume in \(3, 30\], got 3"),
+        ({"exits": [Leaving(3, head="moe")]}, "head must be one of norm, translator, mlp, block and jump .* got 'moe' and ''"),
+        ({"exits": [Leaving(3, resume=5, jump="high")]}, "adapter, adapter alone or '', got 'norm' and 'high'"),
     ],
 )
 def test_errors(options: dict[str, Any], message: str) -> None:

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dyndepth.errors import ArgumentError
-from dyndepth.exits import Band, Exits
+from dyndepth.exits import HEADS, Band, Exits
+from dyndepth.exits import JUMPS as _KINDS
 from dyndepth.exits.criteria import Patience, RouterScore
 from dyndepth.exits.heads import BlockHead, MlpHead, TranslatorHead
 from dyndepth.exits.maps import AdapterJump, MlpJump
 from dyndepth.exits.router import STAT_FEATURES
 from dyndepth.plan.sizes import Sizes
 
-HEADS, JUMPS = ("norm", "translator", "mlp", "block"), ("", "linear", "mlp", "adapter", "adapter alone")
+#: None (the identity), those of exits, and an adapter without the linear jump beside it.
+JUMPS = ("", *_KINDS, "adapter alone")
 #: Bytes of a row that Patience leaves for the next boundary: the arg max and how often it stayed (int64).
 _PATIENCE = (8, 8)
 
