@@ -120,7 +120,7 @@ encoder-recipes: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/dynamax.py build/dynamax
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_regression.py build/encoder-regression
 
-# Every Triton kernel compiled for every target and dtype, without a GPU; about ten minutes.
+# Every Triton kernel compiled for every target and dtype, without a GPU; a quarter of an hour.
 static-report: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/static_report.py
 
