@@ -8,7 +8,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check compare compare-full-depth depth-efficiency \
+	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check gpu-report compare compare-full-depth \
+	depth-efficiency \
 	kernel-ratios policies text-exits encoder-text encoder-text-speed encoder-recipes soak demo-image encoder-image \
 	encoder-depth wheel clean
 
@@ -24,7 +25,7 @@ test: $(VENV)/.built
 # The Triton kernels on the CPU. A process of its own: Triton decides between compiler and interpreter when it is imported.
 test-interpreted: $(VENV)/.built
 	TRITON_INTERPRET=1 $(BIN)/pytest $(OPS:%=tests/test_%.py) tests/test_ragged_linear_live.py tests/test_launches.py \
-	  tests/test_touched.py -k triton
+	  tests/test_touched.py tests/test_triton_bfloat16.py -k triton
 
 # The kernels' versions for processors without matrix tiles, without AVX-512, without AVX2: the same tests, a process each.
 test-simd: $(VENV)/.built
@@ -130,7 +131,7 @@ encoder-recipes: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/encoder_regression.py build/encoder-regression
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/splitformer.py build/splitformer
 
-# Every Triton kernel compiled for every target, without a GPU; about seven minutes.
+# Every Triton kernel compiled for every target and dtype, without a GPU; a quarter of an hour.
 static-report: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/static_report.py
 
@@ -152,6 +153,10 @@ nvcc-check: $(VENV)/.built
 	test -d build/nvcc || $(PYTHON) -m venv build/nvcc
 	build/nvcc/bin/python -m pip install --quiet --disable-pip-version-check $(CUDA_PACKAGES)
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/nvcc_check.py build/nvcc
+
+# Both of the above as one list, build/gpu_report.json, against the budget of spills, shared memory, loads, matrix instructions.
+gpu-report: static-report nvcc-check
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/gpu_report.py build
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

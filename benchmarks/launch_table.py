@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from static_report import TARGETS, offline
 
-from dyndepth.plan.passes import Sizes
+from dyndepth.plan.sizes import Sizes
 from dyndepth.tuning import OPS, Problem, problems, search
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -114,8 +114,10 @@ def exit_stats(rows: int, width: int, words: int, device: Device, itemsize: int 
     if ceil_div(words, block_columns) < 2 * device.processors:
         block_columns = max(32, block_columns // 2)
     inner, stages = fitting(device, itemsize, block_rows + block_columns, min(128, power_of_two(width, 16)), 4)
-    # fp32 products run without tensor cores: their operands fill the registers of four warps.
-    rule = Tiles(block_rows, block_columns, inner, 4 if block_columns <= 64 and itemsize < 4 else 8, stages)
+    # fp32 products run without tensor cores: their operands fill the registers of four warps. So does float16 on sm_120, where
+    # 64 rows beside a counter on the device spilled.
+    few = block_columns <= 64 and itemsize < 4 and device.architecture != "sm_120"
+    rule = Tiles(block_rows, block_columns, inner, 4 if few else 8, stages)
     tiles = chosen(key_of("exit_stats", device, itemsize, (words, width), rows), rule)
     return _config((ceil_div(rows, tiles.block_rows), ceil_div(words, tiles.block_columns)), tiles)
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dyndepth.exits import Saturation, heads, maps
 from dyndepth.op import backend
+from dyndepth.ops._math import rms_normalise
 
 
 def size(value: Any) -> int:
@@ -91,14 +93,14 @@ def _live(given: dict[str, Any], out: Any, op: str) -> tuple[dict[str, Any], Any
 #: Modules' work by the aten op that does it where everything runs through PyTorch.
 MODULES = {
     "aten::embedding": "embedding", "aten::mm": "product", "aten::addmm": "product", "aten::silu": "activation",
-    "aten::mul": "gate", "aten::add": "add",
+    "aten::gelu": "activation", "aten::tanh": "activation", "aten::mul": "gate", "aten::add": "add", "aten::div": "scale",
 }  # fmt: skip
 
 
 #: What keeps buffers in shape where nothing may depend on who is live.
 MOVES = {
     "aten::where": "select", "aten::index": "gather", "aten::index_copy": "scatter", "aten::clone": "copy",
-    "aten::new_zeros": "fill",
+    "aten::new_zeros": "fill", "aten::new_full": "fill",
 }  # fmt: skip
 
 
@@ -126,8 +128,11 @@ class Counting(TorchDispatchMode):
         elif name == "aten::embedding":  # of the table, the rows asked for
             self.seen["embedding", 2 * size(out) + size(given["indices"])] += 1
         elif name in self.modules and out.is_floating_point() and out.dim() == 2:
-            inputs |= {"self": None} if name == "aten::new_zeros" else {}
-            self.seen[self.modules[name], size(list(inputs.values())) + size(out)] += 1
+            inputs |= {"self": None} if name in ("aten::new_zeros", "aten::new_full") else {}
+            other = inputs.get("other")
+            by_one = name == "aten::mul" and (not isinstance(other, Tensor) or other.dim() == 0)
+            called = "scale" if by_one else self.modules[name]
+            self.seen[called, size(list(inputs.values())) + size(out)] += 1
         return out
 
 
@@ -136,17 +141,30 @@ def counting(model: Any, moves: bool = False) -> Iterator[Counting]:
     """Everything in the block, with PyTorch's providers: layers run through modules. moves: what fixed shapes cost, too."""
     with pytest.MonkeyPatch.context() as patched, backend("torch"), Counting(moves) as mode:
         for norm in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
-            patched.setattr(norm, "forward", _as_one(norm.forward, mode))
+            patched.setattr(norm, "forward", _as_one("norm", norm.forward, mode, lambda self, x: [x, self.weight]))
+        for place in (heads, maps):
+            patched.setattr(place, "rms_normalise", _as_one("normalise", rms_normalise, mode, lambda x, eps: [x]))
+        patched.setattr(Saturation, "score", _cosine(mode))
         yield mode
 
 
-def _as_one(forward: Callable[..., Tensor], mode: Counting) -> Callable[..., Tensor]:
-    def norm(self: Any, x: Tensor) -> Tensor:
-        mode.quiet, before = True, mode.quiet
-        out = forward(self, x)
+def _cosine(mode: Counting) -> Callable[..., Tensor]:
+    silent = Saturation.score
+    one = _as_one("cosine", Saturation.score, mode, lambda _, view: [view.hidden, view.previous])
+    return lambda self, view: (silent if view.previous is None else one)(self, view)
+
+
+def _as_one(
+    name: str, function: Callable[..., Tensor], mode: Counting, reads: Callable[..., list[Tensor]]
+) -> Callable[..., Tensor]:
+    """One call of so many bytes, whatever it is made of."""
+
+    def called(*given: Any) -> Tensor:
+        before, mode.quiet = mode.quiet, True
+        out = function(*given)
         mode.quiet = before
         if not before:
-            mode.seen["norm", size([x, self.weight, out])] += 1
+            mode.seen[name, size(reads(*given)) + size(out)] += 1
         return out
 
-    return norm
+    return called

@@ -29,8 +29,11 @@ OUTPUTS = {
 HOST_CHECKED = ["torch", "cpp"]
 #: Triton's interpreter takes seconds for what a GPU does in microseconds.
 INTERPRETED = env.triton_interpret()
-#: The interpreter keeps bfloat16 as bits, and multiplies those; bfloat16 products are tested on hardware.
-DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+if INTERPRETED:
+    import interpreted_bfloat16
+
+    interpreted_bfloat16.install()
 
 
 def cases(op: str) -> list[Any]:
@@ -42,13 +45,15 @@ def cases(op: str) -> list[Any]:
 
 
 def cases_in_dtypes(op: str) -> list[Any]:
-    """(case, dtype): every case in every dtype, but in the interpreter cases of very many programs in float32 only."""
-    return [
-        pytest.param(case, dtype, id=f"{case.name}-{dtype}")
-        for dtype in DTYPES
-        for case in (each.values[0] for each in cases(op))
-        if not (INTERPRETED and case.many and dtype != torch.float32)
-    ]
+    """(case, dtype): every case in every dtype; in the interpreter those it can afford."""
+    wanted = interpreted(op) if INTERPRETED else [(case.values[0], dtype) for dtype in DTYPES for case in cases(op)]
+    return [pytest.param(case, dtype, id=f"{case.name}-{dtype}") for case, dtype in wanted]
+
+
+def interpreted(op: str) -> list[tuple[Case, torch.dtype]]:
+    """What Triton's interpreter runs: no case that is worth timing, and those of very many programs not in float16."""
+    affordable = [case for case in CASES[op] if not (case.large or case.gpu or case.bench)]
+    return [(case, dtype) for dtype in DTYPES for case in affordable if not (case.many and dtype == torch.float16)]
 
 
 def providers(op: str) -> list[str]:

@@ -14,13 +14,14 @@ import tiny_exits
 import tiny_models
 import torch
 from counting import Counting
+from graph_starts import exits_of
 from kernel_cases import composed, said
 
 from dyndepth import env
 from dyndepth.exits import Router, RouterScore, TopProbability
 from dyndepth.op import REGISTRY, backend
-from dyndepth.plan import Sizes
-from dyndepth.plan.launches import Boundary, graph_launches
+from dyndepth.plan import Leaving, Sizes, leavings
+from dyndepth.plan.launches import graph_launches
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.session import Session
 from dyndepth.testing import CASES
@@ -37,8 +38,8 @@ interpreted = pytest.mark.skipif(not env.triton_interpret(), reason="runs under 
 
 
 @contextlib.contextmanager
-def _counted() -> Iterator[Counter[str]]:
-    """Launches of Triton's kernels by name, in Triton's interpreter."""
+def _counted(run: bool = True) -> Iterator[Counter[str]]:
+    """Launches of Triton's kernels by name, in Triton's interpreter; `run` False starts them and leaves it at that."""
     from triton.runtime import interpreter
 
     seen: Counter[str] = Counter()
@@ -46,7 +47,7 @@ def _counted() -> Iterator[Counter[str]]:
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen[self.fn.__name__.lstrip("_")] += 1
-        return call(self, *args, **kwargs)
+        return call(self, *args, **kwargs) if run else None
 
     interpreter.GridExecutor.__call__ = counting
     try:
@@ -58,13 +59,13 @@ def _counted() -> Iterator[Counter[str]]:
 @interpreted
 @pytest.mark.parametrize("op", sorted(name for name, op in REGISTRY.items() if "triton" in op.providers))
 def test_launches_of_every_case_triton(op: str) -> None:
-    """All but those of more than a thousand rows: their programs are many, their launches are those of 129."""
+    """Those of more than a thousand rows too."""
     seen: set[str] = set()
-    for case in [case for case in CASES[op] if not (case.large or case.gpu or case.bench or case.many)]:
+    for case in [case for case in CASES[op] if not (case.large or case.gpu or case.bench)]:
         given = case.build(torch.float32)
         if op in ("project_qkv", "backfill_kv") and composed(op, given):
             continue  # the library's products, then store_kv
-        with _counted() as found, backend("triton"):
+        with _counted(run=False) as found, backend("triton"):  # how many a host function starts is no kernel's affair
             REGISTRY[op](**op_harness.copied(given))
         assert found == Counter({name: count for name, count in said(op, given).items() if name != "library"}), case.name
         seen |= set(found)
@@ -83,7 +84,7 @@ def test_launches_of_a_pass_triton(judge: str, kv: str) -> None:
         router = tiny_exits.filled(Router(sizes.width), torch.Generator().manual_seed(leave), 30.0)
         criterion = TopProbability() if words else RouterScore(router)
         bands.append(tiny_exits.band(model, leave, 6, criterion, head="norm", threshold=0.5))
-        boundaries.append(Boundary(leave, words))
+        boundaries.append(Leaving(leave, words=words))
     exits = tiny_exits.exits_of(model, *bands) if bands else None
     session = Session(bind(model), [9] * rows, exits, kv=kv, page_size=page)
     prompts = [torch.arange(3, 7) for _ in range(rows)]
@@ -95,16 +96,42 @@ def test_launches_of_a_pass_triton(judge: str, kv: str) -> None:
         assert not [name for name, _ in calls.seen if name == "product"]
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "kind", "kv"),
+    [
+        ("llama", "patience", "predict"), ("llama", "routers", "propagate"), ("qwen3", "block_probability", "predict"),
+        ("gemma2", "maps", "predict"), ("gemma3", "mixed", "propagate"), ("gemma3", "schedule", "none"),
+    ],
+)  # fmt: skip
+def test_launches_of_a_pass_with_exits_of_every_kind_triton(name: str, kind: str, kv: str) -> None:
+    """Heads, jumps, bands that resume, criteria that carry, windows and norms of Gemma: kernels, and the library's products."""
+    model, rows, page = tiny_models.shared(name), 3, 4
+    sizes, exits = Sizes.of(model), exits_of(name, kind)
+    session = Session(bind(model), [9] * rows, exits, kv=kv, page_size=page)
+    session.prefill([torch.arange(3, 7) for _ in range(rows)], session.work())
+    with _counted() as found, backend("triton"), Counting() as calls:
+        session.run_graph(range(rows), [4] * rows, tokens=torch.tensor([5, 9, 30]), step=range(rows))
+    products = sum(count for (called, _), count in calls.seen.items() if called == "product")
+    wanted = graph_launches(sizes, rows, 2 * page, leavings(exits, sizes.vocab), kv=kv, item=4)
+    assert found + Counter({"library": products}) == wanted
+
+
 def test_counts_by_hand() -> None:
     """Llama-3-8B on an H100, 32 rows, 2048 tokens: 5 kernels a layer and a sixth where the context is split."""
     sizes = Sizes.known("Llama-3-8B")
     plain = graph_launches(sizes, 32, 2048)
     assert plain == {"project_qkv": 32, "attend": 32, "combine": 32, "ragged_linear": 96}
-    exits = graph_launches(sizes, 32, 2048, [Boundary(16), Boundary(24, words=128256)])
+    exits = graph_launches(sizes, 32, 2048, [Leaving(16), Leaving(24, words=128256)])
     assert exits - plain == {"router_score": 1, "block_stats": 1, "fold": 1, "partition": 2, "move": 18, "backfill_kv": 2}
-    with_cuda = graph_launches(sizes, 32, 2048, [Boundary(16)], kv="propagate", compact="cuda")
+    with_cuda = graph_launches(sizes, 32, 2048, [Leaving(16)], kv="propagate", compact="cuda")
     assert with_cuda - plain == {"router_score": 1, "compact_rows_once": 1}
     assert graph_launches(sizes, 256, 128)["combine"] == 0
+    resuming = graph_launches(sizes, 32, 2048, [Leaving(8, resume=12, jump="mlp")])
+    assert resuming - plain == {"router_score": 1, "partition": 2, "move": 18, "backfill_kv": 1, "library": 3}
+    block = graph_launches(sizes, 32, 2048, [Leaving(8, head="block", readout=64)], kv="propagate")
+    layer = {"project_qkv": 2, "attend": 1, "combine": 1, "library": 6}
+    assert block - plain == {"router_score": 1, "partition": 1, "move": 9, **layer}
     assert counts.exit_stats(129, 128256, gained=True) == {"library": 9, "logit_stats": 8, "fold": 1}
 
 

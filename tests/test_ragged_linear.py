@@ -214,10 +214,12 @@ import ctypes, mmap, sys, torch
 if sys.argv[1] == "triton":  # its interpreter copies the arguments of a launch onto themselves afterwards
     from triton.runtime.interpreter import GridExecutor
     GridExecutor._restore_args_dev = lambda *_: None
+    sys.path.insert(0, "tests")
+    import interpreted_bfloat16
+    interpreted_bfloat16.install()
 from dyndepth import ops
 from dyndepth.op import REGISTRY, backend
 from dyndepth.testing import CASES
-sys.path.insert(0, "tests")
 libc = ctypes.CDLL(None, use_errno=True)
 kept = []
 def placed(tensor, forbidden=False):
@@ -239,8 +241,6 @@ for case in CASES["ragged_linear"]:
     if case.large or case.gpu or case.bench and sys.argv[1] == "triton" or case.name == "smol512":
         continue
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if dtype == torch.bfloat16 and sys.argv[1] == "triton":
-            continue  # as in op_harness.DTYPES
         given = case.build(dtype)
         forbidden = ("weight", "gate_weight", "x") if case.name == "none_live" else ()
         guarded = {k: placed(v, k in forbidden) if isinstance(v, torch.Tensor) else v for k, v in given.items()}

@@ -16,7 +16,8 @@ from dyndepth.errors import ArgumentError, UnsupportedModelError
 from dyndepth.exits import Exits, Router, RouterScore, TopProbability
 from dyndepth.op import REGISTRY, backend
 from dyndepth.plan import Call, Leaving, Machine, Shape, Sizes, calls, peak, roofline
-from dyndepth.plan.passes import KINDS, total
+from dyndepth.plan.passes import total
+from dyndepth.plan.sizes import KINDS
 from dyndepth.plan.traffic import Traffic
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.session import Session
@@ -56,7 +57,7 @@ def routed(model: Any, thresholds: dict[int, float]) -> Exits:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "llama_bias", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama_bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_full_pass_is_counted(name: str, rows: int, dtype: torch.dtype) -> None:
     """Every call and every byte of it, biases, norms of q and k, and windows included."""
@@ -66,11 +67,12 @@ def test_a_full_pass_is_counted(name: str, rows: int, dtype: torch.dtype) -> Non
     found = calls(Sizes.of(model), rows, CONTEXT, item=item, page_size=PAGE)
     assert planned(found) == seen
     number, moved = total(found)
-    assert number == sum(seen.values()) == 12 * 6 + 3
+    more = {"gemma2": 2 * 6 + 1 + 3, "gemma3": 2 * 6 + 1}  # norms behind attention and MLP, scaled embeddings, capped logits
+    assert number == sum(seen.values()) == 12 * 6 + 3 + more.get(name, 0)
     assert moved.bytes == sum(size * count for (_, size), count in seen.items())
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_bias", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama_bias", "qwen3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("kv", ["predict", "propagate"])
 @pytest.mark.parametrize("judge", ["router", "statistics"])
 @pytest.mark.parametrize("everybody", [False, True])
@@ -81,9 +83,13 @@ def test_a_pass_with_exits_is_counted(name: str, kv: str, judge: str, everybody:
     exits = routed(model, {2: 0.5, 4: last})
     words = 0
     if judge == "statistics":
-        words = tiny_models.VOCABULARY
-        bands = [tiny_exits.band(model, 2, 6, TopProbability(), head="norm", threshold=0.98)]
-        bands.append(tiny_exits.band(model, 4, 6, TopProbability(), head="norm", threshold=2 * last - 0.03))
+        # Over all words Gemma's heads are sure of everything, or of nothing.
+        short = torch.tensor([3, 9, 20]) if name.startswith("gemma") else None
+        words = tiny_models.VOCABULARY if short is None else len(short)
+        first, then = {"gemma2": (0.8, 0.8), "gemma3": (0.99, 0.99)}.get(name, (0.98, 0.97))
+        options: dict[str, Any] = {"head": "norm", "shortlist": short}
+        bands = [tiny_exits.band(model, 2, 6, TopProbability(), threshold=first, **options)]
+        bands.append(tiny_exits.band(model, 4, 6, TopProbability(), threshold=0.0 if everybody else then, **options))
         exits = tiny_exits.exits_of(model, *bands)
     seen, went = counted(model, rows, exits, kv)
     assert 0 < went.count(2) < rows
@@ -156,7 +162,7 @@ def test_ops_come_in_one_order() -> None:
     assert roofline.bound(h100, head.traffic)[1] == "compute", "512 rows are beyond 295 FLOPs per byte"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_sizes_are_those_of_shape(name: str) -> None:
     """The planner's two views of a model agree."""
     config = tiny_models.shared(name).config
@@ -167,27 +173,37 @@ def test_sizes_are_those_of_shape(name: str) -> None:
 
 
 def test_known_sizes() -> None:
-    """Parameters of the published models: 134.5 M (head and embedding tied), 8.03 B, 8.19 B."""
+    """Parameters of the published models: 134.5 M, 8.03 B, 8.19 B, 2.61 B, 3.88 B (text); small ones tie head and embedding."""
     found = {}
-    for name, tied in (("SmolLM2-135M", True), ("Llama-3-8B", False), ("Qwen3-8B", False)):
-        s = Sizes.known(name)
-        norms = 2 * s.width + (2 * s.head_dim if s.qk_norm else 0)
+    large = ("Llama-3-8B", "Qwen3-8B")
+    for name in ("SmolLM2-135M", *large, "Gemma-2-2B", "Gemma-3-4B"):
+        s, tied = Sizes.known(name), name not in large
+        norms = (2 + 2 * s.sandwich) * s.width + (2 * s.head_dim if s.qk_norm else 0)
         layer = s.width * (2 * s.query + s.kv) + 3 * s.width * s.inner + norms
         found[name] = s.layers * layer + s.width + (1 if tied else 2) * s.vocab * s.width
-    assert found == {"SmolLM2-135M": 134_515_008, "Llama-3-8B": 8_030_261_248, "Qwen3-8B": 8_190_735_360}
+    assert found == {
+        "SmolLM2-135M": 134_515_008, "Llama-3-8B": 8_030_261_248, "Qwen3-8B": 8_190_735_360, "Gemma-2-2B": 2_614_341_888,
+        "Gemma-3-4B": 3_880_263_168,
+    }  # fmt: skip
     assert Sizes.demo() == Sizes.known("SmolLM2-135M")
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: Sizes.known("GPT-5"), "wanted one of SmolLM2-135M, Llama-3-8B, Qwen3-8B, got 'GPT-5'"),
+        (
+            lambda s: Sizes.known("GPT-5"),
+            "wanted one of SmolLM2-135M, Llama-3-8B, Qwen3-8B, Gemma-2-2B, Gemma-3-4B, got 'GPT-5'",
+        ),
         (lambda s: calls(s, 0, 5), "at least one row and a context of at least 1, got 0, 5"),
         (lambda s: calls(s, 1, 0), "at least one row and a context of at least 1, got 1, 0"),
         (lambda s: calls(s, 4, 5, kv="copy"), "kv must be one of predict, propagate, got 'copy'"),
         (lambda s: calls(s, 4, 5, [Leaving(30, 1)]), r"different boundaries in \[1, 30\), got \[30\]"),
         (lambda s: calls(s, 4, 5, [Leaving(3, 1), Leaving(3, 1)]), r"different boundaries in \[1, 30\), got \[3, 3\]"),
         (lambda s: calls(s, 4, 5, [Leaving(3, 3), Leaving(5, 2)]), r"4 rows cannot leave as \[3, 2\]"),
+        (lambda s: calls(s, 4, 5, [Leaving(3, 1, resume=5)]), "only exits for good through the final norm"),
+        (lambda s: calls(s, 4, 5, [Leaving(3, 1, head="block")]), "only exits for good through the final norm"),
+        (lambda s: calls(s, 4, 5, [Leaving(3, 1, neurons=0)]), "judged by a router or by statistics, are known, got Leaving"),
         (lambda s: calls(s, 4, 5, [Leaving(3, -1)]), r"4 rows cannot leave as \[-1\]"),
     ],
 )
@@ -198,6 +214,8 @@ def test_errors(call: Callable[[Sizes], Any], message: str) -> None:
 
 def test_other_families_are_refused() -> None:
     """Their layers run other modules: figures for them would be wrong without a word."""
-    for name in set(tiny_models.FAMILIES) - {"llama_bias", *KINDS}:
-        with pytest.raises(UnsupportedModelError, match="the roofline knows layers of llama, mistral, qwen2, qwen3, got"):
+    for name in set(tiny_models.FAMILIES) - {"llama_bias", "gemma3", *KINDS}:
+        with pytest.raises(
+            UnsupportedModelError, match="the roofline knows layers of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, got"
+        ):
             Sizes.of(tiny_models.shared(name))

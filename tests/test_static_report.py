@@ -48,6 +48,9 @@ def test_every_op_compiles_and_fits(rows: list[dict[str, Any]]) -> None:
     assert all(row["bytes"] > 0 and (row["flops"] > 0) == (row["op"] not in idle) for row in rows if row["case"] not in nobody)
     products = [row for row in rows if row["op"] == "ragged_linear"]
     assert all(row["matrix"] > 0 and row["load"] >= 16 and row["spilled"] == 0 for row in products)
+    report = importlib.import_module("static_report")
+    multiply = {row["kernel"] for row in rows if row["matrix"]}
+    assert multiply == set(report._PRODUCTS), "kernels that multiply matrices, and are held to what those must do"
 
 
 def test_every_kernel_that_takes_a_counter_compiles_with_and_without(rows: list[dict[str, Any]]) -> None:
@@ -79,17 +82,23 @@ def test_bytes_and_flops_of_a_call_by_hand() -> None:
 
 def test_a_kernel_that_does_not_fit_is_a_fault() -> None:
     report = importlib.import_module("static_report")
-    row = {"target": "sm_86", "shared": 101377, "spilled": 0}
+    row = {"target": "sm_86", "dtype": "float32", "kernel": "fold", "shared": 101377, "spilled": 0}
     assert "asks for 101377 bytes of shared memory, sm_86 has 101376" in report.wrong(row)
-    assert "spills 65 bytes per thread" in report.wrong(row | {"shared": 0, "spilled": 65})
     assert report.wrong(row | {"shared": 101376}) is None
-    product = row | {"op": "ragged_linear", "dtype": "bfloat16", "shared": 0, "matrix": 4, "load": 16}
+    assert report.wrong(row | {"shared": 0, "spilled": 25}) == "spills 25 bytes per thread"
+    half = row | {"dtype": "float16", "kernel": "fold", "shared": 0}
+    assert report.wrong(half) is None
+    assert report.wrong(half | {"spilled": 1}) == "spills 1 bytes per thread"
+    product = half | {"kernel": "ragged_linear", "matrix": 4, "load": 16, "wide": 1.0}
     assert report.wrong(product) is None
-    assert "spills 1 bytes" in report.wrong(product | {"spilled": 1})
     assert "without matrix instructions" in report.wrong(product | {"matrix": 0})
     assert "loads 8 bytes per lane in its loop, wanted 16" in report.wrong(product | {"load": 8})
     assert "loads None bytes" in report.wrong(product | {"load": None})
-    assert report.wrong(product | {"dtype": "float32", "matrix": 0, "load": None, "spilled": 64}) is None
+    attention = product | {"kernel": "attend", "load": 4, "wide": 0.8}
+    assert report.wrong(attention) is None
+    assert "loads 69% of its operands 16 bytes per lane at a time, wanted 70%" in report.wrong(attention | {"wide": 0.69})
+    assert "loads 0% of its operands" in report.wrong(attention | {"wide": None})
+    assert report.wrong(product | {"dtype": "float32", "matrix": 0, "load": None, "wide": None, "spilled": 24}) is None
 
 
 _PTX = """
@@ -134,8 +143,15 @@ _AMD = """
 )
 def test_the_smallest_load_of_a_loop_is_found(code: str, load: str, size: int) -> None:
     report = importlib.import_module("static_report")
-    assert report.smallest_load(code.format(load=load)) == size
-    assert report.smallest_load("add.s32 %r1, %r2, %r3;") is None
+    assert min(report.loads(code.format(load=load))) == size
+    assert report.loads("add.s32 %r1, %r2, %r3;") == []
+
+
+def test_where_a_loop_was_unrolled_all_loads_count() -> None:
+    report = importlib.import_module("static_report")
+    unrolled = "ld.global.v4.b32 {%r1}, [%rd1];\nmma.sync.aligned %r1;\nld.global.b32 %r1, [%rd1];"
+    assert report.loads(unrolled) == [16, 4]
+    assert report.loads(unrolled.replace("mma.sync", "add")) == []
 
 
 @pytest.mark.parametrize("shared", [65536, 101376, 163840, 232448])

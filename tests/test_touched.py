@@ -1,4 +1,5 @@
-"""What Triton's kernels read and write, address by address in the interpreter, is what the planner says an op must move."""
+"""What Triton's kernels read and write, address by address in the interpreter, is what the planner says an op must move;
+and no address is touched that is not the call's."""
 
 from __future__ import annotations
 
@@ -117,14 +118,36 @@ def test_above_the_handover_kernels_read_what_the_library_wrote_triton(monkeypat
     assert _within(touched, products) == live * words * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("op", "number"), [(op, at) for op, makers in CALLS.items() for at in range(len(makers))])
-def test_bytes_touched_are_those_declared_triton(op: str, number: int) -> None:
-    """Every address counts once, read or written, of arguments and results: live rows alone, and no weight for nobody."""
-    arguments = op_harness.copied(CALLS[op][number](torch.float32, torch.Generator().manual_seed(3)))
+def test_bytes_touched_are_those_declared_triton(
+    op: str, number: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every address counts once, read or written, of arguments and results: live rows alone, and no weight for nobody. Nothing
+    else is touched but scratch that the call made."""
+    arguments = op_harness.copied(CALLS[op][number](dtype, torch.Generator().manual_seed(3)))
     schema = REGISTRY[op].overload._schema.arguments
     defaults = {each.name: each.default_value if each.has_default_value() else None for each in schema}
+    scratch = _made(monkeypatch)
     with backend("triton"), _accesses() as seen:
         out = REGISTRY[op](**arguments)
     memory = [*op_harness._flat(list(arguments.values())), *op_harness._flat(out)]
     touched = np.unique(np.concatenate(seen)) if seen else np.empty(0, dtype=np.uint64)
     assert _within(touched, memory) == declared(defaults | arguments, out, op)
+    assert _within(touched, memory + scratch) == len(touched), "addresses that are nobody's"
+
+
+def _made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Filled with every tensor that torch.empty makes from now on."""
+    made: list[Tensor] = []
+
+    def noted(function: Any) -> Any:
+        def called(*args: Any, **options: Any) -> Tensor:
+            made.append(function(*args, **options))
+            return made[-1]
+
+        return called
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, noted(getattr(torch, name)))
+    return made

@@ -74,8 +74,8 @@ class Router(nn.Module):
         extra, weight = (torch.cat(parts, dim=1) for parts in zip(*features, strict=True)) if features else (None, None)
         return router_score(
             hidden, self.weight1, self.bias1, self.weight2, self.bias2,
-            previous=previous, cosine_weight=self.cosine_weight, extra=extra, extra_weight=weight, silu=self.silu,
-            live=live,
+            previous=None if self.cosine_weight is None else previous, cosine_weight=self.cosine_weight, extra=extra,
+            extra_weight=weight, silu=self.silu, live=live,
         )  # fmt: skip
 
 

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dyndepth.plan import traffic
+from dyndepth.plan.leaving import Leaving
 from dyndepth.plan.machine import Machine
-from dyndepth.plan.passes import ROW_FACTS, Call, Leaving, Sizes, calls, total
+from dyndepth.plan.passes import ROW_FACTS, Call, calls, total
 from dyndepth.plan.rates import SHORTLIST
+from dyndepth.plan.sizes import Sizes
 from dyndepth.plan.traffic import Traffic
 
 MEMORY, COMPUTE = "memory", "compute"

@@ -143,7 +143,8 @@ class _GraphPass:
     # -- boundaries -----------------------------------------------------------------------------------------------------
 
     def _resume(self, boundary: int) -> None:
-        bands = [band for band in self.plan.bands.values() if band.resume == boundary]
+        plan = self.plan
+        bands = [band for band in plan.bands.values() if band.resume == boundary and plan.open and not plan.closed(band)]
         if not bands:
             return
         back = ~self.alive() & (self.resume == boundary)

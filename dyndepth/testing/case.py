@@ -27,7 +27,7 @@ class Case:
     large: bool = False
     #: Sized for a GPU: a small machine neither tests nor times it.
     gpu: bool = False
-    #: Small numbers in so many programs that Triton's interpreter runs them in one dtype, float32.
+    #: Small numbers in so many programs that Triton's interpreter runs them in float32 and bfloat16 alone.
     many: bool = False
 
     def build(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Arguments:

@@ -113,7 +113,7 @@ EDGES: dict[str, list[Case]] = {
     ],
     "exit_stats": [
         *_rows(lambda rows, live: stats(rows, 16, 70, live=live)),
-        *(Case(f"rows129_live{live}", stats(129, 16, 70, live=live), many=True) for live in (128, 129)),
+        *(Case(f"rows129_live{live}", stats(129, 16, 70, live=live)) for live in (0, 128, 129)),
         # Two products of the library, ten programs a row, the last of five words.
         Case("rows129_words18437", stats(129, 8, 18500, bias=True, short=18437, softcap=20.0, live=5)),
         Case("shifted", shifted(stats(9, 24, 515, bias=True, live=4))),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyndepth.plan.passes import Sizes
+from dyndepth.plan.sizes import Sizes
 
 #: Ops whose tile sizes tables may choose.
 OPS = ("project_qkv", "backfill_kv", "ragged_attention", "ragged_linear", "exit_stats")
