@@ -3,8 +3,9 @@
 Real passes over unseen answers: decisions, jumps and predicted K,V of skipped layers included, so what one row does to the
 next counts. Routers see what a row already skipped; beside them top-1 probability and margin, of the exit's own head or, for
 bands that resume, of a ridge readout at their boundary. How true scores are comes from the tuning split, where sets of bands
-grow greedily; one price per layer then sets all thresholds of a set. Every price tried is a point on the test split, and the
-layers at an agreement are read between the points that no other point beats.
+grow greedily; one price per layer then sets all thresholds of a set. The price of each wanted agreement is found in real passes
+over the tuning split, and so is which set runs fewest layers there; the test split is passed once per answer, and says what
+agreement was reached and how many layers ran, with intervals over documents.
 
 Takes corpus, exits' heads and bands' maps from the folder of `make exit-heads` and `make jump-maps` (and makes what is
 missing there); it resumes, and names of confidences after the folder do only those. Writes `band_frontier.json`.
@@ -12,8 +13,8 @@ missing there); it resumes, and names of confidences after the folder do only th
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from band_maps import Span, first, ridge_bands, spans
+from band_maps import Span, first, ridge_bands, ridge_readouts, spans
+from by_document import interval
 from exit_heads import EXITS, KINDS, SHARES, TRAIN_ROWS, load_or_collect, trained
 from jump_maps import MAP_ROWS
+from operating import between, meeting
 from torch import Tensor
 from truth import Truth
 
@@ -32,7 +35,7 @@ from dyndepth.closed_form.history import Seen, below, see
 from dyndepth.closed_form.measure import Sample
 from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.router import fit_router
-from dyndepth.closed_form.search import Candidate, expected_price, greedy, pareto, probe, thresholds, with_criterion
+from dyndepth.closed_form.search import Candidate, expected_price, greedy, probe, thresholds, with_criterion
 from dyndepth.closed_form.trace import trace
 from dyndepth.data import FIT, TEST, TUNE
 from dyndepth.demo.weights import load_model
@@ -45,16 +48,17 @@ from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.fingerprint import facts_of
 from dyndepth.training import TeacherCache, TrainConfig
 from dyndepth.training.batches import Batches
-from dyndepth.training.starts import fit_readout
 
 #: Bands that are tried together, one per boundary: of each boundary one that lost least per layer when rows skipped by lot.
 BANDS: tuple[Span, ...] = ((5, 15), (8, 13), (10, 20), (13, 18), (15, 20), (18, 23))
-CONFIDENCES = ("router", "router, blind to what was skipped", "top-1 probability", "margin")
-ROUTER, BLIND, TOP, MARGIN = CONFIDENCES
-_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS, _READOUT_ROWS = 5_000, 2_500, 3_000, 72_000, 15_000
-_FIT_ROUNDS, _TUNE_ROUNDS, _PROBE_ROWS, _MOST, _WORDS = 2, 2, 1000, 4, 1024
-#: No price beyond is tried: disagreements per layer saved.
-_PRICE = 0.1
+CONFIDENCES = ("router", "top-1 probability", "margin")
+ROUTER, TOP, MARGIN = CONFIDENCES
+#: Routers that do not see what a row skipped: only how well they sort is reported.
+BLIND = "router, blind to what was skipped"
+_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS, _READOUT_ROWS = 12_000, 5_000, 8_000, 72_000, 15_000
+_FIT_ROUNDS, _TUNE_ROUNDS, _PROBE_ROWS, _MOST, _WORDS = 2, 2, 4000, 4, 1024
+#: No price beyond is tried: disagreements per layer saved. Nor more prices of one set and agreement than `_TRIES`.
+_PRICE, _TRIES = 0.1, 5
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,13 @@ class Bench:
     fit: Sample
     tune: Sample
     test: Sample
+    #: Bands whose maps were trained on from ridge.
+    trained: list[Span]
     #: Of the tuning split's judged rows: residuals by boundary, and chances to agree by confidence and band.
     residual: dict[int, Tensor] = field(default_factory=dict)
     chances: dict[str, list[Tensor]] = field(default_factory=dict)
+    #: What passes over a split found: bands that are closed by their threshold make no difference.
+    passed: dict[Any, dict[str, Any]] = field(default_factory=dict)
     group: Group = field(init=False)
 
     @classmethod
@@ -145,11 +153,13 @@ class Bench:
                 samples.append(Sample(causal_lm, tokens, start, *torch.load(kept, weights_only=True)))
                 advance(1)
         seen = [piece.tokens for piece in first(mapped, _READOUT_ROWS)]
-        readouts = _readouts(folder / "bands" / "readouts.pt", model, [leave for leave, _ in BANDS], seen, report)
-        for kept in (folder / "bands").glob("band-*-linear"):  # trained by KL (make jump-maps)
+        readouts = ridge_readouts(folder / "bands" / "readouts.pt", model, [leave for leave, _ in BANDS], seen, report)
+        trained_by_kl = []
+        for kept in sorted((folder / "bands").glob("band-*-linear")):  # make jump-maps
             band = Exits.from_pretrained(kept).bands[0]
             bands[band.leave, band.resume] = band
-        return cls(folder, model, report, corpus, bands, readouts, samples[0], samples[1], samples[2])
+            trained_by_kl.append((band.leave, band.resume))
+        return cls(folder, model, report, corpus, bands, readouts, samples[0], samples[1], samples[2], trained_by_kl)
 
     def run(self, only: Sequence[str]) -> None:
         words = frequent(self.fit.answers[self.fit.judged], _WORDS)
@@ -160,15 +170,16 @@ class Bench:
             "bands and exits": lambda span: True,
         }
         for confidence in only or CONFIDENCES:
+            sets: dict[str, list[int]] = {}  # of exits and of bands alone: both together are tried beside what grows of all
             for family, wanted in families.items():
-                if family != "exits" or confidence != BLIND:
-                    mine = [i for i, candidate in enumerate(self.group.candidates) if wanted(candidate.span)]
-                    kept = self.folder / "bands" / _kept(family, confidence)
-                    if not kept.exists():
-                        found = self._frontier(family, confidence, mine)
-                        with replacing(kept) as temporary:
-                            temporary.write_text(json.dumps(found))
-                    self._write(list(families))
+                mine = [i for i, candidate in enumerate(self.group.candidates) if wanted(candidate.span)]
+                kept = self.folder / "bands" / _kept(family, confidence)
+                if not kept.exists():
+                    found = self._frontier(family, confidence, mine, sets)
+                    with replacing(kept) as temporary:
+                        temporary.write_text(json.dumps(found))
+                sets[family] = json.loads(kept.read_text())["widest"]
+                self._write(list(families))
 
     # -- what rows show at the boundaries ---------------------------------------------------------------------------------
 
@@ -198,7 +209,7 @@ class Bench:
             candidate.agreement, candidate.harm = agreement, harm
         group = Group(candidates, [Seen(**part) for part in fitted], [Seen(**part) for part in tuned])
         self._routers(group)
-        for confidence in (ROUTER, BLIND, TOP, MARGIN):
+        for confidence in CONFIDENCES:
             group.truth[confidence] = []
             for i, part in enumerate(group.tuned):
                 assert part.agrees is not None
@@ -236,8 +247,8 @@ class Bench:
     def _scores(self, group: Group, i: int, confidence: str, residual: Tensor, skipped: Tensor | None) -> Tensor:
         """What the criterion scores, of residuals at the boundary."""
         band = group.candidates[i].band
-        if confidence in (ROUTER, BLIND):
-            router = group.routers[confidence][i]
+        if confidence == ROUTER:
+            router = group.routers[ROUTER][i]
             return router(residual, None, self._stats(band, residual), skipped if router.history else None)
         head = self.readouts[band.leave] if band.resume < self.model.depth else band.head
         assert isinstance(head, TranslatorHead)
@@ -246,37 +257,62 @@ class Bench:
     def _criterion(self, i: int, confidence: str) -> Criterion:
         group = self.group
         band = group.candidates[i].band
-        if confidence in (ROUTER, BLIND):
-            return RouterScore(group.routers[confidence][i])
+        if confidence == ROUTER:
+            return RouterScore(group.routers[ROUTER][i])
         if band.resume == self.model.depth:
             return TopProbability() if confidence == TOP else Margin()
         return Confidence(self.model, self.readouts[band.leave].to(self.model.dtype), confidence)
 
     # -- sets, thresholds, points -----------------------------------------------------------------------------------------
 
-    def _frontier(self, family: str, confidence: str, mine: Sequence[int]) -> dict[str, Any]:
-        """Per wanted agreement the set that grows greedily for it, at the price expected to meet it; and what they make."""
-        candidates, chances = [self.group.candidates[i] for i in mine], [self._chances(confidence)[i] for i in mine]
-        offsets = self._offsets(mine) if confidence == ROUTER else None
-        points: list[dict[str, Any]] = [
-            {"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}
-        ]
+    def _frontier(self, family: str, confidence: str, mine: Sequence[int], others: dict[str, list[int]]) -> dict[str, Any]:
+        """Per wanted agreement the set and price that run fewest layers on the tuning split, and what the test split says."""
+        tuned: list[dict[str, Any]] = []
+        at: dict[str, dict[str, Any]] = {}
+        grown: list[int] = []
+        widest: list[int] = []
+        together = sorted({i for chosen in others.values() for i in chosen})
         with self.report.stage(f"{family}: {confidence}", len(SHARES)) as advance:
             for share in sorted(SHARES):
-                grown = greedy(candidates, chances, share, _MOST, offsets)
-                if not grown:
-                    continue
-                chosen = grown[-1][1]
-                part = None if offsets is None else offsets[chosen][:, chosen]
-                price, _ = expected_price([candidates[i] for i in chosen], [chances[i] for i in chosen], 1 - share, part)
-                points.append(self._measured([mine[i] for i in chosen], confidence, price))
-                while share == min(SHARES) and points[-1]["agreement"] > share and price < _PRICE:
-                    price *= 2  # what was expected was too gloomy
-                    points.append(self._measured([mine[i] for i in chosen], confidence, price))
+                grown = self._grown(mine, confidence, share) or grown
+                widest = max(widest, grown, key=len)
+                best: tuple[dict[str, Any], list[int]] | None = None
+                for chosen in [grown, together] if grown != together else [grown]:
+                    if not chosen:
+                        continue
+                    opens = min(c.harm / c.saved for c in (self.group.candidates[i] for i in chosen))
+                    guess = max(self._expected(chosen, confidence, share), 1.1 * opens)
+                    tried, met = meeting(
+                        lambda price, chosen=chosen: self._passed("tune", chosen, confidence, price),  # type: ignore[misc]
+                        share, opens, guess, _PRICE, _TRIES,
+                    )  # fmt: skip
+                    tuned += [{"wanted": share, **point} for point in tried]
+                    if met is not None and (best is None or met["mean_layers"] < best[0]["mean_layers"]):
+                        best = met, chosen
+                found = self._closed() if best is None else self._passed("test", best[1], confidence, best[0]["price"])
+                found |= {} if best is None else {"tuned": {key: best[0][key] for key in ("agreement", "mean_layers")}}
+                at[f"{share:.0%}"] = found
                 advance(1)
-        best = [points[i] for i in pareto([(point["agreement"], point["mean_layers"]) for point in points])]
-        at = {f"{share:.0%}": _between(best, share) for share in SHARES}
-        return {"family": family, "confidence": confidence, "points": points, "mean_layers": at}
+        points = [self._closed(), *at.values()]
+        read = {f"{share:.0%}": between(points, share) for share in SHARES}
+        return {
+            "family": family, "confidence": confidence, "at": {f"{share:.0%}": at[f"{share:.0%}"] for share in SHARES},
+            "between": read, "tuned": tuned, "widest": widest,
+        }  # fmt: skip
+
+    def _grown(self, mine: Sequence[int], confidence: str, share: float) -> list[int]:
+        """The set that grows greedily for an agreement, as the tuning split expects it; empty where nothing is expected."""
+        candidates, chances = [self.group.candidates[i] for i in mine], [self._chances(confidence)[i] for i in mine]
+        grown = greedy(candidates, chances, share, _MOST, self._offsets(mine) if confidence == ROUTER else None)
+        return [mine[i] for i in grown[-1][1]] if grown else []
+
+    def _expected(self, chosen: Sequence[int], confidence: str, share: float) -> float:
+        """The price at which the tuning split's scores expect an agreement."""
+        candidates, chances = [self.group.candidates[i] for i in chosen], [self._chances(confidence)[i] for i in chosen]
+        return expected_price(candidates, chances, 1 - share, self._offsets(chosen) if confidence == ROUTER else None)[0]
+
+    def _closed(self) -> dict[str, Any]:
+        return {"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}
 
     def _chances(self, confidence: str) -> list[Tensor]:
         """Per band, the chance to agree of every judged row of the tuning split, had it skipped nothing before."""
@@ -307,25 +343,35 @@ class Bench:
                         offsets[row, places[leave]] = weight * group.truth[ROUTER][i].slope
         return offsets
 
-    def _measured(self, chosen: Sequence[int], confidence: str, price: float) -> dict[str, Any]:
-        """A set of bands at a price per layer saved, in a real pass over the test split."""
-        group, candidates = self.group, [self.group.candidates[i] for i in chosen]
-        bands = [with_criterion(c.band, self._criterion(i, confidence)) for c, i in zip(candidates, chosen, strict=True)]
+    def _passed(self, split: str, chosen: Sequence[int], confidence: str, price: float) -> dict[str, Any]:
+        """A set of bands at a price per layer saved, in a real pass over a split."""
+        group = self.group
+        limits = thresholds([group.candidates[i] for i in chosen], price)
+        raw = {i: group.truth[confidence][i].score(limit) for i, limit in zip(chosen, limits, strict=True)}
+        raw = {i: score for i, score in raw.items() if score < math.inf}
+        if not raw:
+            return {**self._closed(), "price": price, "thresholds": []}
+        key = split, confidence, tuple(raw.items())
+        if key not in self.passed:
+            self.passed[key] = self._pass(self.tune if split == "tune" else self.test, raw, confidence)
+        return {**self.passed[key], "price": price}
+
+    def _pass(self, sample: Sample, raw: dict[int, float], confidence: str) -> dict[str, Any]:
+        candidates = [self.group.candidates[i] for i in raw]
+        bands = [with_criterion(c.band, self._criterion(i, confidence)) for c, i in zip(candidates, raw, strict=True)]
         for band in bands:
             if confidence in (TOP, MARGIN):
                 band.shortlist = None
-        limits = thresholds(candidates, price)
-        raw = [group.truth[confidence][i].score(limit) for i, limit in zip(chosen, limits, strict=True)]
-        exits = Exits(bands, facts_of(self.model)).with_thresholds(raw)
-        of = [candidate.span for candidate in candidates]
-        key = {"spans": [list(span) for span in of], "price": price, "thresholds": [str(value) for value in raw]}
-        measured = self.test.run(exits, "predict")
+        measured = sample.run(Exits(bands, facts_of(self.model)).with_thresholds(list(raw.values())), "predict")
         judged = measured.judged
+        agrees, layers = measured.agrees[judged], measured.scored.layers_run[judged]
+        document = torch.repeat_interleave(torch.tensor([t.shape[0] for t in sample.tokens]))[judged]
         taken = measured.scored.bands_taken[judged]
         return {
-            **key, "agreement": float(measured.agrees[judged].double().mean()),
-            "mean_layers": float(measured.scored.layers_run[judged].double().mean()),
-            "taken": [float(((taken >> bit) & 1).double().mean()) for bit in range(len(of))],
+            "spans": [list(c.span) for c in candidates], "thresholds": [str(value) for value in raw.values()],
+            "agreement": float(agrees.double().mean()), "agreement_95": interval(agrees, document),
+            "mean_layers": float(layers.double().mean()), "mean_layers_95": interval(layers, document),
+            "taken": [float(((taken >> bit) & 1).double().mean()) for bit in range(len(candidates))],
             "several": float(((taken & (taken - 1)) != 0).double().mean()),
         }  # fmt: skip
 
@@ -335,6 +381,8 @@ class Bench:
             "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "tokens_sha256": self.corpus.digest,
             "rows": {"fit": int(self.fit.judged.sum()), "tune": int(self.tune.judged.sum()),
                      "test": int(self.test.judged.sum())},
+            "documents": {"fit": len(self.fit.tokens), "tune": len(self.tune.tokens), "test": len(self.test.tokens)},
+            "trained_maps": [list(span) for span in self.trained],
             "bands": [{"span": list(c.span), "agreement": c.agreement, "harm": c.harm, "router": c.router}
                       for c in self.group.candidates],
             "frontier": [json.loads(path.read_text()) for path in paths if path.exists()],
@@ -345,15 +393,6 @@ class Bench:
 
 def _kept(family: str, confidence: str) -> str:
     return f"frontier-{CONFIDENCES.index(confidence)}-{family.replace(' ', '-')}.json"
-
-
-def _between(best: Sequence[dict[str, Any]], share: float) -> float | None:
-    """Mean layers at an agreement, read on the line between the two points of the frontier around it; None below them all."""
-    points = sorted((point["agreement"], point["mean_layers"]) for point in best)
-    for (low, fewer), (high, more) in itertools.pairwise(points):
-        if low <= share <= high:
-            return fewer + (more - fewer) * (share - low) / max(high - low, 1e-12)
-    return None
 
 
 def _heads(folder: Path, model: Model, corpus: Any, report: Progress) -> dict[int, TranslatorHead]:
@@ -370,28 +409,6 @@ def _heads(folder: Path, model: Model, corpus: Any, report: Progress) -> dict[in
     kept = [Band(leave, model.depth, head=head) for leave, head in heads.items()]
     Exits(kept, facts_of(model)).save_pretrained(folder / "bands" / "heads")
     return heads
-
-
-def _readouts(
-    path: Path, model: Model, leaves: Sequence[int], tokens: Sequence[Tensor], report: Progress
-) -> dict[int, TranslatorHead]:
-    """Ridge readouts at boundaries of bands: what top-1 probability and margin are read from there."""
-    heads = {leave: TranslatorHead(model.hidden_size, model.ready_size, None) for leave in leaves}
-    if not path.exists():
-        parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {leave: [] for leave in leaves}
-        with report.stage("regressing readouts", sum(len(t) for t in tokens)) as advance:
-            for chunk in trace(model, tokens, leaves, (), advance=advance):
-                for leave in leaves:
-                    stream = chunk.residual[leave]
-                    usual = stream.float().norm(dim=1) < 10 * stream.float().norm(dim=1).median()  # no attention sinks
-                    parts[leave].append((stream[usual], model.finish(stream[usual]), chunk.ready[usual]))
-        for leave in leaves:
-            fit_readout(heads[leave], parts.pop(leave))
-        with replacing(path) as temporary:
-            torch.save({leave: head.state_dict() for leave, head in heads.items()}, temporary)
-    for leave, state in torch.load(path, weights_only=True).items():
-        heads[leave].load_state_dict(state)
-    return {leave: head.to(model.dtype) for leave, head in heads.items()}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from by_document import interval
 from torch import Tensor
 
 from dyndepth.calibration.reliability import Reliability
@@ -144,17 +145,22 @@ def _untrained(model: Model, test: Batches) -> list[dict[str, Any]]:
 
 
 def _judged(model: Model, student: Student, batches: Batches, limit: int) -> dict[int, dict[str, Any]]:
-    """Per exit, of judged rows: agreement, confidences from the whole vocabulary, statistics over a shortlist, residuals."""
+    """Per exit, of judged rows: documents, agreement, confidences from the whole vocabulary, statistics over a shortlist,
+    residuals."""
     readout = readout_of(model)
     parts: dict[int, dict[str, list[Any]]] = {leave: {} for leave in EXITS}
     words = frequent_answers(batches, model.vocab_size, 1024)
-    seen = 0
+    seen = documents = 0
     for batch in batches.once():
         with mixed(batch.ready):
             ready = student(batch, batch.judged)
         answers = batch.answers[batch.judged]
+        count = len(batch.lengths)
+        document = torch.repeat_interleave(torch.arange(documents, documents + count), torch.tensor(batch.lengths))
+        documents += count
         for leave, rows in ready.items():
             into = parts[leave]
+            into.setdefault("document", []).append(document[batch.judged])
             for begin in range(0, len(answers), HEAD_ROWS):
                 logits = readout(rows[begin : begin + HEAD_ROWS])
                 stats, short = stats_of_logits(logits), stats_of_logits(logits[:, words])
@@ -191,8 +197,13 @@ def _frontier(model: Model, student: Student, batches: dict[str, Batches]) -> di
         result[name] = {}
         for share in SHARES:
             price = _price(model.depth, mine, tune, share)
-            agreement, layers = _walk(model.depth, theirs, test, price)
-            result[name][f"{share:.0%}"] = {"agreement": agreement, "mean_layers": layers}
+            right, layers = _walk(model.depth, theirs, test, price)
+            document = test[EXITS[0]]["document"]
+            result[name][f"{share:.0%}"] = {
+                "agreement": float(right.double().mean()), "agreement_95": interval(right, document),
+                "mean_layers": float(layers.double().mean()), "mean_layers_95": interval(layers, document),
+                "rows": len(right), "documents": len(document.unique()),
+            }  # fmt: skip
     return result
 
 
@@ -208,8 +219,9 @@ def _calibrated(scores: Tensor, agrees: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda values: share[torch.searchsorted(edges, values.double().contiguous(), right=True)]
 
 
-def _walk(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]], price: float) -> tuple[float, float]:
-    """(agreement, mean layers) when a row leaves where its expected disagreement per layer saved is at most `price`."""
+def _walk(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]], price: float) -> tuple[Tensor, Tensor]:
+    """(bool [rows] agrees, int64 [rows] layers run) when rows leave where the disagreement they expect per layer saved is at
+    most `price`."""
     rows = len(next(iter(chance.values())))
     layers = torch.full((rows,), depth)
     right = torch.ones(rows, dtype=torch.bool)
@@ -217,14 +229,15 @@ def _walk(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]
         goes = (layers == depth) & (1 - chance[leave] <= price * (depth - leave))
         layers[goes] = leave
         right = torch.where(goes, split[leave]["agrees"], right)
-    return float(right.double().mean()), float(layers.double().mean())
+    return right, layers
 
 
 def _price(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]], share: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if _walk(depth, chance, split, middle)[0] >= share else (low, middle)
+        agreement = float(_walk(depth, chance, split, middle)[0].double().mean())
+        low, high = (middle, high) if agreement >= share else (low, middle)
     return low
 
 
