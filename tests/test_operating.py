@@ -10,8 +10,10 @@ from typing import Any
 
 import band_frontier
 import exit_heads
+import numpy as np
 import pytest
 import tiny_models
+import tiny_training
 import torch
 from band_maps import first, ridge_bands, ridge_readouts
 from by_document import interval
@@ -19,8 +21,10 @@ from operating import between, meeting
 
 from dyndepth.closed_form.measure import Sample
 from dyndepth.closed_form.progress import Progress
-from dyndepth.data import Piece
+from dyndepth.data import FIT, TEST, TUNE, Piece
 from dyndepth.runtime.bind import bind
+from dyndepth.training import TrainConfig
+from dyndepth.training.run import started
 
 # -- intervals ------------------------------------------------------------------------------------------------------------
 
@@ -141,6 +145,33 @@ def test_heads_price_is_the_highest_that_meets_the_wish() -> None:
         return float(exit_heads._walk(10, chance, split, price)[0].double().mean())
 
     assert agreement(price) >= 0.9 > agreement(price + 1e-3)
+
+
+def test_heads_frontier_and_the_scores_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small model: figures of the test split in their intervals over its documents, whose scores are kept row by row."""
+    monkeypatch.setattr(exit_heads, "EXITS", (2, 4))
+    monkeypatch.setattr(exit_heads, "SHARES", (0.9, 0.6))
+    monkeypatch.setattr(exit_heads, "_KEPT_ROWS", 100)
+    model, batches = bind(tiny_models.shared("llama")), tiny_training.batches(tmp_path / "cache")
+    student = started(model, batches, TrainConfig.of({"exits": (2, 4), "head": "translator"}))
+    test = exit_heads._judged(model, student, batches, 10_000)
+    found = exit_heads._frontier(model, student, dict.fromkeys((FIT, TUNE, TEST), batches), test)
+    assert list(found) == ["top-1 probability", "margin", "router, 1024 words"]
+    for scores in found.values():
+        for share, point in scores.items():
+            assert (point["rows"], point["documents"]) == (40 * 17, 40)
+            assert point["agreement"] >= float(share.rstrip("%")) / 100 - 1e-9  # tested on what the price was set on
+            for name in ("agreement", "mean_layers"):
+                low, high = point[f"{name}_95"]
+                assert low <= point[name] <= high
+        assert scores["60%"]["mean_layers"] <= scores["90%"]["mean_layers"] < model.depth
+    exit_heads._keep_scores(tmp_path / "scores.npz", test)
+    kept = np.load(tmp_path / "scores.npz")
+    assert kept["document"].tolist() == torch.arange(40).repeat_interleave(17)[:100].tolist()
+    for place, leave in enumerate((2, 4)):
+        assert kept["agrees"][:, place].tolist() == test[leave]["agrees"][:100].tolist()
+        assert np.abs(kept["top1"][:, place] - test[leave]["top1"][:100].numpy()).max() < 1e-3
+        assert (kept["margin"][:, place] <= kept["top1"][:, place]).all()
 
 
 # -- the frontier of bands ------------------------------------------------------------------------------------------------
