@@ -7,8 +7,8 @@ grow greedily; one price per layer then sets all thresholds of a set. The price 
 over the tuning split, and so is which set runs fewest layers there; the test split is passed once per answer, and says what
 agreement was reached and how many layers ran, with intervals over documents.
 
-Takes corpus, exits' heads and bands' maps from the folder of `make exit-heads` and `make jump-maps` (and makes what is
-missing there); it resumes, and names of confidences after the folder do only those. Writes `band_frontier.json`.
+Takes the corpus from the folder of `make exit-heads` (or makes it there) and what `make jump-maps` trained, if it did; it
+resumes, and names of families or confidences after the folder do only those. Writes `band_frontier.json`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from band_maps import Span, first, ridge_bands, ridge_readouts, spans
+from band_heads import translators
+from band_maps import Span, first, ridge_bands, ridge_readouts
 from by_document import interval
-from exit_heads import EXITS, KINDS, SHARES, TRAIN_ROWS, load_or_collect, trained
+from confidences import CONFIDENCES, MARGIN, ROUTER, TOP, Confidence, readout_stats, shown
+from exit_heads import EXITS, SHARES, load_or_collect
 from jump_maps import MAP_ROWS
 from operating import between, meeting
 from torch import Tensor
@@ -37,54 +39,27 @@ from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.router import fit_router
 from dyndepth.closed_form.search import Candidate, expected_price, greedy, probe, thresholds, with_criterion
 from dyndepth.closed_form.trace import trace
-from dyndepth.data import FIT, TEST, TUNE
+from dyndepth.data import FIT, TEST, TUNE, Corpus
 from dyndepth.demo.weights import load_model
 from dyndepth.exits import Band, Exits, Margin, Router, RouterScore, TopProbability, TranslatorHead
-from dyndepth.exits.criteria import Criterion, View
+from dyndepth.exits.criteria import Criterion
 from dyndepth.exits.router import stat_features
 from dyndepth.files import replacing
-from dyndepth.ops import ExitStats, exit_stats
+from dyndepth.ops import ExitStats
 from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.fingerprint import facts_of
-from dyndepth.training import TeacherCache, TrainConfig
-from dyndepth.training.batches import Batches
 
 #: Bands that are tried together, one per boundary: of each boundary one that lost least per layer when rows skipped by lot.
 BANDS: tuple[Span, ...] = ((5, 15), (8, 13), (10, 20), (13, 18), (15, 20), (18, 23))
-CONFIDENCES = ("router", "top-1 probability", "margin")
-ROUTER, TOP, MARGIN = CONFIDENCES
+FAMILIES = ("exits", "bands", "bands and exits")
 #: Routers that do not see what a row skipped: only how well they sort is reported.
 BLIND = "router, blind to what was skipped"
 _FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS, _READOUT_ROWS = 12_000, 5_000, 8_000, 72_000, 15_000
+_HEAD_ROWS, _LOOK_ROWS = 75_000, 3_000
+_HEAD_ROWS, _LOOK_ROWS = 75_000, 3_000
 _FIT_ROUNDS, _TUNE_ROUNDS, _PROBE_ROWS, _MOST, _WORDS = 2, 2, 4000, 4, 1024
 #: No price beyond is tried: disagreements per layer saved. Nor more prices of one set and agreement than `_TRIES`.
 _PRICE, _TRIES = 0.1, 5
-
-
-@dataclass(frozen=True)
-class Confidence(Criterion):
-    """Top-1 probability or margin of a readout at a boundary whose band resumes, and so has no head of its own."""
-
-    kind: ClassVar[str] = "confidence"
-    model: Any = None
-    head: Any = None
-    which: str = TOP
-
-    def score(self, view: View) -> Tensor:
-        return shown(readout_stats(self.model, self.head, view.hidden), self.which)
-
-
-def readout_stats(model: Model, head: TranslatorHead, residual: Tensor) -> ExitStats:
-    """Statistics of a readout's logits over the whole vocabulary."""
-    plain = model.plain_head()
-    assert plain is not None
-    parts = [exit_stats(head(part, model.finish).contiguous(), plain[0], head_bias=plain[1]) for part in residual.split(512)]
-    return ExitStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-
-def shown(stats: ExitStats, which: str) -> Tensor:
-    top = torch.exp(stats.top1 - stats.logsumexp)
-    return top if which == TOP else top - torch.exp(stats.top2 - stats.logsumexp)
 
 
 @dataclass
@@ -104,8 +79,9 @@ def main(folder: Path, only: list[str]) -> None:
     bound = bind(model)
     report = Progress(True)
     with torch.no_grad(), report:
-        bench = Bench.of(folder, model, bound, tokenizer, report)
-        bench.run(only)
+        confidences, families = ([name for name in names if name in only] or list(names) for names in (CONFIDENCES, FAMILIES))
+        bench = Bench.of(folder, model, bound, tokenizer, report, exits=families != ["bands"])
+        bench.run(confidences, families)
 
 
 @dataclass
@@ -113,7 +89,7 @@ class Bench:
     folder: Path
     model: Model
     report: Progress
-    corpus: Any
+    corpus: Corpus
     bands: dict[Span, Band]
     readouts: dict[int, TranslatorHead]
     fit: Sample
@@ -129,17 +105,19 @@ class Bench:
     group: Group = field(init=False)
 
     @classmethod
-    def of(cls, folder: Path, causal_lm: Any, model: Model, tokenizer: Any, report: Progress) -> Bench:
+    def of(cls, folder: Path, causal_lm: Any, model: Model, tokenizer: Any, report: Progress, exits: bool = True) -> Bench:
         corpus = load_or_collect(folder, causal_lm, tokenizer, report)
+        trained_by_kl = [Exits.from_pretrained(kept).bands[0] for kept in sorted((folder / "bands").glob("band-*-linear"))]
         mapped = first(corpus.of(FIT), MAP_ROWS)
-        bands = ridge_bands(folder / "bands" / "ridge", model, spans(model.depth, EXITS), mapped, report)
-        for leave, head in _heads(folder, model, corpus, report).items():
+        wanted = [*BANDS, *((leave, model.depth) for leave in EXITS)]
+        bands = ridge_bands(folder / "bands" / "ridge-frontier", model, wanted, mapped, report)
+        for leave, head in (cls.heads(folder, model, corpus, report) if exits else {}).items():
             ridge = bands[leave, model.depth]
             bands[leave, model.depth] = Band(leave, model.depth, head=head, kv=ridge.kv)
         with report.stage("answers at full depth", 3) as advance:
             samples = []
             for name, rows, skip in (
-                (FIT, _FIT_ROWS, _MAP_AND_JUMP_ROWS),
+                (FIT, _FIT_ROWS, _MAP_AND_JUMP_ROWS if trained_by_kl else MAP_ROWS),
                 (TUNE, _TUNE_ROWS, 0),
                 (TEST, _TEST_ROWS, 0),
             ):
@@ -154,60 +132,61 @@ class Bench:
                 advance(1)
         seen = [piece.tokens for piece in first(mapped, _READOUT_ROWS)]
         readouts = ridge_readouts(folder / "bands" / "readouts.pt", model, [leave for leave, _ in BANDS], seen, report)
-        trained_by_kl = []
-        for kept in sorted((folder / "bands").glob("band-*-linear")):  # make jump-maps
-            band = Exits.from_pretrained(kept).bands[0]
+        for band in trained_by_kl:  # make jump-maps
             bands[band.leave, band.resume] = band
-            trained_by_kl.append((band.leave, band.resume))
-        return cls(folder, model, report, corpus, bands, readouts, samples[0], samples[1], samples[2], trained_by_kl)
+        trained = [(band.leave, band.resume) for band in trained_by_kl]
+        return cls(folder, model, report, corpus, bands, readouts, samples[0], samples[1], samples[2], trained)
 
-    def run(self, only: Sequence[str]) -> None:
+    @staticmethod
+    def heads(folder: Path, model: Model, corpus: Corpus, report: Progress) -> dict[int, TranslatorHead]:
+        """Translators learn from answers that fit neither maps nor routers, and are looked at on the tuning split."""
+        learned = first(corpus.of(FIT), _HEAD_ROWS, _MAP_AND_JUMP_ROWS + _FIT_ROWS)
+        return translators(folder / "bands", model, learned, first(corpus.of(TUNE), _LOOK_ROWS), report)
+
+    def run(self, confidences: Sequence[str] = CONFIDENCES, families: Sequence[str] = FAMILIES) -> None:
         words = frequent(self.fit.answers[self.fit.judged], _WORDS)
-        self.group = self._group(words)
-        families: dict[str, Callable[[Span], bool]] = {
-            "exits": lambda span: span[1] == self.model.depth,
-            "bands": lambda span: span[1] < self.model.depth,
-            "bands and exits": lambda span: True,
+        self.group, self.residual, self.chances = self._group(words, list(families) != ["bands"]), {}, {}
+        depth = self.model.depth
+        wanted: dict[str, Callable[[Candidate], bool]] = {
+            "exits": lambda candidate: candidate.band.resume == depth,
+            "bands": lambda candidate: candidate.band.resume < depth,
+            "bands and exits": lambda candidate: True,
         }
-        for confidence in only or CONFIDENCES:
+        for confidence in confidences:
             sets: dict[str, list[int]] = {}  # of exits and of bands alone: both together are tried beside what grows of all
-            for family, wanted in families.items():
-                mine = [i for i, candidate in enumerate(self.group.candidates) if wanted(candidate.span)]
+            for family in families:
+                mine = [i for i, candidate in enumerate(self.group.candidates) if wanted[family](candidate)]
                 kept = self.folder / "bands" / _kept(family, confidence)
                 if not kept.exists():
-                    found = self._frontier(family, confidence, mine, sets)
+                    together = [i for i in mine if any(i in chosen for chosen in sets.values())] if len(sets) > 1 else []
+                    found = self._frontier(family, confidence, mine, together)
                     with replacing(kept) as temporary:
                         temporary.write_text(json.dumps(found))
-                sets[family] = json.loads(kept.read_text())["widest"]
-                self._write(list(families))
+                widest = json.loads(kept.read_text())["widest"]
+                sets[family] = [i for i in mine if list(self.group.candidates[i].span) in widest]
+                self._write()
 
     # -- what rows show at the boundaries ---------------------------------------------------------------------------------
 
-    def _group(self, words: Tensor) -> Group:
+    def _group(self, words: Tensor, exits: bool) -> Group:
         bands = [self.bands[span] for span in sorted([*BANDS, *((leave, self.model.depth) for leave in EXITS)])]
         for band in bands:
             if band.resume == self.model.depth:
                 band.shortlist = torch.nn.Parameter(words, requires_grad=False)
-        candidates = [Candidate(band, {}, judging=judging_cost(self.model, band) if band.head else 0.0) for band in bands]
-        path = self.folder / "bands" / "seen.pt"
-        if not path.exists():
-            facts = facts_of(self.model)
-            with self.report.stage("labelling rows", _FIT_ROUNDS + _TUNE_ROUNDS + len(bands)) as advance:
-                fitted = see(bands, self.fit, facts, rounds=_FIT_ROUNDS, advance=lambda: advance(1))
-                tuned = see(bands, self.tune, facts, rounds=_TUNE_ROUNDS, advance=lambda: advance(1))
-                for candidate in candidates:
-                    probe([candidate], self.fit.head(_PROBE_ROWS), facts, 0.3, lambda: advance(1))
-            for sample, seen in ((self.fit, fitted), (self.tune, tuned)):
-                for band, part in zip(bands, seen, strict=True):
-                    if part.agrees is None:
-                        part.agrees = exit_argmax(self.model, band, part.residual) == sample.answers[part.rows]
-            odds = [(c.agreement, c.harm) for c in candidates]
-            with replacing(path) as temporary:
-                torch.save([[vars(part) for part in seen] for seen in (fitted, tuned)] + [odds], temporary)
-        fitted, tuned, odds = torch.load(path, weights_only=True)
-        for candidate, (agreement, harm) in zip(candidates, odds, strict=True):
-            candidate.agreement, candidate.harm = agreement, harm
-        group = Group(candidates, [Seen(**part) for part in fitted], [Seen(**part) for part in tuned])
+        fitted, tuned = self._seen(bands)
+        taken = [i for i, band in enumerate(bands) if exits or band.resume < self.model.depth]
+        candidates = [
+            Candidate(bands[i], {}, judging=judging_cost(self.model, bands[i]) if bands[i].head else 0.0) for i in taken
+        ]
+        with self.report.stage("skipping by lot", len(candidates)) as advance:
+            for candidate in candidates:
+                self._odds(candidate)
+                advance(1)
+        group = Group(candidates, [fitted[i] for i in taken], [tuned[i] for i in taken])
+        for sample, seen in ((self.fit, group.fitted), (self.tune, group.tuned)):
+            for candidate, part in zip(candidates, seen, strict=True):
+                if part.agrees is None:
+                    part.agrees = exit_argmax(self.model, candidate.band, part.residual) == sample.answers[part.rows]
         self._routers(group)
         for confidence in CONFIDENCES:
             group.truth[confidence] = []
@@ -216,6 +195,29 @@ class Bench:
                 scores = self._scores(group, i, confidence, part.residual, part.skipped)
                 group.truth[confidence].append(Truth.of(scores, part.agrees, confidence == MARGIN))
         return group
+
+    def _seen(self, bands: Sequence[Band]) -> tuple[list[Seen], list[Seen]]:
+        """Rows of the fitting and of the tuning split that came by; no head of an exit makes a difference to them."""
+        path, facts = self.folder / "bands" / "seen.pt", facts_of(self.model)
+        if not path.exists():
+            with self.report.stage("labelling rows", _FIT_ROUNDS + _TUNE_ROUNDS) as advance:
+                found = [
+                    see(bands, sample, facts, rounds=rounds, advance=lambda: advance(1))
+                    for sample, rounds in ((self.fit, _FIT_ROUNDS), (self.tune, _TUNE_ROUNDS))
+                ]
+            with replacing(path) as temporary:
+                torch.save([[vars(part) for part in seen] for seen in found], temporary)
+        fitted, tuned = ([Seen(**part) for part in seen] for seen in torch.load(path, weights_only=True))
+        return fitted, tuned
+
+    def _odds(self, candidate: Candidate) -> None:
+        """What skipping a band by lot does, measured once."""
+        path = self.folder / "bands" / f"odds-{candidate.band.leave}-{candidate.band.resume}.json"
+        if not path.exists():
+            probe([candidate], self.fit.head(_PROBE_ROWS), facts_of(self.model), 0.3, lambda: None)
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps([candidate.agreement, candidate.harm]))
+        candidate.agreement, candidate.harm = json.loads(path.read_text())
 
     def _routers(self, group: Group) -> None:
         bands = [candidate.band for candidate in group.candidates]
@@ -265,19 +267,21 @@ class Bench:
 
     # -- sets, thresholds, points -----------------------------------------------------------------------------------------
 
-    def _frontier(self, family: str, confidence: str, mine: Sequence[int], others: dict[str, list[int]]) -> dict[str, Any]:
-        """Per wanted agreement the set and price that run fewest layers on the tuning split, and what the test split says."""
+    def _frontier(self, family: str, confidence: str, mine: Sequence[int], together: list[int]) -> dict[str, Any]:
+        """Per wanted agreement the set and price that run fewest layers on the tuning split, and what the test split says.
+
+        `together` is tried beside the set that grows greedily.
+        """
         tuned: list[dict[str, Any]] = []
         at: dict[str, dict[str, Any]] = {}
         grown: list[int] = []
         widest: list[int] = []
-        together = sorted({i for chosen in others.values() for i in chosen})
         with self.report.stage(f"{family}: {confidence}", len(SHARES)) as advance:
             for share in sorted(SHARES):
                 grown = self._grown(mine, confidence, share) or grown
                 widest = max(widest, grown, key=len)
                 best: tuple[dict[str, Any], list[int]] | None = None
-                for chosen in [grown, together] if grown != together else [grown]:
+                for chosen in [grown, together]:
                     if not chosen:
                         continue
                     opens = min(c.harm / c.saved for c in (self.group.candidates[i] for i in chosen))
@@ -297,7 +301,7 @@ class Bench:
         read = {f"{share:.0%}": between(points, share) for share in SHARES}
         return {
             "family": family, "confidence": confidence, "at": {f"{share:.0%}": at[f"{share:.0%}"] for share in SHARES},
-            "between": read, "tuned": tuned, "widest": widest,
+            "between": read, "tuned": tuned, "widest": [list(self.group.candidates[i].span) for i in widest],
         }  # fmt: skip
 
     def _grown(self, mine: Sequence[int], confidence: str, share: float) -> list[int]:
@@ -351,7 +355,7 @@ class Bench:
         raw = {i: score for i, score in raw.items() if score < math.inf}
         if not raw:
             return {**self._closed(), "price": price, "thresholds": []}
-        key = split, confidence, tuple(raw.items())
+        key = split, confidence, tuple((group.candidates[i].span, score) for i, score in raw.items())
         if key not in self.passed:
             self.passed[key] = self._pass(self.tune if split == "tune" else self.test, raw, confidence)
         return {**self.passed[key], "price": price}
@@ -375,8 +379,8 @@ class Bench:
             "several": float(((taken & (taken - 1)) != 0).double().mean()),
         }  # fmt: skip
 
-    def _write(self, families: Sequence[str]) -> None:
-        paths = [self.folder / "bands" / _kept(family, confidence) for confidence in CONFIDENCES for family in families]
+    def _write(self) -> None:
+        paths = [self.folder / "bands" / _kept(family, confidence) for confidence in CONFIDENCES for family in FAMILIES]
         result = {
             "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "tokens_sha256": self.corpus.digest,
             "rows": {"fit": int(self.fit.judged.sum()), "tune": int(self.tune.judged.sum()),
@@ -393,22 +397,6 @@ class Bench:
 
 def _kept(family: str, confidence: str) -> str:
     return f"frontier-{CONFIDENCES.index(confidence)}-{family.replace(' ', '-')}.json"
-
-
-def _heads(folder: Path, model: Model, corpus: Any, report: Progress) -> dict[int, TranslatorHead]:
-    """The trained translators of `make exit-heads`."""
-    if (folder / "bands" / "heads" / "exits.json").exists():
-        return {band.leave: band.head for band in Exits.from_pretrained(folder / "bands" / "heads")}  # type: ignore[misc]
-    with report.stage("caching the teacher", corpus.count()) as advance:
-        cache = TeacherCache.build(model, corpus.pieces, EXITS, folder / "cache", say=report.console.print, advance=advance)
-    parts = {name: [i for i, split in enumerate(corpus.split) if split == name] for name in (FIT, TUNE, TEST)}
-    batches = {name: Batches(cache, parts[name], 4096, 0, EXITS) for name in parts}
-    config = TrainConfig.of({"exits": EXITS, "tokens": TRAIN_ROWS, "lr": 1e-3, **KINDS["translator"]})
-    student, _, _ = trained(model, batches, config, folder / "translator", report)
-    heads: dict[int, Any] = {int(leave): head.to(model.dtype) for leave, head in student.heads.items()}
-    kept = [Band(leave, model.depth, head=head) for leave, head in heads.items()]
-    Exits(kept, facts_of(model)).save_pretrained(folder / "bands" / "heads")
-    return heads
 
 
 if __name__ == "__main__":

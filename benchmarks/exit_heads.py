@@ -7,10 +7,10 @@ of bounds draw from. Past tokens are exact in all of it: what back-fill costs on
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,12 +55,12 @@ _TIMED_ROWS = 16
 _KEPT_ROWS = 6_000
 
 
-def main(folder: Path, only: list[str]) -> None:
+def main(folder: Path, only: list[str], tokens: int) -> None:
     model, tokenizer = load_model()
     bound = bind(model)
     report = Progress(True)
     with torch.no_grad(), report:
-        corpus = load_or_collect(folder, model, tokenizer, report)
+        corpus = load_or_collect(folder, model, tokenizer, report, tokens)
         with report.stage("caching the teacher", corpus.count()) as advance:
             cache = TeacherCache.build(bound, corpus.pieces, EXITS, folder / "cache", say=report.console.print, advance=advance)
         parts = {name: [i for i, split in enumerate(corpus.split) if split == name] for name in (FIT, TUNE, TEST)}
@@ -87,17 +87,17 @@ def main(folder: Path, only: list[str]) -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def load_or_collect(folder: Path, model: Any, tokenizer: Any, report: Progress) -> Corpus:
+def load_or_collect(folder: Path, model: Any, tokenizer: Any, report: Progress, tokens: int = CORPUS_TOKENS) -> Corpus:
     """The model's answers to prompts that it writes itself."""
     path = folder / "corpus.safetensors"
     if path.exists():
         return Corpus.load(path)
-    count = CORPUS_TOKENS // 200
+    count = tokens // 200
     with report.stage("writing prompts", count) as advance:
         prompts = own_prompts(model, tokenizer, count, advance=advance)
-    with report.stage("answering", CORPUS_TOKENS) as advance:
+    with report.stage("answering", tokens) as advance:
         corpus = collect(
-            model, [], prompts, tokens=CORPUS_TOKENS, own=1.0, new_tokens=160, batch=128, seed=0,
+            model, [], prompts, tokens=tokens, own=1.0, new_tokens=160, batch=128, seed=0,
             width=bind(model).hidden_size, context=2048, advance=advance,
         )  # fmt: skip
     corpus.save(path)
@@ -277,4 +277,9 @@ def head_ms(model: Model, head: Any, leave: int, batches: Batches) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("only", nargs="*", help="kinds of head; all of them where none is named")
+    parser.add_argument("--tokens", type=int, default=CORPUS_TOKENS, help="of a corpus that is not there yet")
+    given = parser.parse_args()
+    main(given.folder, given.only, given.tokens)

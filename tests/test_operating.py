@@ -213,13 +213,16 @@ def _chosen(bench: band_frontier.Bench) -> Any:
 
 def test_the_test_split_chooses_nothing(bench: band_frontier.Bench) -> None:
     """Sets, prices and thresholds are the same whatever the test split says; its figures are not."""
-    bench.run([])
+    bench.run(families=["bands"])  # heads of exits make no difference to it, so it may come first
+    alone = json.loads((bench.folder / "band_frontier.json").read_text())["frontier"]
+    bench.run()
     found = _chosen(bench)
+    assert alone == [row for row in found if row["family"] == "bands"]
     for path in (bench.folder / "bands").glob("frontier-*"):
         path.unlink()
     flipped = replace(bench.test, answers=(bench.test.answers + 1) % tiny_models.VOCABULARY)
     other = replace(bench, test=flipped, passed={}, residual={}, chances={})
-    other.run([])
+    other.run()
     assert [row["tuned"] for row in _chosen(other)] == [row["tuned"] for row in found]
     seen = 0
     for mine, theirs in zip(found, _chosen(other), strict=True):
@@ -237,7 +240,7 @@ def test_the_test_split_chooses_nothing(bench: band_frontier.Bench) -> None:
 def test_figures_are_those_of_real_passes(bench: band_frontier.Bench) -> None:
     """Tested on the tuning split, every operating point gives the figures it was chosen for; each is in its own interval."""
     alike = replace(bench, test=bench.tune)
-    alike.run([])
+    alike.run()
     opened = 0
     for row in _chosen(alike):
         for share, point in row["at"].items():
