@@ -8,7 +8,8 @@ over the tuning split, and so is which set runs fewest layers there; the test sp
 agreement was reached and how many layers ran, with intervals over documents.
 
 Takes the corpus from the folder of `make exit-heads` (or makes it there) and what `make jump-maps` trained, if it did; it
-resumes, and names of families or confidences after the folder do only those. Writes `band_frontier.json`.
+resumes, and names of families or confidences after the folder do only those. Writes `band_frontier.json`, and
+`exit_scores.npz`: what heads say of the first rows of the test split, which tests of bounds draw from.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from band_heads import translators
+from band_heads import keep_scores, translators
 from band_maps import Span, first, ridge_bands, ridge_readouts
 from by_document import interval
 from confidences import CONFIDENCES, MARGIN, ROUTER, TOP, Confidence, readout_stats, shown
@@ -187,6 +188,8 @@ class Bench:
             for candidate, part in zip(candidates, seen, strict=True):
                 if part.agrees is None:
                     part.agrees = exit_argmax(self.model, candidate.band, part.residual) == sample.answers[part.rows]
+        if exits:
+            keep_scores(self.folder / "exit_scores.npz", self.model, candidates, self.test)
         self._routers(group)
         for confidence in CONFIDENCES:
             group.truth[confidence] = []

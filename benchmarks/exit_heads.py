@@ -1,8 +1,7 @@
 """`make exit-heads FOLDER=...`: what each kind of exit head reaches after the same training, and what that is worth in layers.
 
 The folder keeps the corpus, the teacher cache and the runs, so that a second call (or one after a kill) goes on. Writes
-`exit_heads.json` there, and `exit_scores.npz`: the translators' confidences on the first rows of the test split, which tests
-of bounds draw from. Past tokens are exact in all of it: what back-fill costs on top is in `kv_maps.json`.
+`exit_heads.json` there. Past tokens are exact in all of it: what back-fill costs on top is in `kv_maps.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from by_document import interval
 from torch import Tensor
@@ -51,8 +49,6 @@ KINDS: dict[str, dict[str, Any]] = {
 SHARES = (0.99, 0.98, 0.95)
 _JUDGED_ROWS = 12_000
 _TIMED_ROWS = 16
-#: Rows whose scores are kept for tests: a file of some tens of KiB.
-_KEPT_ROWS = 6_000
 
 
 def main(folder: Path, only: list[str], tokens: int) -> None:
@@ -74,10 +70,7 @@ def main(folder: Path, only: list[str], tokens: int) -> None:
             student, before, rate = trained(bound, batches, config, folder / kind.replace(", ", "-").replace(" ", "-"), report)
             rows += _quality(kind, bound, student, batches[TEST], before, rate)
             if kind in ("translator", "block"):
-                test = _judged(bound, student, batches[TEST], _JUDGED_ROWS)
-                found[kind] = _frontier(bound, student, batches, test)
-                if kind == "translator":
-                    _keep_scores(folder / "exit_scores.npz", test)
+                found[kind] = _frontier(bound, student, batches)
         rows = [*_untrained(bound, batches[TEST]), *rows]
     result = {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "corpus": {n: corpus.count(n) for n in (FIT, TUNE, TEST)},
@@ -183,21 +176,9 @@ def _judged(model: Model, student: Student, batches: Batches, limit: int) -> dic
     return {leave: {name: torch.cat(values) for name, values in into.items()} for leave, into in parts.items()}
 
 
-def _keep_scores(path: Path, judged: dict[int, dict[str, Any]]) -> None:
-    """Arrays [rows, exits]: float16 `top1` and `margin`, bool `agrees`; and [rows] int16 `document`, from 0 up."""
-    parts = [judged[leave] for leave in EXITS]
-    names = ("top1", "margin", "agrees")
-    found = {name: torch.stack([part[name][:_KEPT_ROWS] for part in parts], dim=1).numpy() for name in names}
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file, top1=found["top1"].astype(np.float16), margin=found["margin"].astype(np.float16), agrees=found["agrees"],
-            document=parts[0]["document"][:_KEPT_ROWS].numpy().astype(np.int16), exits=np.array(EXITS),
-        )  # fmt: skip
-
-
-def _frontier(model: Model, student: Student, batches: dict[str, Batches], test: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _frontier(model: Model, student: Student, batches: dict[str, Batches]) -> dict[str, Any]:
     """Mean layers run at three agreements for three confidences, thresholds set on one split and measured on another."""
-    fit, tune = (_judged(model, student, batches[name], _JUDGED_ROWS) for name in (FIT, TUNE))
+    fit, tune, test = (_judged(model, student, batches[name], _JUDGED_ROWS) for name in (FIT, TUNE, TEST))
     scores: dict[str, Callable[[dict[int, dict[str, Any]], int], Tensor]] = {
         "top-1 probability": lambda split, leave: split[leave]["top1"],
         "margin": lambda split, leave: split[leave]["margin"],

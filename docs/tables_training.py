@@ -94,13 +94,13 @@ def band_frontier(results: Path) -> str:
         lines.append(f"| [{leave}, {resume}) | {band['agreement']:.1%} | {band['harm']:.3f} | {' | '.join(shown)} |")
     rows, documents = found["rows"], found["documents"]
     trained = ", ".join(f"[{leave}, {resume})" for leave, resume in found["trained_maps"])
+    maps = f"maps from ridge, but for {trained} trained by KL" if trained else "maps from ridge alone"
     text = (
-        f"{found['model']}, {found['dtype']}; real passes, predicted K,V included; maps from ridge"
-        f"{f', but for {trained} trained by KL' if trained else ' alone'}. Routers from {rows['fit']} rows; how true scores are, "
-        f"which set and which price from {rows['tune']} ({documents['tune']} answers); reached and run on {rows['test']} rows of "
-        f"{documents['test']} other answers, which chose nothing, with 95 % intervals over answers. *Read at the wish*: on the "
-        f"line between those points, for comparison only. Layers of heads and shortlists that judge are not counted. "
-        f"{floor(results)}"
+        f"{found['model']}, {found['dtype']}; real passes, predicted K,V included; {maps}. Routers from {rows['fit']} rows; "
+        f"how true scores are, which set and which price from {rows['tune']} ({documents['tune']} answers); reached and run on "
+        f"{rows['test']} rows of {documents['test']} other answers, which chose nothing, with 95 % intervals over answers. "
+        f"*Read at the wish*: on the line between those points, for comparison only. Layers of heads and shortlists that judge "
+        f"are not counted. {floor(results)}"
     )
     return "\n".join([*lines, "", text, ""])
 

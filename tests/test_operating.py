@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import band_frontier
+import band_heads
 import exit_heads
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from operating import between, meeting
 
 from dyndepth.closed_form.measure import Sample
 from dyndepth.closed_form.progress import Progress
+from dyndepth.closed_form.search import Candidate
 from dyndepth.data import FIT, TEST, TUNE, Piece
 from dyndepth.runtime.bind import bind
 from dyndepth.training import TrainConfig
@@ -147,15 +149,13 @@ def test_heads_price_is_the_highest_that_meets_the_wish() -> None:
     assert agreement(price) >= 0.9 > agreement(price + 1e-3)
 
 
-def test_heads_frontier_and_the_scores_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a small model: figures of the test split in their intervals over its documents, whose scores are kept row by row."""
+def test_heads_frontier_says_how_sure_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small model: figures of the test split lie in their intervals over its documents."""
     monkeypatch.setattr(exit_heads, "EXITS", (2, 4))
     monkeypatch.setattr(exit_heads, "SHARES", (0.9, 0.6))
-    monkeypatch.setattr(exit_heads, "_KEPT_ROWS", 100)
     model, batches = bind(tiny_models.shared("llama")), tiny_training.batches(tmp_path / "cache")
     student = started(model, batches, TrainConfig.of({"exits": (2, 4), "head": "translator"}))
-    test = exit_heads._judged(model, student, batches, 10_000)
-    found = exit_heads._frontier(model, student, dict.fromkeys((FIT, TUNE, TEST), batches), test)
+    found = exit_heads._frontier(model, student, dict.fromkeys((FIT, TUNE, TEST), batches))
     assert list(found) == ["top-1 probability", "margin", "router, 1024 words"]
     for scores in found.values():
         for share, point in scores.items():
@@ -165,13 +165,6 @@ def test_heads_frontier_and_the_scores_it_keeps(tmp_path: Path, monkeypatch: pyt
                 low, high = point[f"{name}_95"]
                 assert low <= point[name] <= high
         assert scores["60%"]["mean_layers"] <= scores["90%"]["mean_layers"] < model.depth
-    exit_heads._keep_scores(tmp_path / "scores.npz", test)
-    kept = np.load(tmp_path / "scores.npz")
-    assert kept["document"].tolist() == torch.arange(40).repeat_interleave(17)[:100].tolist()
-    for place, leave in enumerate((2, 4)):
-        assert kept["agrees"][:, place].tolist() == test[leave]["agrees"][:100].tolist()
-        assert np.abs(kept["top1"][:, place] - test[leave]["top1"][:100].numpy()).max() < 1e-3
-        assert (kept["margin"][:, place] <= kept["top1"][:, place]).all()
 
 
 # -- the frontier of bands ------------------------------------------------------------------------------------------------
@@ -260,6 +253,26 @@ def test_figures_are_those_of_real_passes(bench: band_frontier.Bench) -> None:
             met = [p for p in row["tuned"] if p["wanted"] == float(share.rstrip("%")) / 100 <= p["agreement"]]
             assert point["mean_layers"] == min(p["mean_layers"] for p in met)
     assert opened > 3
+
+
+def test_scores_that_are_kept_are_those_of_the_heads(bench: band_frontier.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second witness: transformers' hidden states, softmax of the whole vocabulary."""
+    monkeypatch.setattr(band_heads, "_KEPT_ROWS", 100)
+    candidates = [Candidate(bench.bands[span], {}) for span in ((1, 3), (3, 6), (5, 6))]
+    band_heads.keep_scores(bench.folder / "scores.npz", bench.model, candidates, bench.test)
+    kept = np.load(bench.folder / "scores.npz")
+    assert kept["exits"].tolist() == [3, 5]
+    assert kept["top1"].shape == (100, 2)
+    causal_lm, model = tiny_models.shared("llama"), bench.model
+    for place, leave in enumerate((3, 5)):
+        head = bench.bands[leave, 6].head
+        rows = [causal_lm(tokens[None], output_hidden_states=True).hidden_states[leave][0, 3:] for tokens in bench.test.tokens]
+        chance = causal_lm.lm_head(head(torch.cat(rows)[:100], model.finish)).softmax(-1)  # type: ignore[misc]
+        top = chance.topk(2).values
+        answers = bench.test.answers[bench.test.judged][:100]
+        assert kept["agrees"][:, place].tolist() == (chance.argmax(-1) == answers).tolist()
+        assert np.abs(kept["top1"][:, place] - top[:, 0].numpy()).max() < 1e-3
+        assert np.abs(kept["margin"][:, place] - (top[:, 0] - top[:, 1]).numpy()).max() < 1e-3
 
 
 def test_pieces_of_two_parts_are_never_the_same() -> None:
