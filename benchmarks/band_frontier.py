@@ -29,7 +29,7 @@ from by_document import interval
 from confidences import CONFIDENCES, MARGIN, ROUTER, TOP, Confidence, readout_stats, shown
 from exit_heads import EXITS, SHARES, load_or_collect
 from jump_maps import MAP_ROWS
-from operating import between, meeting
+from operating import between, meeting, widened
 from torch import Tensor
 from truth import Truth
 
@@ -383,7 +383,12 @@ class Bench:
         }  # fmt: skip
 
     def _write(self) -> None:
-        paths = [self.folder / "bands" / _kept(family, confidence) for confidence in CONFIDENCES for family in FAMILIES]
+        rows = []
+        for confidence in CONFIDENCES:
+            paths = [self.folder / "bands" / _kept(family, confidence) for family in FAMILIES]
+            found = [json.loads(path.read_text()) for path in paths if path.exists()]
+            alone = [row for row in found if row["family"] != FAMILIES[-1]]
+            rows += [row if row in alone else widened(row, alone, self.model.depth) for row in found]
         result = {
             "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "tokens_sha256": self.corpus.digest,
             "rows": {"fit": int(self.fit.judged.sum()), "tune": int(self.tune.judged.sum()),
@@ -392,7 +397,7 @@ class Bench:
             "trained_maps": [list(span) for span in self.trained],
             "bands": [{"span": list(c.span), "agreement": c.agreement, "harm": c.harm, "router": c.router}
                       for c in self.group.candidates],
-            "frontier": [json.loads(path.read_text()) for path in paths if path.exists()],
+            "frontier": rows,
         }  # fmt: skip
         with replacing(self.folder / "band_frontier.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dyndepth.closed_form.search import pareto
+
 #: Near enough: agreement above the wish that is not worth another pass.
 _NEAR = 5e-4
 #: A bracket narrower than this share of its upper end is not cut again.
@@ -41,8 +43,23 @@ def meeting(
             break
         cut = gap * (low[1] - wanted) / max(low[1] - high[1], 1e-12)
         price = low[0] + min(max(cut, 0.1 * gap), 0.9 * gap)
-    good = [point for point in tried if point["agreement"] >= wanted]
-    return tried, min(good, key=lambda point: float(point["mean_layers"])) if good else None
+    front = [tried[i] for i in pareto([(point["agreement"], point["mean_layers"]) for point in tried])]
+    return tried, next((point for point in front if point["agreement"] >= wanted), None)
+
+
+def widened(mine: dict[str, Any], alone: Sequence[dict[str, Any]], depth: int) -> dict[str, Any]:
+    """A frontier of everything that may be taken, where what less found alone ran fewer layers on the tuning split: that.
+
+    Greedy growth may start with a band that a better set does without. `mine` and `alone` are frontiers {"at": {agreement:
+    point}}, a point's figures of the tuning split under "tuned" (without them nobody leaves).
+    """
+
+    def layers(point: dict[str, Any]) -> float:
+        return float(point.get("tuned", {"mean_layers": depth})["mean_layers"])
+
+    at = {share: min(point, *(other["at"][share] for other in alone), key=layers) for share, point in mine["at"].items()}
+    closed = {"agreement": 1.0, "mean_layers": float(depth)}
+    return {**mine, "at": at, "between": {share: between([closed, *at.values()], float(share[:-1]) / 100) for share in at}}
 
 
 def between(points: Sequence[dict[str, Any]], share: float) -> float | None:

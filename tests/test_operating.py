@@ -18,7 +18,7 @@ import tiny_training
 import torch
 from band_maps import first, ridge_bands, ridge_readouts
 from by_document import interval
-from operating import between, meeting
+from operating import between, meeting, widened
 
 from dyndepth.closed_form.measure import Sample
 from dyndepth.closed_form.progress import Progress
@@ -123,6 +123,24 @@ def test_between_reads_a_line() -> None:
     assert between(points, 0.99) == pytest.approx(29.0)
     assert between(points, 0.95) == pytest.approx(26.5)
     assert between(points, 0.9) is None
+
+
+def test_a_wider_choice_is_never_worse_where_it_is_made() -> None:
+    """The tuning split decides, whatever the test split says; nobody leaving is 30 layers."""
+
+    def point(tuned: float | None, layers: float) -> dict[str, Any]:
+        found = {"agreement": 0.96, "mean_layers": layers}
+        return found if tuned is None else {**found, "tuned": {"agreement": 0.95, "mean_layers": tuned}}
+
+    both = {"family": "both", "at": {"99%": point(28.0, 27.0), "95%": point(27.4, 25.0)}}
+    exits = {"at": {"99%": point(None, 30.0), "95%": point(27.2, 28.0)}}
+    bands = {"at": {"99%": point(28.5, 20.0), "95%": point(27.3, 20.0)}}
+    found = widened(both, [exits, bands], 30)
+    assert found["family"] == "both"
+    assert found["at"] == {"99%": both["at"]["99%"], "95%": exits["at"]["95%"]}
+    assert found["between"]["99%"] == pytest.approx(28 + 2 * 0.03 / 0.04)  # from (96 %, 28) to (100 %, 30)
+    assert found["between"]["95%"] is None
+    assert widened(both, [], 30)["at"] == both["at"]
 
 
 # -- exit heads: price of one split, figures of another -------------------------------------------------------------------
