@@ -57,7 +57,7 @@ def widened(mine: dict[str, Any], alone: Sequence[dict[str, Any]], depth: int) -
     def layers(point: dict[str, Any]) -> float:
         return float(point.get("tuned", {"mean_layers": depth})["mean_layers"])
 
-    at = {share: min(point, *(other["at"][share] for other in alone), key=layers) for share, point in mine["at"].items()}
+    at = {share: min([point, *(other["at"][share] for other in alone)], key=layers) for share, point in mine["at"].items()}
     closed = {"agreement": 1.0, "mean_layers": float(depth)}
     return {**mine, "at": at, "between": {share: between([closed, *at.values()], float(share[:-1]) / 100) for share in at}}
 

@@ -173,7 +173,8 @@ def exit_heads(results: Path) -> str:
     sizes, rows = found["corpus"], max(row["rows"] for row in found["heads"])
     text = (
         f"{found['model']}, {found['dtype']}; {found['rows_shown']} rows shown of {sizes['fit']} tokens, thresholds set on "
-        f"{sizes['tune']}, all figures from {rows} judged rows of {sizes['test']} others. Milliseconds are the head alone, without judging. "
+        f"{sizes['tune']}, all figures from {rows} judged rows of {sizes['test']} others. Milliseconds are the head alone, "
+        f"without judging. "
         f"{tables_training.floor(results)}"
     )
     return "\n".join([*lines, "", text, ""])
