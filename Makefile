@@ -59,8 +59,9 @@ exit-heads: $(VENV)/.built
 kv-maps: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kv_maps.py build/kv-maps
 
-# Four more in the folder of exit-heads, whose corpus, teacher cache and heads they take; they resume, a quarter of an hour each:
-# agreement by rows shown; kinds of jump; the frontier of exits, bands and both (after jump-maps); regression by attention.
+# Four more in the folder of exit-heads, whose corpus they take (head-tokens its teacher cache, too); they resume, a quarter of an
+# hour each: agreement by rows shown; kinds of jump; the frontier of exits, bands and both (with jump-maps' maps, where there are
+# any); regression by attention.
 head-tokens jump-maps band-frontier kv-weighting: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/$(subst -,_,$@).py build/exit-heads
 

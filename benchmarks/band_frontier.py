@@ -3,27 +3,33 @@
 Real passes over unseen answers: decisions, jumps and predicted K,V of skipped layers included, so what one row does to the
 next counts. Routers see what a row already skipped; beside them top-1 probability and margin, of the exit's own head or, for
 bands that resume, of a ridge readout at their boundary. How true scores are comes from the tuning split, where sets of bands
-grow greedily; one price per layer then sets all thresholds of a set. Every price tried is a point on the test split, and the
-layers at an agreement are read between the points that no other point beats.
+grow greedily; one price per layer then sets all thresholds of a set. The price of each wanted agreement is found in real passes
+over the tuning split, and so is which set runs fewest layers there; the test split is passed once per answer, and says what
+agreement was reached and how many layers ran, with intervals over documents.
 
-Takes corpus, exits' heads and bands' maps from the folder of `make exit-heads` and `make jump-maps` (and makes what is
-missing there); it resumes, and names of confidences after the folder do only those. Writes `band_frontier.json`.
+Takes the corpus from the folder of `make exit-heads` (or makes it there) and what `make jump-maps` trained, if it did; it
+resumes, and names of families or confidences after the folder do only those. Writes `band_frontier.json`, and
+`exit_scores.npz`: what heads say of the first rows of the test split, which tests of bounds draw from.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from band_maps import Span, first, ridge_bands, spans
-from exit_heads import EXITS, KINDS, SHARES, TRAIN_ROWS, load_or_collect, trained
+from band_heads import keep_scores, translators
+from band_maps import Span, first, ridge_bands, ridge_readouts
+from by_document import interval
+from confidences import CONFIDENCES, MARGIN, ROUTER, TOP, Confidence, readout_stats, shown
+from exit_heads import EXITS, SHARES, load_or_collect
 from jump_maps import MAP_ROWS
+from operating import between, meeting, widened
 from torch import Tensor
 from truth import Truth
 
@@ -32,55 +38,29 @@ from dyndepth.closed_form.history import Seen, below, see
 from dyndepth.closed_form.measure import Sample
 from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.router import fit_router
-from dyndepth.closed_form.search import Candidate, expected_price, greedy, pareto, probe, thresholds, with_criterion
+from dyndepth.closed_form.search import Candidate, expected_price, greedy, probe, thresholds, with_criterion
 from dyndepth.closed_form.trace import trace
-from dyndepth.data import FIT, TEST, TUNE
+from dyndepth.data import FIT, TEST, TUNE, Corpus
 from dyndepth.demo.weights import load_model
 from dyndepth.exits import Band, Exits, Margin, Router, RouterScore, TopProbability, TranslatorHead
-from dyndepth.exits.criteria import Criterion, View
+from dyndepth.exits.criteria import Criterion
 from dyndepth.exits.router import stat_features
 from dyndepth.files import replacing
-from dyndepth.ops import ExitStats, exit_stats
+from dyndepth.ops import ExitStats
 from dyndepth.runtime.bind import Model, bind
 from dyndepth.runtime.fingerprint import facts_of
-from dyndepth.training import TeacherCache, TrainConfig
-from dyndepth.training.batches import Batches
-from dyndepth.training.starts import fit_readout
 
 #: Bands that are tried together, one per boundary: of each boundary one that lost least per layer when rows skipped by lot.
 BANDS: tuple[Span, ...] = ((5, 15), (8, 13), (10, 20), (13, 18), (15, 20), (18, 23))
-CONFIDENCES = ("router", "router, blind to what was skipped", "top-1 probability", "margin")
-ROUTER, BLIND, TOP, MARGIN = CONFIDENCES
-_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS, _READOUT_ROWS = 5_000, 2_500, 3_000, 72_000, 15_000
-_FIT_ROUNDS, _TUNE_ROUNDS, _PROBE_ROWS, _MOST, _WORDS = 2, 2, 1000, 4, 1024
-#: No price beyond is tried: disagreements per layer saved.
-_PRICE = 0.1
-
-
-@dataclass(frozen=True)
-class Confidence(Criterion):
-    """Top-1 probability or margin of a readout at a boundary whose band resumes, and so has no head of its own."""
-
-    kind: ClassVar[str] = "confidence"
-    model: Any = None
-    head: Any = None
-    which: str = TOP
-
-    def score(self, view: View) -> Tensor:
-        return shown(readout_stats(self.model, self.head, view.hidden), self.which)
-
-
-def readout_stats(model: Model, head: TranslatorHead, residual: Tensor) -> ExitStats:
-    """Statistics of a readout's logits over the whole vocabulary."""
-    plain = model.plain_head()
-    assert plain is not None
-    parts = [exit_stats(head(part, model.finish).contiguous(), plain[0], head_bias=plain[1]) for part in residual.split(512)]
-    return ExitStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-
-def shown(stats: ExitStats, which: str) -> Tensor:
-    top = torch.exp(stats.top1 - stats.logsumexp)
-    return top if which == TOP else top - torch.exp(stats.top2 - stats.logsumexp)
+FAMILIES = ("exits", "bands", "bands and exits")
+#: Routers that do not see what a row skipped: only how well they sort is reported.
+BLIND = "router, blind to what was skipped"
+_FIT_ROWS, _TUNE_ROWS, _TEST_ROWS, _MAP_AND_JUMP_ROWS, _READOUT_ROWS = 12_000, 5_000, 8_000, 72_000, 15_000
+_HEAD_ROWS, _LOOK_ROWS = 75_000, 3_000
+_HEAD_ROWS, _LOOK_ROWS = 75_000, 3_000
+_FIT_ROUNDS, _TUNE_ROUNDS, _PROBE_ROWS, _MOST, _WORDS = 2, 2, 4000, 4, 1024
+#: No price beyond is tried: disagreements per layer saved. Nor more prices of one set and agreement than `_TRIES`.
+_PRICE, _TRIES = 0.1, 5
 
 
 @dataclass
@@ -100,8 +80,9 @@ def main(folder: Path, only: list[str]) -> None:
     bound = bind(model)
     report = Progress(True)
     with torch.no_grad(), report:
-        bench = Bench.of(folder, model, bound, tokenizer, report)
-        bench.run(only)
+        confidences, families = ([name for name in names if name in only] or list(names) for names in (CONFIDENCES, FAMILIES))
+        bench = Bench.of(folder, model, bound, tokenizer, report, exits=families != ["bands"])
+        bench.run(confidences, families)
 
 
 @dataclass
@@ -109,29 +90,35 @@ class Bench:
     folder: Path
     model: Model
     report: Progress
-    corpus: Any
+    corpus: Corpus
     bands: dict[Span, Band]
     readouts: dict[int, TranslatorHead]
     fit: Sample
     tune: Sample
     test: Sample
+    #: Bands whose maps were trained on from ridge.
+    trained: list[Span]
     #: Of the tuning split's judged rows: residuals by boundary, and chances to agree by confidence and band.
     residual: dict[int, Tensor] = field(default_factory=dict)
     chances: dict[str, list[Tensor]] = field(default_factory=dict)
+    #: What passes over a split found: bands that are closed by their threshold make no difference.
+    passed: dict[Any, dict[str, Any]] = field(default_factory=dict)
     group: Group = field(init=False)
 
     @classmethod
-    def of(cls, folder: Path, causal_lm: Any, model: Model, tokenizer: Any, report: Progress) -> Bench:
+    def of(cls, folder: Path, causal_lm: Any, model: Model, tokenizer: Any, report: Progress, exits: bool = True) -> Bench:
         corpus = load_or_collect(folder, causal_lm, tokenizer, report)
+        trained_by_kl = [Exits.from_pretrained(kept).bands[0] for kept in sorted((folder / "bands").glob("band-*-linear"))]
         mapped = first(corpus.of(FIT), MAP_ROWS)
-        bands = ridge_bands(folder / "bands" / "ridge", model, spans(model.depth, EXITS), mapped, report)
-        for leave, head in _heads(folder, model, corpus, report).items():
+        wanted = [*BANDS, *((leave, model.depth) for leave in EXITS)]
+        bands = ridge_bands(folder / "bands" / "ridge-frontier", model, wanted, mapped, report)
+        for leave, head in (cls.heads(folder, model, corpus, report) if exits else {}).items():
             ridge = bands[leave, model.depth]
             bands[leave, model.depth] = Band(leave, model.depth, head=head, kv=ridge.kv)
         with report.stage("answers at full depth", 3) as advance:
             samples = []
             for name, rows, skip in (
-                (FIT, _FIT_ROWS, _MAP_AND_JUMP_ROWS),
+                (FIT, _FIT_ROWS, _MAP_AND_JUMP_ROWS if trained_by_kl else MAP_ROWS),
                 (TUNE, _TUNE_ROWS, 0),
                 (TEST, _TEST_ROWS, 0),
             ):
@@ -145,66 +132,95 @@ class Bench:
                 samples.append(Sample(causal_lm, tokens, start, *torch.load(kept, weights_only=True)))
                 advance(1)
         seen = [piece.tokens for piece in first(mapped, _READOUT_ROWS)]
-        readouts = _readouts(folder / "bands" / "readouts.pt", model, [leave for leave, _ in BANDS], seen, report)
-        for kept in (folder / "bands").glob("band-*-linear"):  # trained by KL (make jump-maps)
-            band = Exits.from_pretrained(kept).bands[0]
+        readouts = ridge_readouts(folder / "bands" / "readouts.pt", model, [leave for leave, _ in BANDS], seen, report)
+        for band in trained_by_kl:  # make jump-maps
             bands[band.leave, band.resume] = band
-        return cls(folder, model, report, corpus, bands, readouts, samples[0], samples[1], samples[2])
+        trained = [(band.leave, band.resume) for band in trained_by_kl]
+        return cls(folder, model, report, corpus, bands, readouts, samples[0], samples[1], samples[2], trained)
 
-    def run(self, only: Sequence[str]) -> None:
+    @staticmethod
+    def heads(folder: Path, model: Model, corpus: Corpus, report: Progress) -> dict[int, TranslatorHead]:
+        """Translators learn from answers that fit neither maps nor routers, and are looked at on the tuning split."""
+        learned = first(corpus.of(FIT), _HEAD_ROWS, _MAP_AND_JUMP_ROWS + _FIT_ROWS)
+        return translators(folder / "bands", model, learned, first(corpus.of(TUNE), _LOOK_ROWS), report)
+
+    def run(self, confidences: Sequence[str] = CONFIDENCES, families: Sequence[str] = FAMILIES) -> None:
         words = frequent(self.fit.answers[self.fit.judged], _WORDS)
-        self.group = self._group(words)
-        families: dict[str, Callable[[Span], bool]] = {
-            "exits": lambda span: span[1] == self.model.depth,
-            "bands": lambda span: span[1] < self.model.depth,
-            "bands and exits": lambda span: True,
+        self.group, self.residual, self.chances = self._group(words, list(families) != ["bands"]), {}, {}
+        depth = self.model.depth
+        wanted: dict[str, Callable[[Candidate], bool]] = {
+            "exits": lambda candidate: candidate.band.resume == depth,
+            "bands": lambda candidate: candidate.band.resume < depth,
+            "bands and exits": lambda candidate: True,
         }
-        for confidence in only or CONFIDENCES:
-            for family, wanted in families.items():
-                if family != "exits" or confidence != BLIND:
-                    mine = [i for i, candidate in enumerate(self.group.candidates) if wanted(candidate.span)]
-                    kept = self.folder / "bands" / _kept(family, confidence)
-                    if not kept.exists():
-                        found = self._frontier(family, confidence, mine)
-                        with replacing(kept) as temporary:
-                            temporary.write_text(json.dumps(found))
-                    self._write(list(families))
+        for confidence in confidences:
+            sets: dict[str, list[int]] = {}  # of exits and of bands alone: both together are tried beside what grows of all
+            for family in families:
+                mine = [i for i, candidate in enumerate(self.group.candidates) if wanted[family](candidate)]
+                kept = self.folder / "bands" / _kept(family, confidence)
+                if not kept.exists():
+                    together = [i for i in mine if any(i in chosen for chosen in sets.values())] if len(sets) > 1 else []
+                    found = self._frontier(family, confidence, mine, together)
+                    with replacing(kept) as temporary:
+                        temporary.write_text(json.dumps(found))
+                widest = json.loads(kept.read_text())["widest"]
+                sets[family] = [i for i in mine if list(self.group.candidates[i].span) in widest]
+                self._write()
 
     # -- what rows show at the boundaries ---------------------------------------------------------------------------------
 
-    def _group(self, words: Tensor) -> Group:
+    def _group(self, words: Tensor, exits: bool) -> Group:
         bands = [self.bands[span] for span in sorted([*BANDS, *((leave, self.model.depth) for leave in EXITS)])]
         for band in bands:
             if band.resume == self.model.depth:
                 band.shortlist = torch.nn.Parameter(words, requires_grad=False)
-        candidates = [Candidate(band, {}, judging=judging_cost(self.model, band) if band.head else 0.0) for band in bands]
-        path = self.folder / "bands" / "seen.pt"
-        if not path.exists():
-            facts = facts_of(self.model)
-            with self.report.stage("labelling rows", _FIT_ROUNDS + _TUNE_ROUNDS + len(bands)) as advance:
-                fitted = see(bands, self.fit, facts, rounds=_FIT_ROUNDS, advance=lambda: advance(1))
-                tuned = see(bands, self.tune, facts, rounds=_TUNE_ROUNDS, advance=lambda: advance(1))
-                for candidate in candidates:
-                    probe([candidate], self.fit.head(_PROBE_ROWS), facts, 0.3, lambda: advance(1))
-            for sample, seen in ((self.fit, fitted), (self.tune, tuned)):
-                for band, part in zip(bands, seen, strict=True):
-                    if part.agrees is None:
-                        part.agrees = exit_argmax(self.model, band, part.residual) == sample.answers[part.rows]
-            odds = [(c.agreement, c.harm) for c in candidates]
-            with replacing(path) as temporary:
-                torch.save([[vars(part) for part in seen] for seen in (fitted, tuned)] + [odds], temporary)
-        fitted, tuned, odds = torch.load(path, weights_only=True)
-        for candidate, (agreement, harm) in zip(candidates, odds, strict=True):
-            candidate.agreement, candidate.harm = agreement, harm
-        group = Group(candidates, [Seen(**part) for part in fitted], [Seen(**part) for part in tuned])
+        fitted, tuned = self._seen(bands)
+        taken = [i for i, band in enumerate(bands) if exits or band.resume < self.model.depth]
+        candidates = [
+            Candidate(bands[i], {}, judging=judging_cost(self.model, bands[i]) if bands[i].head else 0.0) for i in taken
+        ]
+        with self.report.stage("skipping by lot", len(candidates)) as advance:
+            for candidate in candidates:
+                self._odds(candidate)
+                advance(1)
+        group = Group(candidates, [fitted[i] for i in taken], [tuned[i] for i in taken])
+        for sample, seen in ((self.fit, group.fitted), (self.tune, group.tuned)):
+            for candidate, part in zip(candidates, seen, strict=True):
+                if part.agrees is None:
+                    part.agrees = exit_argmax(self.model, candidate.band, part.residual) == sample.answers[part.rows]
+        if exits:
+            keep_scores(self.folder / "exit_scores.npz", self.model, candidates, self.test)
         self._routers(group)
-        for confidence in (ROUTER, BLIND, TOP, MARGIN):
+        for confidence in CONFIDENCES:
             group.truth[confidence] = []
             for i, part in enumerate(group.tuned):
                 assert part.agrees is not None
                 scores = self._scores(group, i, confidence, part.residual, part.skipped)
                 group.truth[confidence].append(Truth.of(scores, part.agrees, confidence == MARGIN))
         return group
+
+    def _seen(self, bands: Sequence[Band]) -> tuple[list[Seen], list[Seen]]:
+        """Rows of the fitting and of the tuning split that came by; no head of an exit makes a difference to them."""
+        path, facts = self.folder / "bands" / "seen.pt", facts_of(self.model)
+        if not path.exists():
+            with self.report.stage("labelling rows", _FIT_ROUNDS + _TUNE_ROUNDS) as advance:
+                found = [
+                    see(bands, sample, facts, rounds=rounds, advance=lambda: advance(1))
+                    for sample, rounds in ((self.fit, _FIT_ROUNDS), (self.tune, _TUNE_ROUNDS))
+                ]
+            with replacing(path) as temporary:
+                torch.save([[vars(part) for part in seen] for seen in found], temporary)
+        fitted, tuned = ([Seen(**part) for part in seen] for seen in torch.load(path, weights_only=True))
+        return fitted, tuned
+
+    def _odds(self, candidate: Candidate) -> None:
+        """What skipping a band by lot does, measured once."""
+        path = self.folder / "bands" / f"odds-{candidate.band.leave}-{candidate.band.resume}.json"
+        if not path.exists():
+            probe([candidate], self.fit.head(_PROBE_ROWS), facts_of(self.model), 0.3, lambda: None)
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps([candidate.agreement, candidate.harm]))
+        candidate.agreement, candidate.harm = json.loads(path.read_text())
 
     def _routers(self, group: Group) -> None:
         bands = [candidate.band for candidate in group.candidates]
@@ -236,8 +252,8 @@ class Bench:
     def _scores(self, group: Group, i: int, confidence: str, residual: Tensor, skipped: Tensor | None) -> Tensor:
         """What the criterion scores, of residuals at the boundary."""
         band = group.candidates[i].band
-        if confidence in (ROUTER, BLIND):
-            router = group.routers[confidence][i]
+        if confidence == ROUTER:
+            router = group.routers[ROUTER][i]
             return router(residual, None, self._stats(band, residual), skipped if router.history else None)
         head = self.readouts[band.leave] if band.resume < self.model.depth else band.head
         assert isinstance(head, TranslatorHead)
@@ -246,37 +262,64 @@ class Bench:
     def _criterion(self, i: int, confidence: str) -> Criterion:
         group = self.group
         band = group.candidates[i].band
-        if confidence in (ROUTER, BLIND):
-            return RouterScore(group.routers[confidence][i])
+        if confidence == ROUTER:
+            return RouterScore(group.routers[ROUTER][i])
         if band.resume == self.model.depth:
             return TopProbability() if confidence == TOP else Margin()
         return Confidence(self.model, self.readouts[band.leave].to(self.model.dtype), confidence)
 
     # -- sets, thresholds, points -----------------------------------------------------------------------------------------
 
-    def _frontier(self, family: str, confidence: str, mine: Sequence[int]) -> dict[str, Any]:
-        """Per wanted agreement the set that grows greedily for it, at the price expected to meet it; and what they make."""
-        candidates, chances = [self.group.candidates[i] for i in mine], [self._chances(confidence)[i] for i in mine]
-        offsets = self._offsets(mine) if confidence == ROUTER else None
-        points: list[dict[str, Any]] = [
-            {"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}
-        ]
+    def _frontier(self, family: str, confidence: str, mine: Sequence[int], together: list[int]) -> dict[str, Any]:
+        """Per wanted agreement the set and price that run fewest layers on the tuning split, and what the test split says.
+
+        `together` is tried beside the set that grows greedily.
+        """
+        tuned: list[dict[str, Any]] = []
+        at: dict[str, dict[str, Any]] = {}
+        grown: list[int] = []
+        widest: list[int] = []
         with self.report.stage(f"{family}: {confidence}", len(SHARES)) as advance:
             for share in sorted(SHARES):
-                grown = greedy(candidates, chances, share, _MOST, offsets)
-                if not grown:
-                    continue
-                chosen = grown[-1][1]
-                part = None if offsets is None else offsets[chosen][:, chosen]
-                price, _ = expected_price([candidates[i] for i in chosen], [chances[i] for i in chosen], 1 - share, part)
-                points.append(self._measured([mine[i] for i in chosen], confidence, price))
-                while share == min(SHARES) and points[-1]["agreement"] > share and price < _PRICE:
-                    price *= 2  # what was expected was too gloomy
-                    points.append(self._measured([mine[i] for i in chosen], confidence, price))
+                grown = self._grown(mine, confidence, share) or grown
+                widest = max(widest, grown, key=len)
+                best: tuple[dict[str, Any], list[int]] | None = None
+                for chosen in [grown, together]:
+                    if not chosen:
+                        continue
+                    opens = min(c.harm / c.saved for c in (self.group.candidates[i] for i in chosen))
+                    guess = max(self._expected(chosen, confidence, share), 1.1 * opens)
+                    tried, met = meeting(
+                        lambda price, chosen=chosen: self._passed("tune", chosen, confidence, price),  # type: ignore[misc]
+                        share, opens, guess, _PRICE, _TRIES,
+                    )  # fmt: skip
+                    tuned += [{"wanted": share, **point} for point in tried]
+                    if met is not None and (best is None or met["mean_layers"] < best[0]["mean_layers"]):
+                        best = met, chosen
+                found = self._closed() if best is None else self._passed("test", best[1], confidence, best[0]["price"])
+                found |= {} if best is None else {"tuned": {key: best[0][key] for key in ("agreement", "mean_layers")}}
+                at[f"{share:.0%}"] = found
                 advance(1)
-        best = [points[i] for i in pareto([(point["agreement"], point["mean_layers"]) for point in points])]
-        at = {f"{share:.0%}": _between(best, share) for share in SHARES}
-        return {"family": family, "confidence": confidence, "points": points, "mean_layers": at}
+        points = [self._closed(), *at.values()]
+        read = {f"{share:.0%}": between(points, share) for share in SHARES}
+        return {
+            "family": family, "confidence": confidence, "at": {f"{share:.0%}": at[f"{share:.0%}"] for share in SHARES},
+            "between": read, "tuned": tuned, "widest": [list(self.group.candidates[i].span) for i in widest],
+        }  # fmt: skip
+
+    def _grown(self, mine: Sequence[int], confidence: str, share: float) -> list[int]:
+        """The set that grows greedily for an agreement, as the tuning split expects it; empty where nothing is expected."""
+        candidates, chances = [self.group.candidates[i] for i in mine], [self._chances(confidence)[i] for i in mine]
+        grown = greedy(candidates, chances, share, _MOST, self._offsets(mine) if confidence == ROUTER else None)
+        return [mine[i] for i in grown[-1][1]] if grown else []
+
+    def _expected(self, chosen: Sequence[int], confidence: str, share: float) -> float:
+        """The price at which the tuning split's scores expect an agreement."""
+        candidates, chances = [self.group.candidates[i] for i in chosen], [self._chances(confidence)[i] for i in chosen]
+        return expected_price(candidates, chances, 1 - share, self._offsets(chosen) if confidence == ROUTER else None)[0]
+
+    def _closed(self) -> dict[str, Any]:
+        return {"spans": [], "agreement": 1.0, "mean_layers": float(self.model.depth), "taken": [], "several": 0.0}
 
     def _chances(self, confidence: str) -> list[Tensor]:
         """Per band, the chance to agree of every judged row of the tuning split, had it skipped nothing before."""
@@ -307,37 +350,54 @@ class Bench:
                         offsets[row, places[leave]] = weight * group.truth[ROUTER][i].slope
         return offsets
 
-    def _measured(self, chosen: Sequence[int], confidence: str, price: float) -> dict[str, Any]:
-        """A set of bands at a price per layer saved, in a real pass over the test split."""
-        group, candidates = self.group, [self.group.candidates[i] for i in chosen]
-        bands = [with_criterion(c.band, self._criterion(i, confidence)) for c, i in zip(candidates, chosen, strict=True)]
+    def _passed(self, split: str, chosen: Sequence[int], confidence: str, price: float) -> dict[str, Any]:
+        """A set of bands at a price per layer saved, in a real pass over a split."""
+        group = self.group
+        limits = thresholds([group.candidates[i] for i in chosen], price)
+        raw = {i: group.truth[confidence][i].score(limit) for i, limit in zip(chosen, limits, strict=True)}
+        raw = {i: score for i, score in raw.items() if score < math.inf}
+        if not raw:
+            return {**self._closed(), "price": price, "thresholds": []}
+        key = split, confidence, tuple((group.candidates[i].span, score) for i, score in raw.items())
+        if key not in self.passed:
+            self.passed[key] = self._pass(self.tune if split == "tune" else self.test, raw, confidence)
+        return {**self.passed[key], "price": price}
+
+    def _pass(self, sample: Sample, raw: dict[int, float], confidence: str) -> dict[str, Any]:
+        candidates = [self.group.candidates[i] for i in raw]
+        bands = [with_criterion(c.band, self._criterion(i, confidence)) for c, i in zip(candidates, raw, strict=True)]
         for band in bands:
             if confidence in (TOP, MARGIN):
                 band.shortlist = None
-        limits = thresholds(candidates, price)
-        raw = [group.truth[confidence][i].score(limit) for i, limit in zip(chosen, limits, strict=True)]
-        exits = Exits(bands, facts_of(self.model)).with_thresholds(raw)
-        of = [candidate.span for candidate in candidates]
-        key = {"spans": [list(span) for span in of], "price": price, "thresholds": [str(value) for value in raw]}
-        measured = self.test.run(exits, "predict")
+        measured = sample.run(Exits(bands, facts_of(self.model)).with_thresholds(list(raw.values())), "predict")
         judged = measured.judged
+        agrees, layers = measured.agrees[judged], measured.scored.layers_run[judged]
+        document = torch.repeat_interleave(torch.tensor([t.shape[0] for t in sample.tokens]))[judged]
         taken = measured.scored.bands_taken[judged]
         return {
-            **key, "agreement": float(measured.agrees[judged].double().mean()),
-            "mean_layers": float(measured.scored.layers_run[judged].double().mean()),
-            "taken": [float(((taken >> bit) & 1).double().mean()) for bit in range(len(of))],
+            "spans": [list(c.span) for c in candidates], "thresholds": [str(value) for value in raw.values()],
+            "agreement": float(agrees.double().mean()), "agreement_95": interval(agrees, document),
+            "mean_layers": float(layers.double().mean()), "mean_layers_95": interval(layers, document),
+            "taken": [float(((taken >> bit) & 1).double().mean()) for bit in range(len(candidates))],
             "several": float(((taken & (taken - 1)) != 0).double().mean()),
         }  # fmt: skip
 
-    def _write(self, families: Sequence[str]) -> None:
-        paths = [self.folder / "bands" / _kept(family, confidence) for confidence in CONFIDENCES for family in families]
+    def _write(self) -> None:
+        rows = []
+        for confidence in CONFIDENCES:
+            paths = [self.folder / "bands" / _kept(family, confidence) for family in FAMILIES]
+            found = [json.loads(path.read_text()) for path in paths if path.exists()]
+            alone = [row for row in found if row["family"] != FAMILIES[-1]]
+            rows += [row if row in alone else widened(row, alone, self.model.depth) for row in found]
         result = {
             "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "tokens_sha256": self.corpus.digest,
             "rows": {"fit": int(self.fit.judged.sum()), "tune": int(self.tune.judged.sum()),
                      "test": int(self.test.judged.sum())},
+            "documents": {"fit": len(self.fit.tokens), "tune": len(self.tune.tokens), "test": len(self.test.tokens)},
+            "trained_maps": [list(span) for span in self.trained],
             "bands": [{"span": list(c.span), "agreement": c.agreement, "harm": c.harm, "router": c.router}
                       for c in self.group.candidates],
-            "frontier": [json.loads(path.read_text()) for path in paths if path.exists()],
+            "frontier": rows,
         }  # fmt: skip
         with replacing(self.folder / "band_frontier.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -345,53 +405,6 @@ class Bench:
 
 def _kept(family: str, confidence: str) -> str:
     return f"frontier-{CONFIDENCES.index(confidence)}-{family.replace(' ', '-')}.json"
-
-
-def _between(best: Sequence[dict[str, Any]], share: float) -> float | None:
-    """Mean layers at an agreement, read on the line between the two points of the frontier around it; None below them all."""
-    points = sorted((point["agreement"], point["mean_layers"]) for point in best)
-    for (low, fewer), (high, more) in itertools.pairwise(points):
-        if low <= share <= high:
-            return fewer + (more - fewer) * (share - low) / max(high - low, 1e-12)
-    return None
-
-
-def _heads(folder: Path, model: Model, corpus: Any, report: Progress) -> dict[int, TranslatorHead]:
-    """The trained translators of `make exit-heads`."""
-    if (folder / "bands" / "heads" / "exits.json").exists():
-        return {band.leave: band.head for band in Exits.from_pretrained(folder / "bands" / "heads")}  # type: ignore[misc]
-    with report.stage("caching the teacher", corpus.count()) as advance:
-        cache = TeacherCache.build(model, corpus.pieces, EXITS, folder / "cache", say=report.console.print, advance=advance)
-    parts = {name: [i for i, split in enumerate(corpus.split) if split == name] for name in (FIT, TUNE, TEST)}
-    batches = {name: Batches(cache, parts[name], 4096, 0, EXITS) for name in parts}
-    config = TrainConfig.of({"exits": EXITS, "tokens": TRAIN_ROWS, "lr": 1e-3, **KINDS["translator"]})
-    student, _, _ = trained(model, batches, config, folder / "translator", report)
-    heads: dict[int, Any] = {int(leave): head.to(model.dtype) for leave, head in student.heads.items()}
-    kept = [Band(leave, model.depth, head=head) for leave, head in heads.items()]
-    Exits(kept, facts_of(model)).save_pretrained(folder / "bands" / "heads")
-    return heads
-
-
-def _readouts(
-    path: Path, model: Model, leaves: Sequence[int], tokens: Sequence[Tensor], report: Progress
-) -> dict[int, TranslatorHead]:
-    """Ridge readouts at boundaries of bands: what top-1 probability and margin are read from there."""
-    heads = {leave: TranslatorHead(model.hidden_size, model.ready_size, None) for leave in leaves}
-    if not path.exists():
-        parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {leave: [] for leave in leaves}
-        with report.stage("regressing readouts", sum(len(t) for t in tokens)) as advance:
-            for chunk in trace(model, tokens, leaves, (), advance=advance):
-                for leave in leaves:
-                    stream = chunk.residual[leave]
-                    usual = stream.float().norm(dim=1) < 10 * stream.float().norm(dim=1).median()  # no attention sinks
-                    parts[leave].append((stream[usual], model.finish(stream[usual]), chunk.ready[usual]))
-        for leave in leaves:
-            fit_readout(heads[leave], parts.pop(leave))
-        with replacing(path) as temporary:
-            torch.save({leave: head.state_dict() for leave, head in heads.items()}, temporary)
-    for leave, state in torch.load(path, weights_only=True).items():
-        heads[leave].load_state_dict(state)
-    return {leave: head.to(model.dtype) for leave, head in heads.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Candidate bands of `make band-frontier` and `make jump-maps`: their ridge maps, fitted once and kept in the folder."""
+"""Candidate bands of `make band-frontier` and `make jump-maps`: their ridge maps and readouts, fitted once and kept."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dyndepth.closed_form.candidates import MapFitter
 from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.trace import trace
 from dyndepth.data import Piece
-from dyndepth.exits import Band, Exits
+from dyndepth.exits import Band, Exits, TranslatorHead
+from dyndepth.files import replacing
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.fingerprint import facts_of
+from dyndepth.training.starts import fit_readout
 
 LEAVES, LENGTHS = (5, 8, 10, 13, 15, 18, 20, 23, 25), (2, 3, 5, 10)
 Span = tuple[int, int]
@@ -58,3 +61,25 @@ def first(pieces: Sequence[Piece], judged: int, skip: int = 0) -> list[Piece]:
             taken.append(piece)
         count += piece.judged
     return taken
+
+
+def ridge_readouts(
+    path: Path, model: Model, leaves: Sequence[int], tokens: Sequence[Tensor], report: Progress
+) -> dict[int, TranslatorHead]:
+    """Ridge readouts at boundaries of bands, which have none: what top-1 probability and margin are read from there."""
+    heads = {leave: TranslatorHead(model.hidden_size, model.ready_size, None) for leave in leaves}
+    if not path.exists():
+        parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {leave: [] for leave in leaves}
+        with report.stage("regressing readouts", sum(len(t) for t in tokens)) as advance:
+            for chunk in trace(model, tokens, leaves, (), advance=advance):
+                for leave in leaves:
+                    stream = chunk.residual[leave]
+                    usual = stream.float().norm(dim=1) < 10 * stream.float().norm(dim=1).median()  # no attention sinks
+                    parts[leave].append((stream[usual], model.finish(stream[usual]), chunk.ready[usual]))
+        for leave in leaves:
+            fit_readout(heads[leave], parts.pop(leave))
+        with replacing(path) as temporary:
+            torch.save({leave: head.state_dict() for leave, head in heads.items()}, temporary)
+    for leave, state in torch.load(path, weights_only=True).items():
+        heads[leave].load_state_dict(state)
+    return {leave: head.to(model.dtype) for leave, head in heads.items()}

@@ -6,16 +6,17 @@ The folder keeps the corpus, the teacher cache and the runs, so that a second ca
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from by_document import interval
 from torch import Tensor
 
 from dyndepth.calibration.reliability import Reliability
@@ -50,12 +51,12 @@ _JUDGED_ROWS = 12_000
 _TIMED_ROWS = 16
 
 
-def main(folder: Path, only: list[str]) -> None:
+def main(folder: Path, only: list[str], tokens: int) -> None:
     model, tokenizer = load_model()
     bound = bind(model)
     report = Progress(True)
     with torch.no_grad(), report:
-        corpus = load_or_collect(folder, model, tokenizer, report)
+        corpus = load_or_collect(folder, model, tokenizer, report, tokens)
         with report.stage("caching the teacher", corpus.count()) as advance:
             cache = TeacherCache.build(bound, corpus.pieces, EXITS, folder / "cache", say=report.console.print, advance=advance)
         parts = {name: [i for i, split in enumerate(corpus.split) if split == name] for name in (FIT, TUNE, TEST)}
@@ -79,17 +80,17 @@ def main(folder: Path, only: list[str]) -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def load_or_collect(folder: Path, model: Any, tokenizer: Any, report: Progress) -> Corpus:
+def load_or_collect(folder: Path, model: Any, tokenizer: Any, report: Progress, tokens: int = CORPUS_TOKENS) -> Corpus:
     """The model's answers to prompts that it writes itself."""
     path = folder / "corpus.safetensors"
     if path.exists():
         return Corpus.load(path)
-    count = CORPUS_TOKENS // 200
+    count = tokens // 200
     with report.stage("writing prompts", count) as advance:
         prompts = own_prompts(model, tokenizer, count, advance=advance)
-    with report.stage("answering", CORPUS_TOKENS) as advance:
+    with report.stage("answering", tokens) as advance:
         corpus = collect(
-            model, [], prompts, tokens=CORPUS_TOKENS, own=1.0, new_tokens=160, batch=128, seed=0,
+            model, [], prompts, tokens=tokens, own=1.0, new_tokens=160, batch=128, seed=0,
             width=bind(model).hidden_size, context=2048, advance=advance,
         )  # fmt: skip
     corpus.save(path)
@@ -144,17 +145,22 @@ def _untrained(model: Model, test: Batches) -> list[dict[str, Any]]:
 
 
 def _judged(model: Model, student: Student, batches: Batches, limit: int) -> dict[int, dict[str, Any]]:
-    """Per exit, of judged rows: agreement, confidences from the whole vocabulary, statistics over a shortlist, residuals."""
+    """Per exit, of judged rows: documents, agreement, confidences from the whole vocabulary, statistics over a shortlist,
+    residuals."""
     readout = readout_of(model)
     parts: dict[int, dict[str, list[Any]]] = {leave: {} for leave in EXITS}
     words = frequent_answers(batches, model.vocab_size, 1024)
-    seen = 0
+    seen = documents = 0
     for batch in batches.once():
         with mixed(batch.ready):
             ready = student(batch, batch.judged)
         answers = batch.answers[batch.judged]
+        count = len(batch.lengths)
+        document = torch.repeat_interleave(torch.arange(documents, documents + count), torch.tensor(batch.lengths))
+        documents += count
         for leave, rows in ready.items():
             into = parts[leave]
+            into.setdefault("document", []).append(document[batch.judged])
             for begin in range(0, len(answers), HEAD_ROWS):
                 logits = readout(rows[begin : begin + HEAD_ROWS])
                 stats, short = stats_of_logits(logits), stats_of_logits(logits[:, words])
@@ -191,8 +197,13 @@ def _frontier(model: Model, student: Student, batches: dict[str, Batches]) -> di
         result[name] = {}
         for share in SHARES:
             price = _price(model.depth, mine, tune, share)
-            agreement, layers = _walk(model.depth, theirs, test, price)
-            result[name][f"{share:.0%}"] = {"agreement": agreement, "mean_layers": layers}
+            right, layers = _walk(model.depth, theirs, test, price)
+            document = test[EXITS[0]]["document"]
+            result[name][f"{share:.0%}"] = {
+                "agreement": float(right.double().mean()), "agreement_95": interval(right, document),
+                "mean_layers": float(layers.double().mean()), "mean_layers_95": interval(layers, document),
+                "rows": len(right), "documents": len(document.unique()),
+            }  # fmt: skip
     return result
 
 
@@ -208,8 +219,9 @@ def _calibrated(scores: Tensor, agrees: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda values: share[torch.searchsorted(edges, values.double().contiguous(), right=True)]
 
 
-def _walk(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]], price: float) -> tuple[float, float]:
-    """(agreement, mean layers) when a row leaves where its expected disagreement per layer saved is at most `price`."""
+def _walk(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]], price: float) -> tuple[Tensor, Tensor]:
+    """(bool [rows] agrees, int64 [rows] layers run) when rows leave where the disagreement they expect per layer saved is at
+    most `price`."""
     rows = len(next(iter(chance.values())))
     layers = torch.full((rows,), depth)
     right = torch.ones(rows, dtype=torch.bool)
@@ -217,14 +229,15 @@ def _walk(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]
         goes = (layers == depth) & (1 - chance[leave] <= price * (depth - leave))
         layers[goes] = leave
         right = torch.where(goes, split[leave]["agrees"], right)
-    return float(right.double().mean()), float(layers.double().mean())
+    return right, layers
 
 
 def _price(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]], share: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if _walk(depth, chance, split, middle)[0] >= share else (low, middle)
+        agreement = float(_walk(depth, chance, split, middle)[0].double().mean())
+        low, high = (middle, high) if agreement >= share else (low, middle)
     return low
 
 
@@ -245,4 +258,9 @@ def head_ms(model: Model, head: Any, leave: int, batches: Batches) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("only", nargs="*", help="kinds of head; all of them where none is named")
+    parser.add_argument("--tokens", type=int, default=CORPUS_TOKENS, help="of a corpus that is not there yet")
+    given = parser.parse_args()
+    main(given.folder, given.only, given.tokens)

@@ -167,11 +167,14 @@ def exit_heads(results: Path) -> str:
     for kind, scores in found["frontier"].items():
         for score, points in scores.items():
             for share, point in points.items():
-                lines.append(f"| {kind} | {score} | {share} | {point['agreement']:.1%} | {point['mean_layers']:.2f} |")
-    sizes = found["corpus"]
+                reached = tables_training.within(point, "agreement", lambda value: f"{value:.1%}")
+                layers = tables_training.within(point, "mean_layers", lambda value: f"{value:.2f}")
+                lines.append(f"| {kind} | {score} | {share} | {reached} | {layers} |")
+    sizes, rows = found["corpus"], max(row["rows"] for row in found["heads"])
     text = (
         f"{found['model']}, {found['dtype']}; {found['rows_shown']} rows shown of {sizes['fit']} tokens, thresholds set on "
-        f"{sizes['tune']}, all figures from {sizes['test']} others. Milliseconds are the head alone, without judging. "
+        f"{sizes['tune']}, all figures from {rows} judged rows of {sizes['test']} others. Milliseconds are the head alone, "
+        f"without judging. "
         f"{tables_training.floor(results)}"
     )
     return "\n".join([*lines, "", text, ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,26 @@ def _looked(found: dict[str, Any]) -> int:
 
 
 def band_frontier(results: Path) -> str:
-    """What `make band-frontier` found: mean layers at three agreements, then what routers know of each band."""
+    """What `make band-frontier` found: agreement and layers at prices set elsewhere, then what routers know of each band."""
     found = load(results / "band_frontier.json")
-    shares = list(found["frontier"][0]["mean_layers"])
-    lines = header("what rows may take", "confidence", *(f"mean layers at {share}" for share in shares), "taken near the last")
-    for row in sorted(found["frontier"], key=lambda row: ("exits", "bands", "bands and exits").index(row["family"])):
-        cells = ["–" if row["mean_layers"][share] is None else f"{row['mean_layers'][share]:.2f}" for share in shares]
-        point = min(row["points"], key=lambda point: abs(point["agreement"] - float(shares[-1].rstrip("%")) / 100))
-        taken = [
-            f"[{leave}, {resume}) {share:.0%}"
-            for (leave, resume), share in zip(point["spans"], point["taken"], strict=True)
-            if share >= 0.005
-        ]
-        lines.append(f"| {row['family']} | {row['confidence']} | {' | '.join(cells)} | {', '.join(taken) or 'none'} |")
+    lines = header(
+        "what rows may take", "confidence", "wanted agreement", "reached", "mean layers run", "taken by", "read at the wish"
+    )
+    families = ("exits", "bands", "bands and exits")
+    for row in sorted(found["frontier"], key=lambda row: families.index(row["family"])):
+        for share, point in row["at"].items():
+            taken = [
+                f"[{leave}, {resume}) {part:.1%}"
+                for (leave, resume), part in zip(point["spans"], point["taken"], strict=True)
+                if part >= 0.0005
+            ]
+            read = row["between"][share]
+            cells = [
+                row["family"], row["confidence"], share, within(point, "agreement", lambda value: f"{value:.1%}"),
+                within(point, "mean_layers", lambda value: f"{value:.2f}"), ", ".join(taken) or "nobody",
+                "–" if read is None else f"{read:.2f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *header("band", "by lot: agree", "disagreements per skip", "router: AUC", "blind to what was skipped",
                            "with a readout too")]  # fmt: skip
     for band in found["bands"]:
@@ -84,13 +92,23 @@ def band_frontier(results: Path) -> str:
         auc = [band["router"].get(f"{name}: auc") for name in ("router", "router, blind to what was skipped", "with a readout")]
         shown = ["–" if value is None else f"{value:.3f}" for value in auc]
         lines.append(f"| [{leave}, {resume}) | {band['agreement']:.1%} | {band['harm']:.3f} | {' | '.join(shown)} |")
-    rows = found["rows"]
+    rows, documents = found["rows"], found["documents"]
+    trained = ", ".join(f"[{leave}, {resume})" for leave, resume in found["trained_maps"])
+    maps = f"maps from ridge, but for {trained} trained by KL" if trained else "maps from ridge alone"
     text = (
-        f"{found['model']}, {found['dtype']}; real passes, predicted K,V included. Routers from {rows['fit']} rows, how true "
-        f"scores are from {rows['tune']}, layers from {rows['test']} rows of unseen answers, read between measured points; "
-        f"layers of heads and shortlists that judge are not counted. {floor(results)}"
+        f"{found['model']}, {found['dtype']}; real passes, predicted K,V included; {maps}. Routers from {rows['fit']} rows; "
+        f"how true scores are, which set and which price from {rows['tune']} ({documents['tune']} answers); reached and run on "
+        f"{rows['test']} rows of {documents['test']} other answers, which chose nothing, with 95 % intervals over answers. "
+        f"*Read at the wish*: on the line between those points, for comparison only. Layers of heads and shortlists that judge "
+        f"are not counted. {floor(results)}"
     )
     return "\n".join([*lines, "", text, ""])
+
+
+def within(point: dict[str, Any], name: str, shown: Callable[[float], str]) -> str:
+    """A figure and its interval; no interval where nobody leaves."""
+    low, high = point.get(f"{name}_95", (None, None))
+    return shown(point[name]) if low is None else f"{shown(point[name])} ({shown(low)}–{shown(high)})"
 
 
 def kv_weighting(results: Path) -> str:

@@ -13,9 +13,9 @@ import tiny_models
 import torch
 
 import dyndepth
-from dyndepth.calibration import Requests, default_path, describe
+from dyndepth.calibration import Requests, certify, default_path, describe
 from dyndepth.data import document
-from dyndepth.errors import ArgumentError, NotEnoughDataError
+from dyndepth.errors import ArgumentError, ExitsError, NotEnoughDataError
 from dyndepth.exits import Always, Entropy, Exits, Patience, TopProbability
 
 SMALL: dict[str, Any] = {"new_tokens": 6, "progress": False}
@@ -182,6 +182,19 @@ def test_refusals(model: Any, exits: Exits) -> None:
     learned = Exits(exits.bands, exits.model, {"documents": [document(distinct(80)[7])]})
     with pytest.raises(ArgumentError, match=r"prompts \[7\] were seen by fit"):
         dyndepth.calibrate(model, learned, distinct(80), **SMALL)
+
+
+def test_exits_of_another_base_are_refused_before_work(exits: Exits, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answered(*_: Any, **__: Any) -> None:
+        raise AssertionError("prompts were answered for exits that cannot run")
+
+    monkeypatch.setattr(certify, "Requests", answered)
+    other = tiny_models.tiny("llama")
+    for parameter in other.parameters():
+        parameter.data = parameter.data.flip(0).contiguous()
+    for model in (tiny_models.shared("qwen3"), other):
+        with pytest.raises(ExitsError, match="made for another"):
+            dyndepth.calibrate(model, exits, distinct(40), risk=0.6, confidence=0.9, **SMALL)
 
 
 def test_requests_that_were_answered_serve_several_certificates(model: Any, exits: Exits) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import tables
 
 import dyndepth
+from dyndepth.demo.weights import EXITS
+from dyndepth.exits import Exits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +51,23 @@ def test_python_blocks_parse_and_name_what_exists(page: Path) -> None:
                 assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dyndepth":
                 assert hasattr(dyndepth, node.attr), ast.unparse(node)
+
+
+def test_the_shipped_certificate_is_the_documented_one() -> None:
+    """What `make calibrate-demo` measured at its thresholds, for the risk and the confidence that the page names."""
+    certificate = Exits.from_pretrained(EXITS).certificate
+    found = json.loads((tables.RESULTS / "calibration.json").read_text())
+    assert certificate is not None
+    row = next(
+        row for row in found["certified"]
+        if (row["risk"], row["confidence"]) == (certificate["risk"], certificate["confidence"])
+        and row["bound"] == certificate["method"].split(", ")[-1]
+    )  # fmt: skip
+    point = found["path"][row["point"]]
+    assert certificate["thresholds"] == point["thresholds"]
+    assert certificate["measured_risk"] == row["measured_risk"] == point["disagreement"]
+    assert certificate["rows_x_layers"] == row["rows_x_layers"] == point["rows_x_layers"]
+    assert (certificate["n"], certificate["data_hash"]) == (found["requests"], found["data_hash"])
 
 
 def test_the_readme_says_it_all_on_its_first_screen() -> None:

@@ -20,6 +20,8 @@ from dyndepth.calibration.selection import Selection, learn_then_test
 from dyndepth.errors import ArgumentError, NotEnoughDataError
 from dyndepth.exits import Exits
 from dyndepth.exits.codec import number_to_json
+from dyndepth.runtime.bind import bind
+from dyndepth.runtime.fingerprint import check_exits
 
 #: Strictness of the default path: 0 would be the highest score a criterion can give, 1 is the threshold the exits came with.
 _LEVELS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 2.0)
@@ -73,6 +75,7 @@ def calibrate(
     p_value = p_value_of(bound, error, "calibrate")
     vectors = default_path(exits) if path is None else _checked(path, exits)
     _enough(len(prompts), risk, error, bound, p_value)
+    check_exits(exits, bind(model))  # before hundreds of prompts are answered for exits that cannot run
     console = Console(stderr=True, quiet=not progress)
     with Progress(
         TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
