@@ -39,22 +39,26 @@ def steps_of(spans: Sequence[Span]) -> list[Step]:
     passes = [span for span in ordered if span.part == PASS]
     begins = [span.begin for span in passes]
     loops = [span for span in ordered if span.part == LOOP]
+    ends: list[int] = []
+    for at, one in enumerate(passes):
+        loop = next(loop for loop in loops if loop.begin <= one.begin and one.end <= loop.end)
+        follows = at + 1 < len(passes) and passes[at + 1].begin < loop.end
+        ends.append(passes[at + 1].begin if follows else loop.end)
     within: list[list[Span]] = [[] for _ in passes]
     for span in ordered:
         at = bisect.bisect_right(begins, span.begin) - 1
-        if span.part not in (LOOP, PASS) and at >= 0 and span.end <= passes[at].end:
+        if span.part not in (LOOP, PASS) and at >= 0 and span.end <= ends[at]:
             within[at].append(span)
     steps = []
-    for at, one in enumerate(passes):
-        loop = next(loop for loop in loops if loop.begin <= one.begin and one.end <= loop.end)
-        following = passes[at + 1] if at + 1 < len(passes) and passes[at + 1].begin < loop.end else None
-        end = loop.end if following is None else following.begin
+    for at, (one, end) in enumerate(zip(passes, ends, strict=True)):
         parts = dict.fromkeys(PARTS, 0)
         for span in within[at]:
             parts[span.part] += span.own
-        parts[SAMPLING] = end - one.end
+        # The LM head runs behind the pass.
+        parts[SAMPLING] = end - one.end - sum(span.own for span in within[at] if span.begin >= one.end)
         parts[REST] = one.own
-        switches = 0 if following is None else following.switches - one.switches
+        follows = at + 1 < len(passes) and end == passes[at + 1].begin
+        switches = passes[at + 1].switches - one.switches if follows else 0
         steps.append(Step(one.begin, end - one.begin, parts, switches, _layers(within[at])))
     return steps
 

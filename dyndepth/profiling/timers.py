@@ -19,7 +19,7 @@ from typing import Any
 
 from dyndepth.runtime.climb import apart
 
-#: The loop over tokens, and a pass of it with its LM head: where steps begin.
+#: The loop over tokens, and a pass of it up to the LM head: where steps begin.
 LOOP, PASS = "loop", "pass"
 
 
