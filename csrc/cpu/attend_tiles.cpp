@@ -43,8 +43,7 @@ DYN_AMX_TARGET void score(const AttentionProblem& p, const Seen& seen, int64_t b
   }
 }
 
-// ---- many queries: sixteen at a time, in the lanes
-// -------------------------------------------------------------------
+// ---- many queries: sixteen at a time, in the lanes ----
 
 // Values, channels down and keys across: per chunk and 16 channels a tile.
 DYN_AMX_TARGET void turn_values(const AttentionProblem& p, const Seen& seen, uint32_t* turned) {
@@ -179,8 +178,7 @@ DYN_AMX_TARGET void attend_sixteen(const AttentionProblem& p, const Seen& seen, 
   }
 }
 
-// ---- few queries, up to sixteen: keys in the lanes
-// -------------------------------------------------------------------
+// ---- few queries, up to sixteen: keys in the lanes ----
 
 // Keys that come from memory are asked for so many blocks before they are multiplied; values while keys are.
 constexpr int64_t kAhead = 6;
