@@ -23,6 +23,27 @@ using namespace tiles;
 
 namespace {
 
+// Tiles 0 .. kTiles - 1 are the sums of weights times values, whichever of the two is the left operand.
+template <int kTiles>
+DYN_AMX_TARGET inline void zero_sums() {
+  static_assert(kTiles == 2 || kTiles == 4);
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kTiles == 4) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+template <int kTiles>
+DYN_AMX_TARGET inline void store_sums(float* squares) {
+  _tile_stored(0, squares, 64);
+  _tile_stored(1, squares + 256, 64);
+  if constexpr (kTiles == 4) {
+    _tile_stored(2, squares + 512, 64);
+    _tile_stored(3, squares + 768, 64);
+  }
+}
+
 // Keys times queries: scores [keys of blocks begin .. end][16 queries], from block `begin` on.
 DYN_AMX_TARGET void score(const AttentionProblem& p, const Seen& seen, int64_t begin, int64_t end,
                           const uint32_t* queries, float* scores) {
@@ -68,13 +89,7 @@ DYN_AMX_TARGET void turn_values(const AttentionProblem& p, const Seen& seen, uin
 template <int kTiles>
 DYN_AMX_TARGET void add_turned(const AttentionProblem& p, int64_t begin, int64_t end, int64_t channel,
                                const Scratch& scratch, float* squares) {
-  static_assert(kTiles == 2 || kTiles == 4);
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTiles == 4) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  zero_sums<kTiles>();
   tiles_see_memory();
   for (int64_t c = begin / 2; c < end / 2; ++c) {
     const uint32_t* values = scratch.turned + (c * p.head_dim + channel) * 16;
@@ -95,12 +110,7 @@ DYN_AMX_TARGET void add_turned(const AttentionProblem& p, int64_t begin, int64_t
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, squares, 64);
-  _tile_stored(1, squares + 256, 64);
-  if constexpr (kTiles == 4) {
-    _tile_stored(2, squares + 512, 64);
-    _tile_stored(3, squares + 768, 64);
-  }
+  store_sums<kTiles>(squares);
 }
 
 // Queries [at, at + 16) of those that rows from `first` on have. `to` has room for all sixteen.
@@ -193,13 +203,7 @@ DYN_AMX_TARGET inline void fetch(const BFloat16* rows, int64_t stride, int64_t d
 // first four and the last four of every eight channels.
 template <int kTiles>
 DYN_AMX_TARGET void add_values(const Seen& seen, int64_t channel, const Scratch& scratch, float* squares) {
-  static_assert(kTiles == 2 || kTiles == 4);
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTiles == 4) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  zero_sums<kTiles>();
   for (int64_t c = seen.begin / 2; c < seen.end / 2; ++c) {
     const Block &one = seen.block[2 * c], &two = seen.block[2 * c + 1];
     uint32_t* pairs = scratch.turned + (c & 1) * 4 * kTileWords;
@@ -228,12 +232,7 @@ DYN_AMX_TARGET void add_values(const Seen& seen, int64_t channel, const Scratch&
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, squares, 64);
-  _tile_stored(1, squares + 256, 64);
-  if constexpr (kTiles == 4) {
-    _tile_stored(2, squares + 512, 64);
-    _tile_stored(3, squares + 768, 64);
-  }
+  store_sums<kTiles>(squares);
 }
 
 DYN_AMX_TARGET void attend_few(const AttentionProblem& p, const Seen& seen, int64_t first, int64_t count,
