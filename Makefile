@@ -27,9 +27,10 @@ test-interpreted: $(VENV)/.built
 	TRITON_INTERPRET=1 $(BIN)/pytest $(OPS:%=tests/test_%.py) tests/test_ragged_linear_live.py tests/test_launches.py \
 	  tests/test_touched.py tests/test_triton_bfloat16.py -k triton
 
-# The kernels' versions for processors without matrix tiles, without AVX-512, without AVX2: the same tests, a process each.
+# The kernels' versions for processors without matrix tiles, without bfloat16 dot products, without AVX-512, without AVX2: the
+# same tests, a process each.
 test-simd: $(VENV)/.built
-	for level in 4 3 1; do \
+	for level in 5 4 3 1; do \
 	  DYNDEPTH_SIMD=$$level $(BIN)/pytest -q tests/test_ragged_linear.py tests/test_ragged_linear_blocks.py \
 	    tests/test_ragged_attention.py tests/test_ragged_attention_segments.py tests/test_exit_stats.py tests/test_router_score.py tests/test_judge.py \
 	    tests/test_stack.py tests/test_store_kv.py tests/test_accept_drafts.py || exit 1; \

@@ -26,6 +26,8 @@ std::string compiler() {
 std::string instruction_set() {
   const std::string tiles = dyndepth::amx_usable() ? ", AMX tiles for bfloat16" : "";
   switch (dyndepth::simd_level()) {
+    case 5:
+      return "x86-64-v4 (AVX-512) with bfloat16 dot products" + tiles;
     case 4:
       return "x86-64-v4 (AVX-512)" + tiles;
     case 3:

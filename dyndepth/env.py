@@ -4,7 +4,7 @@
 `TRITON_INTERPRET`  Triton's own switch; set to 1, its kernels run on the CPU under an interpreter.
 `DYNDEPTH_CACHE`    folder for converted demo weights and fitted exits; default `$XDG_CACHE_HOME/dyndepth`, `~/.cache/dyndepth`.
 `DYNDEPTH_LAUNCH`   set to "rules", Triton kernels take tile sizes from rules alone, never from tables (docs/gpu.md).
-`DYNDEPTH_SIMD`     5, 4, 3 or 1: the most that C++ may use of the processor (csrc/common/simd.h reads it).
+`DYNDEPTH_SIMD`     6, 5, 4, 3 or 1: the most that C++ may use of the processor (csrc/common/simd.h reads it).
 """
 
 import os

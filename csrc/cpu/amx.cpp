@@ -89,7 +89,7 @@ bool amx_usable() {
   return usable;
 }
 
-DYN_AMX_TARGET void amx_pack(const BFloat16* x, int64_t count, int64_t width, int64_t stride, uint32_t* tiles) {
+DYN_AVX512_TARGET void amx_pack(const BFloat16* x, int64_t count, int64_t width, int64_t stride, uint32_t* tiles) {
   if (count <= 2) {  // a transposition moves sixteen rows for the price of these
     for (int64_t row = 0; row < count; ++row)
       for (int64_t pair = 0; pair < width / 2; ++pair)

@@ -1,12 +1,13 @@
-// What the files that program Intel AMX share: when there is such a thing, how tiles are laid out, how squares turn.
+// What the files that program Intel AMX share: when there is such a thing, how tiles are laid out.
 // Included before any target pragma; everything here names its own target.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#include "avx512.h"
+
+#ifdef DYN_AVX512
 #define DYN_AMX 1
-#include <immintrin.h>
 
 #define DYN_AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
 
@@ -20,34 +21,6 @@ struct alignas(64) TileConfig {
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-
-// 16 x 16 floats turned: from[a][b] (rows of 16) -> to[b][a], rows `stride` apart and every four `four` apart.
-DYN_AMX_TARGET inline void transpose(const float* from, float* to, int64_t stride, int64_t four) {
-  __m512 r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_ps(from + i * 16);
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 2; ++j) {
-      const __m512d low = _mm512_castps_pd(t[4 * i + j]), high = _mm512_castps_pd(t[4 * i + 2 + j]);
-      r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  // r[4 g + c] holds, per 128-bit lane l, column 4 l + c of rows 4 g .. 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512 a = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512 e = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd), f = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-    _mm512_storeu_ps(to + c * stride, _mm512_shuffle_f32x4(a, b, 0x88));
-    _mm512_storeu_ps(to + 2 * four + c * stride, _mm512_shuffle_f32x4(a, b, 0xdd));
-    _mm512_storeu_ps(to + four + c * stride, _mm512_shuffle_f32x4(e, f, 0x88));
-    _mm512_storeu_ps(to + 3 * four + c * stride, _mm512_shuffle_f32x4(e, f, 0xdd));
-  }
-}
-DYN_AMX_TARGET inline void transpose(const float* from, float* to, int64_t stride) {
-  transpose(from, to, stride, 4 * stride);
-}
 
 }  // namespace dyndepth
 #endif

@@ -7,9 +7,9 @@ namespace dyndepth {
 
 template <class T>
 void AttendVectors<T>::segment(const AttentionProblem& problem, const T* q, const T* keys, const T* values,
-                               int64_t first, int64_t last, int64_t kv_head, int64_t segment, Partial to,
-                               float* scratch) {
-  DYN_BEST(attend_segment, problem, q, keys, values, first, last, kv_head, segment, to, scratch);
+                               const Piece& piece, const Piece*, Partial to, float* scratch) {
+  DYN_BEST(attend_segment, problem, q, keys, values, piece.first, piece.last, piece.kv_head, piece.segment, to,
+           scratch);
 }
 
 template <class T>

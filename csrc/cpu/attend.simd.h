@@ -53,7 +53,7 @@ DYN_INLINE void absorb_strip(const AttentionProblem& p, const float* q, const fl
   const int64_t from = begin / kLanes * kLanes;
   Lanes highest = splat(kNothing);
   for (int64_t k = from; k < end; k += kLanes) {
-    Lanes score = scores_of<kParts>(keys + k * dim, q, dim);
+    Lanes score = scores_of<kParts>(keys + k * dim, q, dim) * p.scale;
     if (p.softcap > 0.f)
       for (int i = 0; i < kLanes; ++i) score[i] = p.softcap * std::tanh(score[i] / p.softcap);
     const IntLanes key = lane + static_cast<int32_t>(k);
@@ -96,7 +96,6 @@ DYN_INLINE void attend_keys(const AttentionProblem& p, const T* q, const T* keys
     for (int64_t g = 0; g < group; ++g) {
       float* into = query + ((row - first) * group + g) * dim;
       to_paired_floats(into, q + (row * p.heads + kv_head * group + g) * dim, dim);
-      for (int64_t i = 0; i < dim; ++i) into[i] *= p.scale;
     }
   }
   const int64_t queries = (last - first) * group;

@@ -1,4 +1,4 @@
-// Scores and weighted values as products of matrix tiles, 16 x 16 outputs and 32 channels (or keys) per instruction.
+// Scores and weighted values as products of tiles: 16 x 16 outputs and 32 channels (or keys) at a time.
 //
 // Keys as they lie in the pages times turned queries are scores with keys down and queries across. From there few
 // queries (decode) and many (prompts) take two roads. Few: scores are turned, keys run along the lanes, weights times
@@ -12,62 +12,23 @@
 #include <cmath>
 #include <cstring>
 
+#include "../common/simd.h"
 #include "tile_blocks.h"
+#include "tile_products.h"
 #include "tile_softmax.h"
 
 namespace dyndepth {
 
-#ifdef DYN_AMX
+#ifdef DYN_AVX512
 
 using namespace tiles;
 
 namespace {
 
-// Tiles 0 .. kTiles - 1 are the sums of weights times values, whichever of the two is the left operand.
-template <int kTiles>
-DYN_AMX_TARGET inline void zero_sums() {
-  static_assert(kTiles == 2 || kTiles == 4);
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTiles == 4) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-}
-template <int kTiles>
-DYN_AMX_TARGET inline void store_sums(float* squares) {
-  _tile_stored(0, squares, 64);
-  _tile_stored(1, squares + 256, 64);
-  if constexpr (kTiles == 4) {
-    _tile_stored(2, squares + 512, 64);
-    _tile_stored(3, squares + 768, 64);
-  }
-}
-
-// Keys times queries: scores [keys of blocks begin .. end][16 queries], from block `begin` on.
-DYN_AMX_TARGET void score(const AttentionProblem& p, const Seen& seen, int64_t begin, int64_t end,
-                          const uint32_t* queries, float* scores) {
-  for (int64_t b = begin; b < end; b += 2) {
-    const Block &one = seen.block[b], &two = seen.block[b + 1];
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t k = 0; k < p.head_dim / kTileDepth; ++k) {
-      _tile_loadd(6, queries + k * kTileWords, 64);
-      _tile_loadd(4, one.keys + k * kTileDepth, one.stride * 2);
-      _tile_loadd(5, two.keys + k * kTileDepth, two.stride * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 5, 6);
-    }
-    _tile_stored(0, scores, 64);
-    _tile_stored(1, scores + 256, 64);
-    scores += 512;
-  }
-}
-
 // ---- many queries: sixteen at a time, in the lanes ----
 
 // Values, channels down and keys across: per chunk and 16 channels a tile.
-DYN_AMX_TARGET void turn_values(const AttentionProblem& p, const Seen& seen, uint32_t* turned) {
+DYN_AVX512_TARGET void turn_values(const AttentionProblem& p, const Seen& seen, uint32_t* turned) {
   for (int64_t c = seen.begin / 2; c < seen.end / 2; ++c) {
     const Block &one = seen.block[2 * c], &two = seen.block[2 * c + 1];
     for (int64_t d = 0; d < p.head_dim; d += 32) {
@@ -85,37 +46,10 @@ DYN_AMX_TARGET void turn_values(const AttentionProblem& p, const Seen& seen, uin
   }
 }
 
-// Sums of kTiles times 16 channels, as tiles [16 channels][16 queries].
-template <int kTiles>
-DYN_AMX_TARGET void add_turned(const AttentionProblem& p, int64_t begin, int64_t end, int64_t channel,
-                               const Scratch& scratch, float* squares) {
-  zero_sums<kTiles>();
-  tiles_see_memory();
-  for (int64_t c = begin / 2; c < end / 2; ++c) {
-    const uint32_t* values = scratch.turned + (c * p.head_dim + channel) * 16;
-    _tile_loadd(6, scratch.high + c * kTileWords, 64);
-    _tile_loadd(7, scratch.low + c * kTileWords, 64);
-    _tile_loadd(4, values, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, values + kTileWords, 64);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_dpbf16ps(0, 4, 7);
-    _tile_dpbf16ps(1, 5, 7);
-    if constexpr (kTiles == 4) {
-      _tile_loadd(4, values + 2 * kTileWords, 64);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(5, values + 3 * kTileWords, 64);
-      _tile_dpbf16ps(3, 5, 6);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  store_sums<kTiles>(squares);
-}
-
 // Queries [at, at + 16) of those that rows from `first` on have. `to` has room for all sixteen.
-DYN_AMX_TARGET void attend_sixteen(const AttentionProblem& p, const Seen& seen, int64_t first, int64_t at,
-                                   int64_t count, int64_t segment, const Scratch& scratch, Partial to) {
+template <class Products>
+DYN_AVX512_TARGET void attend_sixteen(const AttentionProblem& p, const Seen& seen, int64_t first, int64_t at,
+                                      int64_t count, int64_t segment, const Scratch& scratch, Partial to) {
   alignas(64) int32_t begins[16] = {}, ends[16];
   Sight any{kSegment, 0}, all{0, kSegment};
   std::fill(ends, ends + 16, static_cast<int32_t>(kSegment));
@@ -134,8 +68,9 @@ DYN_AMX_TARGET void attend_sixteen(const AttentionProblem& p, const Seen& seen, 
     return;
   }
   float* scores = scratch.scores;
-  score(p, seen, begin, end, scratch.queries + at / kBlock * (p.head_dim / kTileDepth) * kTileWords,
-        scores + begin * kBlock * 16);
+  Products::template score<false>(p, seen, begin, end,
+                                  scratch.queries + at / kBlock * (p.head_dim / kTileDepth) * kTileWords,
+                                  scores + begin * kBlock * 16);
 
   const Scale scale(p);
   if (scale.capped())
@@ -179,75 +114,29 @@ DYN_AMX_TARGET void attend_sixteen(const AttentionProblem& p, const Seen& seen, 
   float* sums = to.sum + at * p.head_dim;
   int64_t channel = 0;
   for (; channel + 64 <= p.head_dim; channel += 64) {
-    add_turned<4>(p, begin, end, channel, scratch, squares);
+    Products::template add_turned<4>(p, begin, end, channel, scratch, squares);
     for (int64_t t = 0; t < 4; ++t) transpose(squares + t * 256, sums + channel + t * 16, p.head_dim);
   }
   if (channel < p.head_dim) {
-    add_turned<2>(p, begin, end, channel, scratch, squares);
+    Products::template add_turned<2>(p, begin, end, channel, scratch, squares);
     for (int64_t t = 0; t < 2; ++t) transpose(squares + t * 256, sums + channel + t * 16, p.head_dim);
   }
 }
 
 // ---- few queries, up to sixteen: keys in the lanes ----
 
-// Keys that come from memory are asked for so many blocks before they are multiplied; values while keys are.
-constexpr int64_t kAhead = 6;
-
-DYN_AMX_TARGET inline void fetch(const BFloat16* rows, int64_t stride, int64_t dim) {
-  for (int64_t r = 0; r < kBlock; ++r)
-    for (int64_t i = 0; i < dim; i += 32)
-      _mm_prefetch(reinterpret_cast<const char*>(rows + r * stride + i), _MM_HINT_T1);
-}
-
-// Sums of kTiles times 16 channels from `channel` on, as tiles [16 queries][16 channels], of which each pair holds the
-// first four and the last four of every eight channels.
-template <int kTiles>
-DYN_AMX_TARGET void add_values(const Seen& seen, int64_t channel, const Scratch& scratch, float* squares) {
-  zero_sums<kTiles>();
-  for (int64_t c = seen.begin / 2; c < seen.end / 2; ++c) {
-    const Block &one = seen.block[2 * c], &two = seen.block[2 * c + 1];
-    uint32_t* pairs = scratch.turned + (c & 1) * 4 * kTileWords;
-    for (int64_t r = 0; r < kBlock; ++r)
-      for (int64_t part = 0; part < kTiles / 2; ++part) {
-        const __m512i a = _mm512_loadu_si512(one.values + r * one.stride + channel + part * 32);
-        const __m512i b = _mm512_loadu_si512(two.values + r * two.stride + channel + part * 32);
-        _mm512_store_si512(pairs + (2 * part) * kTileWords + r * 16, _mm512_unpacklo_epi16(a, b));
-        _mm512_store_si512(pairs + (2 * part + 1) * kTileWords + r * 16, _mm512_unpackhi_epi16(a, b));
-      }
-    tiles_see_memory();
-    _tile_loadd(4, scratch.high + c * kTileWords, 64);
-    _tile_loadd(5, scratch.low + c * kTileWords, 64);
-    _tile_loadd(6, pairs, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, pairs + kTileWords, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(0, 5, 6);
-    _tile_dpbf16ps(1, 5, 7);
-    if constexpr (kTiles == 4) {
-      _tile_loadd(6, pairs + 2 * kTileWords, 64);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(7, pairs + 3 * kTileWords, 64);
-      _tile_dpbf16ps(3, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  store_sums<kTiles>(squares);
-}
-
-DYN_AMX_TARGET void attend_few(const AttentionProblem& p, const Seen& seen, int64_t first, int64_t count,
-                               int64_t segment, const Scratch& scratch, Partial to) {
+template <class Products>
+DYN_AVX512_TARGET void attend_few(const AttentionProblem& p, const Seen& seen, int64_t first, int64_t count,
+                                  int64_t segment, const Coming& coming, const Scratch& scratch, Partial to) {
   const int64_t begin = seen.begin * kBlock, end = seen.end * kBlock;
   alignas(64) float squares[4 * 256];
   if (begin < end) {
+    constexpr int64_t kAhead = Products::kAhead;
     // Two blocks at a time, turned while they are in the first-level cache.
     for (int64_t b = seen.begin; b < seen.end; b += 2) {
-      for (int64_t next = b; next < b + 2; ++next) {
-        fetch(seen.block[next].values, seen.block[next].stride, p.head_dim);
-        if (next + kAhead < seen.end)
-          fetch(seen.block[next + kAhead].keys, seen.block[next + kAhead].stride, p.head_dim);
-      }
-      score(p, seen, b, b + 2, scratch.queries, squares);
+      for (int64_t next = b + kAhead; kAhead > 0 && next < std::min(b + kAhead + 2, seen.end); ++next)
+        fetch(seen.block[next].keys, seen.block[next].stride, p.head_dim);
+      Products::template score<true>(p, seen, b, b + 2, scratch.queries, squares);
       transpose(squares, scratch.scores + b * kBlock, kSegment);
       transpose(squares + 256, scratch.scores + (b + 1) * kBlock, kSegment);
     }
@@ -292,9 +181,9 @@ DYN_AMX_TARGET void attend_few(const AttentionProblem& p, const Seen& seen, int6
   for (int64_t channel = 0; channel < p.head_dim; channel += 64) {
     const int64_t tiles = std::min<int64_t>(p.head_dim - channel, 64) / 16;
     if (tiles == 4)
-      add_values<4>(seen, channel, scratch, squares);
+      Products::template add_values<4>(seen, channel, count, scratch, coming, squares);
     else
-      add_values<2>(seen, channel, scratch, squares);
+      Products::template add_values<2>(seen, channel, count, scratch, coming, squares);
     for (int64_t t = 0; t < tiles; t += 2)
       for (int64_t q = 0; q < count; ++q) {
         const __m512 low = _mm512_load_ps(squares + t * 256 + q * 16);
@@ -306,25 +195,43 @@ DYN_AMX_TARGET void attend_few(const AttentionProblem& p, const Seen& seen, int6
   }
 }
 
+template <class Products>
+void attend_queries(const AttentionProblem& p, const Seen& seen, int64_t first, int64_t count, int64_t segment,
+                    const Coming& coming, const Scratch& scratch, Partial to) {
+  if (count <= kBlock) {
+    attend_few<Products>(p, seen, first, count, segment, coming, scratch, to);
+    return;
+  }
+  turn_values(p, seen, scratch.turned);
+  for (int64_t at = 0; at < count; at += kBlock)
+    attend_sixteen<Products>(p, seen, first, at, count, segment, scratch, to);
+}
+
 }  // namespace
 
 bool attends_on_tiles(const AttentionProblem& p) {
-  return amx_usable() && p.head_dim % 32 == 0 && p.head_dim > 0 && p.scale > 0.f && p.softcap <= kMostCap;
+  return (amx_usable() || simd_level() == 5) && p.head_dim % 32 == 0 && p.head_dim > 0 && p.scale > 0.f &&
+         p.softcap <= kMostCap;
 }
 
 int64_t AttendTiles::scratch(const AttentionProblem& p) { return Scratch::words(p); }
-void AttendTiles::begin() { amx_begin(); }
-void AttendTiles::end() { amx_end(); }
+void AttendTiles::begin() {
+  if (amx_usable()) amx_begin();
+}
+void AttendTiles::end() {
+  if (amx_usable()) amx_end();
+}
 
 void AttendTiles::segment(const AttentionProblem& p, const BFloat16* q, const BFloat16* keys, const BFloat16* values,
-                          int64_t first, int64_t last, int64_t kv_head, int64_t segment, Partial to, float* memory) {
+                          const Piece& piece, const Piece* next, Partial to, float* memory) {
+  const auto [first, last, kv_head, segment] = piece;
   const Scratch scratch(p, memory);
   const int64_t group = p.group(), dim = p.head_dim, count = (last - first) * group;
   const Seen seen = look(p, keys, values, first, last, kv_head, segment, scratch.copies);
   if (!seen.finite) {  // 0 times inf is not nothing: a row at a time sees its own keys only
     for (int64_t row = first; row < last; ++row)
-      AttendTiles::segment(p, q, keys, values, row, row + 1, kv_head, segment, to.from((row - first) * group, dim),
-                           memory);
+      AttendTiles::segment(p, q, keys, values, {row, row + 1, kv_head, segment}, nullptr,
+                           to.from((row - first) * group, dim), memory);
     return;
   }
   // Queries lie together per row only: sixteen of them, then a tile.
@@ -343,15 +250,14 @@ void AttendTiles::segment(const AttentionProblem& p, const BFloat16* q, const BF
       amx_pack(rows, kBlock, wide, wide, tile + channel / kTileDepth * kTileWords);
     }
   }
-  if (count <= kBlock) {
-    attend_few(p, seen, first, count, segment, scratch, to);
-    return;
-  }
-  turn_values(p, seen, scratch.turned);
-  for (int64_t at = 0; at < count; at += kBlock) attend_sixteen(p, seen, first, at, count, segment, scratch, to);
+  const Coming coming = next == nullptr || count > kBlock ? Coming{} : keys_of(p, keys, *next);
+  if (amx_usable())
+    attend_queries<AmxProducts>(p, seen, first, count, segment, coming, scratch, to);
+  else
+    attend_queries<DotProducts>(p, seen, first, count, segment, coming, scratch, to);
 }
 
-DYN_AMX_TARGET void AttendTiles::merge(const AttentionProblem& p, int64_t rows, Partial total, Partial part) {
+DYN_AVX512_TARGET void AttendTiles::merge(const AttentionProblem& p, int64_t rows, Partial total, Partial part) {
   const float by = Scale(p).by;
   for (int64_t at = 0; at < rows * p.group(); ++at) {
     if (part.peak[at] == kNothing && part.mass[at] == 0.f) continue;  // the segment showed this query nothing
@@ -369,8 +275,8 @@ DYN_AMX_TARGET void AttendTiles::merge(const AttentionProblem& p, int64_t rows, 
   }
 }
 
-DYN_AMX_TARGET void AttendTiles::write(const AttentionProblem& p, Partial total, int64_t first, int64_t last,
-                                       int64_t kv_head, BFloat16* out) {
+DYN_AVX512_TARGET void AttendTiles::write(const AttentionProblem& p, Partial total, int64_t first, int64_t last,
+                                          int64_t kv_head, BFloat16* out) {
   const int64_t group = p.group(), dim = p.head_dim;
   for (int64_t at = 0; at < (last - first) * group; ++at) {
     const float* from = total.sum + at * dim;

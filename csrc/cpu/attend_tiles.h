@@ -1,4 +1,4 @@
-// ragged_attention of bf16 rows on Intel AMX.
+// ragged_attention of bf16 rows on matrix tiles: Intel AMX, or vectors of dot products in their place.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace dyndepth {
 
-// Head sizes of whole tiles (multiples of 32 channels), on a machine that has matrix tiles.
+// Head sizes of whole tiles (multiples of 32 channels), on a machine that has AMX or AVX512_BF16.
 bool attends_on_tiles(const AttentionProblem& problem);
 
 // What attend_all asks of a way to attend (attend_vectors is the other). Sums lie in the order of channels,
@@ -20,7 +20,7 @@ struct AttendTiles {
   static void begin();
   static void end();
   static void segment(const AttentionProblem& problem, const BFloat16* q, const BFloat16* keys, const BFloat16* values,
-                      int64_t first, int64_t last, int64_t kv_head, int64_t segment, Partial to, float* scratch);
+                      const Piece& piece, const Piece* next, Partial to, float* scratch);
   static void merge(const AttentionProblem& problem, int64_t rows, Partial total, Partial part);
   static void write(const AttentionProblem& problem, Partial total, int64_t first, int64_t last, int64_t kv_head,
                     BFloat16* out);

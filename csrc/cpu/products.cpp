@@ -7,6 +7,11 @@
 #include "../common/tensor.h"
 #include "amx.h"
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define DYN_BFLOAT16_DOTS
 #define DYN_SIMD "../cpu/products.simd.h"
 #include "../common/each_target.h"
 
@@ -23,8 +28,8 @@ void finish(const Product<T>& p, const float* sums, const float* sums2, int64_t 
 template <class T>
 constexpr bool kTiled = std::is_same_v<T, BFloat16>;
 
-// Rows whose sums are finished together: 128, whose sums of two panels take 16 KiB.
-constexpr int64_t kBlockTiles = 8;
+// Rows whose sums are finished together: those of two panels take 16 KiB, and are in the first-level cache then.
+constexpr int64_t kBlockRows = 128;
 
 // What a thread takes at a time: two panels of a plain product, which share the rows that a tile instruction loads, or
 // one of both weights of a gated one.
@@ -66,36 +71,48 @@ void upcoming_chunk(const Chunk<T>& chunk, int64_t width, Ahead& ahead) {
   Upcoming::of(p.weight, p.weight2, p.outputs, width).fetch(ahead, chunk.number);
 }
 
-// A chunk whose panels are all full. Rows in blocks, so that epilogues find their sums in the first-level cache.
+// A chunk whose panels are all full, on tiles.
 void tiled_chunk(const Operand<BFloat16>& x, const Chunk<BFloat16>& chunk, Ahead& ahead) {
-  alignas(64) float sums[2 * kBlockTiles * 256];
+  alignas(64) float sums[2 * kBlockRows * kPanel];
   const Product<BFloat16>& p = *chunk.product;
-  const int64_t width = x.width(), block_rows = kBlockTiles * kTileRows16;
+  const int64_t width = x.width();
   const bool gated = p.weight2 != nullptr;
   const BFloat16* here = chunk.weight(width);
   const BFloat16* panels[2] = {here, gated ? chunk.weight2(width) : here + kPanel * width};
   const int64_t count = gated || chunk.outputs > kPanel ? 2 : 1;
   ahead.spread((p.rows + 2 * kTileRows16 - 1) / (2 * kTileRows16) * (width / kTileDepth));
-  for (int64_t row = 0; row < p.rows; row += block_rows) {
-    const int64_t end = std::min(row + block_rows, p.rows), tiles = (end - row + kTileRows16 - 1) / kTileRows16;
+  for (int64_t row = 0; row < p.rows; row += kBlockRows) {
+    const int64_t end = std::min(row + kBlockRows, p.rows), tiles = (end - row + kTileRows16 - 1) / kTileRows16;
     const uint32_t* packed = x.tiles() + row * width / 2;
     amx_panels(packed, tiles, width, panels, count, width, ahead, sums);
     finish(p, sums, sums + tiles * 256, row, end, chunk.first, gated ? kPanel : chunk.outputs);
   }
 }
 
-template <class T>
-void vector_chunk(const Operand<T>& x, const Chunk<T>& chunk, Ahead& ahead, float* sums, int64_t size) {
+// Any chunk, on vectors: X is float, or bf16 where the processor has dot products of that.
+template <class T, class X>
+void vector_chunk(const X* x, int64_t width, const Chunk<T>& chunk, Ahead& ahead) {
+  alignas(64) float sums[kBlockRows * kPanel], sums2[kBlockRows * kPanel];
   const Product<T>& p = *chunk.product;
-  const int64_t width = x.width();
-  const auto panel = [&](const T* weight, int64_t outputs, float* to) {
-    DYN_BEST(vector_panel, x.floats(), p.rows, weight, outputs, width, ahead, to);
-  };
-  for (int64_t first = 0; first < chunk.outputs; first += kPanel) {
-    const int64_t outputs = std::min(kPanel, chunk.outputs - first);
-    panel(chunk.weight(width) + first * width, outputs, sums);
-    if (p.weight2 != nullptr) panel(chunk.weight2(width) + first * width, outputs, sums + size);
-    finish(p, sums, sums + size, 0, p.rows, chunk.first + first, outputs);
+  const bool gated = p.weight2 != nullptr;
+  const T* here = chunk.weight(width);
+  // Steps of four rows, four outputs and a vector of channels each.
+  ahead.spread_in_turn(p.rows / 4 * (2 * kPanel / 4) * (width * static_cast<int64_t>(sizeof(X)) / 64));
+  for (int64_t row = 0; row < p.rows; row += kBlockRows) {
+    const int64_t end = std::min(row + kBlockRows, p.rows);
+    const auto panel = [&](const T* weight, int64_t outputs, float* to) {
+      DYN_BEST(vector_panel, x + row * width, end - row, weight, outputs, width, ahead, to);
+    };
+    const int64_t outputs = std::min(kPanel, chunk.outputs), rest = chunk.outputs - outputs;
+    panel(here, outputs, sums);
+    if (gated) panel(chunk.weight2(width), outputs, sums2);
+    if (rest > 0) panel(here + kPanel * width, rest, sums2);
+    if (rest == kPanel) {
+      finish(p, sums, sums2, row, end, chunk.first, chunk.outputs);
+    } else {
+      finish(p, sums, sums2, row, end, chunk.first, outputs);
+      if (rest > 0) finish(p, sums2, sums2, row, end, chunk.first + kPanel, rest);
+    }
   }
 }
 
@@ -144,23 +161,20 @@ void Operand<T>::widen() const {
 
 template <class T>
 void multiply(const Operand<T>& x, const std::vector<Product<T>>& products, const Upcoming& upcoming) {
-  int64_t chunks = 0, rows = 0;
+  int64_t chunks = 0;
   bool vectors = x.tiles() == nullptr;
   for (const Product<T>& product : products) {
     chunks += chunks_of(product);
-    rows = std::max(rows, product.rows);
     vectors = vectors || product.outputs % kPanel != 0;
   }
   if (chunks == 0) return;
-  if (vectors) x.widen();
-  const int64_t size = (rows + kTileRows16 - 1) / kTileRows16 * kTileRows16 * kPanel;
+  const bool pairs = kTiled<T> && simd_level() == 5;
+  if (vectors && !pairs) x.widen();
   // Chunks are taken as threads get to them: a core that is slower for a while does not hold up the others. Each knows
   // its next one while it works on one, and has it fetched meanwhile; the last one has what comes next fetched.
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
   std::atomic<int64_t> taken{workers};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<float> sums;
-    if (vectors && static_cast<int64_t>(sums.size()) < 2 * size) sums.resize(2 * size);
     const bool tiled = kTiled<T> && x.tiles() != nullptr;
     if (tiled) amx_begin();
     for (int64_t worker = begin; worker < end; ++worker) {
@@ -177,8 +191,12 @@ void multiply(const Operand<T>& x, const std::vector<Product<T>>& products, cons
             tiled_chunk(x, chunk, ahead);
             continue;
           }
+          if (pairs) {
+            vector_chunk(x.x(), x.width(), chunk, ahead);
+            continue;
+          }
         }
-        vector_chunk(x, chunk, ahead, sums.data(), size);
+        vector_chunk(x.floats(), x.width(), chunk, ahead);
       }
     }
     if (tiled) amx_end();

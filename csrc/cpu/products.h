@@ -73,6 +73,7 @@ class Operand {
 
   int64_t width() const { return width_; }
   int64_t rows() const { return rows_; }
+  const T* x() const { return x_; }                       // [rows, width], as taken
   const uint32_t* tiles() const { return tiles_.get(); }  // null: no AMX for this type or width
   const float* floats() const { return floats_; }         // [rows, width]
 

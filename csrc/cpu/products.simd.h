@@ -1,13 +1,5 @@
 // Products without matrix tiles, and the epilogues of all.
 
-// Two cache lines of what will be wanted soon.
-DYN_INLINE void fetch(Ahead& ahead) {
-  if (ahead.at[0] >= ahead.end[0]) return;
-  __builtin_prefetch(ahead.at[0], 0, 2);
-  __builtin_prefetch(ahead.at[0] + 64, 0, 2);
-  ahead.at[0] += 128;
-}
-
 // Fewer than 16 elements, zeros after them.
 template <class T>
 DYN_INLINE Lanes load_some(const T* from, int64_t count) {
@@ -17,25 +9,76 @@ DYN_INLINE Lanes load_some(const T* from, int64_t count) {
   return load(padded);
 }
 
+// What a step of dot products takes of a row or of a weight row: 16 channels as fp32, or 32 as the bf16 they are, where
+// the processor multiplies and adds pairs of those.
+template <class X>
+constexpr int64_t kStep = DYN_LEVEL == 5 && std::is_same_v<X, BFloat16> ? 2 * kLanes : kLanes;
+
+template <class T, int64_t kCount>
+struct Channels {
+  Lanes lanes;
+
+  DYN_INLINE static Channels at(const T* from) { return {load(from)}; }
+  DYN_INLINE static Channels some(const T* from, int64_t count) { return {load_some(from, count)}; }
+};
+template <class X, class T>
+DYN_INLINE void add_products(Lanes& total, const Channels<X, kLanes>& x, const Channels<T, kLanes>& weight) {
+  total += x.lanes * weight.lanes;
+}
+
+#if DYN_LEVEL == 5
+template <>
+struct Channels<BFloat16, 2 * kLanes> {
+  __m512bh pairs;
+
+  DYN_INLINE static Channels at(const BFloat16* from) {
+    Channels channels;
+    std::memcpy(&channels.pairs, from, sizeof channels.pairs);
+    return channels;
+  }
+  DYN_INLINE static Channels some(const BFloat16* from, int64_t count) {
+    BFloat16 padded[2 * kLanes] = {};
+    std::memcpy(padded, from, count * sizeof(BFloat16));
+    return at(padded);
+  }
+};
+// A lane adds the odd channel's product, then the even one's; subnormals count as 0, as on matrix tiles.
+DYN_INLINE void add_products(Lanes& total, const Channels<BFloat16, 2 * kLanes>& x,
+                             const Channels<BFloat16, 2 * kLanes>& weight) {
+  total = (Lanes)_mm512_dpbf16_ps((__m512)total, x.pairs, weight.pairs);
+}
+#endif
+
 // results[r * kPanel + o] = dot(x row r, weight row o) for kRows x kOutputs. Sixteen lanes run along the channels,
-// zeros past the last.
-template <int kRows, int kOutputs, class T>
-DYN_INLINE void dots(const float* x, const T* weight, int64_t width, Ahead& ahead, float* results) {
+// zeros past the last. kWhole: there is none past the last; what fills up vectors would keep sums out of registers.
+template <bool kWhole, int kRows, int kOutputs, class X, class T>
+DYN_INLINE void dots(const X* x, const T* weight, int64_t width, Ahead& ahead, float* results) {
+  using Row = Channels<X, kStep<X>>;
+  using Weight = Channels<T, kStep<X>>;
   Lanes total[kRows][kOutputs] = {};
   int64_t i = 0;
-  const auto step = [&](const auto& lanes_of) __attribute__((always_inline)) {
-    Lanes row[kRows];
-    for (int r = 0; r < kRows; ++r) row[r] = lanes_of(x + r * width + i);
+  const auto step = [&](const auto& row_at, const auto& weight_at) __attribute__((always_inline)) {
+    Row row[kRows];
+    for (int r = 0; r < kRows; ++r) row[r] = row_at(x + r * width + i);
     for (int o = 0; o < kOutputs; ++o) {
-      const Lanes w = lanes_of(weight + o * width + i);
-      for (int r = 0; r < kRows; ++r) total[r][o] += row[r] * w;
+      const Weight w = weight_at(weight + o * width + i);
+      for (int r = 0; r < kRows; ++r) add_products(total[r][o], row[r], w);
     }
   };
-  for (; i + kLanes <= width; i += kLanes) {
-    if constexpr (kRows > 1) fetch(ahead);  // alone, a row waits for its weights anyway
-    step([](const auto* from) __attribute__((always_inline)) { return load(from); });
+  Ahead::Lines soon{nullptr, 0};
+  if constexpr (kRows > 1) soon = ahead.take(width / kStep<X>);  // alone, a row waits for its weights anyway
+  const int64_t per_step = soon.count * kStep<X> / (width + 1) + 1;
+  for (; i + kStep<X> <= width; i += kStep<X>) {
+    if (soon.count > 0) {
+      for (int64_t line = 0; line < per_step; ++line) __builtin_prefetch(soon.at + line * 64, 0, 2);
+      soon.at += per_step * 64;
+      soon.count -= per_step;
+    }
+    step(Row::at, Weight::at);
   }
-  if (i < width) step([&](const auto* from) __attribute__((always_inline)) { return load_some(from, width - i); });
+  if (!kWhole && i < width)
+    step([&](const X* from) __attribute__((always_inline)) { return Row::some(from, width - i); },
+         [&](const T* from) __attribute__((always_inline)) { return Weight::some(from, width - i); });
   float found[kRows * kOutputs];
   if constexpr (kRows * kOutputs == kLanes) {
     store(found, sums(reinterpret_cast<const Lanes(&)[kLanes]>(total)));
@@ -46,38 +89,40 @@ DYN_INLINE void dots(const float* x, const T* weight, int64_t width, Ahead& ahea
     for (int o = 0; o < kOutputs; ++o) results[r * kPanel + o] = found[r * kOutputs + o];
 }
 
-template <int kRows, int kOutputs, class T>
-DYN_INLINE void dots_of_rows(const float* x, int64_t rows, const T* weight, int64_t width, Ahead& ahead,
-                             float* results) {
+template <bool kWhole, int kRows, int kOutputs, class X, class T>
+DYN_INLINE void dots_of_rows(const X* x, int64_t rows, const T* weight, int64_t width, Ahead& ahead, float* results) {
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows)
-    dots<kRows, kOutputs>(x + row * width, weight, width, ahead, results + row * kPanel);
-  for (; row < rows; ++row) dots<1, kOutputs>(x + row * width, weight, width, ahead, results + row * kPanel);
+    dots<kWhole, kRows, kOutputs>(x + row * width, weight, width, ahead, results + row * kPanel);
+  for (; row < rows; ++row) dots<kWhole, 1, kOutputs>(x + row * width, weight, width, ahead, results + row * kPanel);
 }
 
-template <int kRows, int kOutputs, class T>
-DYN_INLINE void panel_of_dots(const float* x, int64_t rows, const T* weight, int64_t outputs, int64_t width,
-                              Ahead& ahead, float* results) {
+template <bool kWhole, int kRows, int kOutputs, class X, class T>
+DYN_INLINE void panel_of_dots(const X* x, int64_t rows, const T* weight, int64_t outputs, int64_t width, Ahead& ahead,
+                              float* results) {
   // Rows in blocks that stay in the first-level cache while the panel's weights pass.
-  constexpr int64_t kBlock = 16;
-  for (int64_t row = 0; row < rows; row += kBlock) {
-    const int64_t count = std::min(kBlock, rows - row);
-    const float* from = x + row * width;
+  const int64_t block = width * static_cast<int64_t>(sizeof(X)) > 2048 ? 8 : 16;
+  for (int64_t row = 0; row < rows; row += block) {
+    const int64_t count = std::min(block, rows - row);
+    const X* from = x + row * width;
     float* to = results + row * kPanel;
     int64_t o = 0;
     for (; o + kOutputs <= outputs; o += kOutputs)
-      dots_of_rows<kRows, kOutputs>(from, count, weight + o * width, width, ahead, to + o);
-    for (; o < outputs; ++o) dots_of_rows<kRows, 1>(from, count, weight + o * width, width, ahead, to + o);
+      dots_of_rows<kWhole, kRows, kOutputs>(from, count, weight + o * width, width, ahead, to + o);
+    for (; o < outputs; ++o) dots_of_rows<kWhole, kRows, 1>(from, count, weight + o * width, width, ahead, to + o);
   }
 }
 
 // Sums of `outputs` <= 16 outputs. Those of a block fit the vector registers: 32 of 16 lanes with AVX-512, 16 of 8 with
-// AVX2.
-template <class T>
-void vector_panel(const float* x, int64_t rows, const T* weight, int64_t outputs, int64_t width, Ahead& ahead,
+// AVX2. x is fp32, or bf16 as it lies.
+template <class X, class T>
+void vector_panel(const X* x, int64_t rows, const T* weight, int64_t outputs, int64_t width, Ahead& ahead,
                   float* results) {
-  constexpr int kBlock = DYN_LEVEL == 4 ? 4 : 2;
-  panel_of_dots<kBlock, kBlock>(x, rows, weight, outputs, width, ahead, results);
+  constexpr int kBlock = DYN_LEVEL >= 4 ? 4 : 2;
+  if (width % kStep<X> == 0)
+    panel_of_dots<true, kBlock, kBlock>(x, rows, weight, outputs, width, ahead, results);
+  else
+    panel_of_dots<false, kBlock, kBlock>(x, rows, weight, outputs, width, ahead, results);
 }
 
 DYN_INLINE Lanes magnitude(Lanes x) { return (Lanes)((UintLanes)x & 0x7fffffffu); }

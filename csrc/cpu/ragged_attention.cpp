@@ -34,7 +34,8 @@ std::vector<int64_t> tile_bounds(const AttentionProblem& p) {
   return bounds;
 }
 
-// One task after the other from the last, for whoever is free: the last tiles of a long prompt see the most keys.
+// One task after the other from the last, for whoever is free: the last tiles of a long prompt see the most keys. A
+// task is told which one its thread will probably get next, or -1.
 template <class Kernel, class Task>
 void for_each_task(int64_t tasks, int64_t floats, const Task& task) {
   std::atomic<int64_t> left{tasks};
@@ -43,7 +44,8 @@ void for_each_task(int64_t tasks, int64_t floats, const Task& task) {
     static thread_local std::vector<float> memory;
     memory.resize(floats);
     Kernel::begin();
-    for (int64_t at; (at = left.fetch_sub(1, std::memory_order_relaxed) - 1) >= 0;) task(at, memory.data());
+    for (int64_t at; (at = left.fetch_sub(1, std::memory_order_relaxed) - 1) >= 0;)
+      task(at, std::max<int64_t>(at - threads, -1), memory.data());
     Kernel::end();
   });
 }
@@ -65,8 +67,8 @@ void attend_tiles(AttentionProblem p, const T* q, const T* keys, const T* values
     begin_of[tile] = oldest / kSegment;
     starts[tile + 1] = starts[tile] + newest / kSegment + 1 - begin_of[tile];
   }
-  const auto attend = [&](int64_t tile, int64_t head, int64_t segment, Partial to, float* scratch) {
-    Kernel::segment(p, q, keys, values, bounds[tile], bounds[tile + 1], head, begin_of[tile] + segment, to, scratch);
+  const auto piece_of = [&](int64_t tile, int64_t head, int64_t segment) {
+    return Piece{bounds[tile], bounds[tile + 1], head, begin_of[tile] + segment};
   };
   // The rest of a tile's segments one after the other, merged in their order.
   const auto finish = [&](int64_t tile, int64_t head, Partial total, auto&& next) {
@@ -77,14 +79,20 @@ void attend_tiles(AttentionProblem p, const T* q, const T* keys, const T* values
   // Fewer items than four per thread leave threads waiting: then segments are items of their own.
   const bool split = items < 4 * static_cast<int64_t>(torch::stable::get_num_threads()) && starts[tiles] > tiles;
   if (!split) {
-    for_each_task<Kernel>(items, 2 * size + Kernel::scratch(p), [&](int64_t i, float* memory) {
+    for_each_task<Kernel>(items, 2 * size + Kernel::scratch(p), [&](int64_t i, int64_t next, float* memory) {
       const Partial total(memory, p), part(memory + size, p);
       const int64_t tile = i / p.kv_heads, head = i % p.kv_heads;
-      attend(tile, head, 0, total, memory + 2 * size);
-      finish(tile, head, total, [&](int64_t segment) {
-        attend(tile, head, segment, part, memory + 2 * size);
-        return part;
-      });
+      const auto attend = [&](int64_t segment, Partial to) {
+        const bool last = segment + 1 == starts[tile + 1] - starts[tile];
+        const Piece after = !last      ? piece_of(tile, head, segment + 1)
+                            : next < 0 ? Piece{}
+                                       : piece_of(next / p.kv_heads, next % p.kv_heads, 0);
+        Kernel::segment(p, q, keys, values, piece_of(tile, head, segment), last && next < 0 ? nullptr : &after, to,
+                        memory + 2 * size);
+        return to;
+      };
+      attend(0, total);
+      finish(tile, head, total, [&](int64_t segment) { return attend(segment, part); });
     });
     return;
   }
@@ -93,10 +101,17 @@ void attend_tiles(AttentionProblem p, const T* q, const T* keys, const T* values
   const auto part_of = [&](int64_t tile, int64_t head, int64_t segment) {
     return Partial(parts.get() + ((starts[tile] + segment) * p.kv_heads + head) * size, p);
   };
-  for_each_task<Kernel>(starts[tiles] * p.kv_heads, Kernel::scratch(p), [&](int64_t i, float* scratch) {
-    const int64_t at = i / p.kv_heads, head = i % p.kv_heads;
-    const int64_t tile = std::upper_bound(starts.begin(), starts.end(), at) - starts.begin() - 1;
-    attend(tile, head, at - starts[tile], part_of(tile, head, at - starts[tile]), scratch);
+  for_each_task<Kernel>(starts[tiles] * p.kv_heads, Kernel::scratch(p), [&](int64_t i, int64_t next, float* scratch) {
+    const auto tile_of = [&](int64_t at) {
+      return std::upper_bound(starts.begin(), starts.end(), at / p.kv_heads) - starts.begin() - 1;
+    };
+    const auto piece_at = [&](int64_t at) {
+      return piece_of(tile_of(at), at % p.kv_heads, at / p.kv_heads - starts[tile_of(at)]);
+    };
+    const int64_t tile = tile_of(i);
+    const Piece after = piece_at(std::max<int64_t>(next, 0));
+    Kernel::segment(p, q, keys, values, piece_at(i), next < 0 ? nullptr : &after,
+                    part_of(tile, i % p.kv_heads, i / p.kv_heads - starts[tile]), scratch);
   });
   for (int64_t i = 0; i < items; ++i) {
     const int64_t tile = i / p.kv_heads, head = i % p.kv_heads;

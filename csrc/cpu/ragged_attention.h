@@ -50,6 +50,11 @@ struct Partial {
   Partial from(int64_t query, int64_t dim) const { return {sum + query * dim, peak + query, mass + query}; }
 };
 
+// A piece of work: rows [first, last) of one sequence, one K,V head, keys [segment * kSegment, ... + kSegment).
+struct Piece {
+  int64_t first, last, kv_head, segment;
+};
+
 // How attend_all attends: on vectors here, on matrix tiles in attend_tiles.h.
 template <class T>
 struct AttendVectors {
@@ -61,10 +66,10 @@ struct AttendVectors {
   }
   static void begin() {}
   static void end() {}
-  // Partial softmax of rows [first, last) of one sequence over keys [segment * kSegment, ... + kSegment) for one K,V
-  // head. q is [rows, heads, head_dim], keys and values [pages, page_size, kv_heads, head_dim].
-  static void segment(const AttentionProblem& problem, const T* q, const T* keys, const T* values, int64_t first,
-                      int64_t last, int64_t kv_head, int64_t segment, Partial to, float* scratch);
+  // Partial softmax of a piece. `next` is the piece that this thread will probably get next, or null. q is
+  // [rows, heads, head_dim], keys and values [pages, page_size, kv_heads, head_dim].
+  static void segment(const AttentionProblem& problem, const T* q, const T* keys, const T* values, const Piece& piece,
+                      const Piece* next, Partial to, float* scratch);
   // total := total and part together.
   static void merge(const AttentionProblem& problem, int64_t rows, Partial total, Partial part);
   // out [rows, heads, head_dim] of rows [first, last) for one K,V head.

@@ -6,10 +6,10 @@
 #include <utility>
 
 #include "amx.h"
-#include "amx_tiles.h"
+#include "avx512.h"
 #include "ragged_attention.h"
 
-#ifdef DYN_AMX
+#ifdef DYN_AVX512
 namespace dyndepth::tiles {
 
 constexpr int64_t kBlock = 16;  // keys of a tile
@@ -66,7 +66,7 @@ inline Sight sight_of(const AttentionProblem& p, int64_t row, int64_t segment) {
   return {std::max<int64_t>(p.oldest_key(row) - base, 0), std::min<int64_t>(p.pos[row] + 1 - base, kSegment)};
 }
 
-DYN_AMX_TARGET inline bool finite(const BFloat16* values, int64_t dim) {
+DYN_AVX512_TARGET inline bool finite(const BFloat16* values, int64_t dim) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __mmask32 bad = 0;
   for (int64_t i = 0; i < dim; i += 32)
@@ -123,6 +123,46 @@ inline Seen look(const AttentionProblem& p, const BFloat16* keys, const BFloat16
         seen.finite = seen.finite && finite(seen.block[b].values + i * seen.block[b].stride, dim);
   }
   return seen;
+}
+
+// A cache line into the second level. In assembler: GCC takes a function of nothing but __builtin_prefetch for one
+// without effects, and drops its calls.
+inline void fetch(const BFloat16* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
+
+// Sixteen rows.
+inline void fetch(const BFloat16* rows, int64_t stride, int64_t dim) {
+  for (int64_t r = 0; r < kBlock; ++r)
+    for (int64_t i = 0; i < dim; i += 32) fetch(rows + r * stride + i);
+}
+
+// Keys that will be wanted next, while nothing else comes from memory.
+struct Coming {
+  int64_t count = 0, stride = 0, dim = 0;
+  const BFloat16* block[kBlocks];
+
+  // Row r of both blocks of a chunk.
+  void fetch(int64_t chunk, int64_t r) const {
+    for (int64_t at = 2 * chunk; at < std::min(2 * chunk + 2, count); ++at)
+      for (int64_t i = 0; i < dim; i += 32) tiles::fetch(block[at] + r * stride + i);
+  }
+};
+
+// Of the last row of a piece; blocks that cross a page are left out.
+inline Coming keys_of(const AttentionProblem& p, const BFloat16* keys, const Piece& piece) {
+  Coming coming;
+  coming.dim = p.head_dim;
+  coming.stride = p.kv_heads * p.head_dim;
+  const int64_t row = piece.last - 1, base = piece.segment * kSegment;
+  const int32_t* table = p.block_table + p.seq[row] * p.max_pages;
+  const Sight sight = sight_of(p, row, piece.segment);
+  for (int64_t from = sight.begin / kBlock * kBlock; from < sight.end; from += kBlock) {
+    const int64_t key = base + std::max(from, sight.begin), in_page = key % p.page_size;
+    if (in_page + kBlock > p.page_size) continue;
+    coming.block[coming.count++] =
+        keys + (static_cast<int64_t>(table[key / p.page_size]) * p.page_size + in_page) * coming.stride +
+        piece.kv_head * p.head_dim;
+  }
+  return coming;
 }
 
 }  // namespace dyndepth::tiles

@@ -3,10 +3,10 @@
 
 #include <limits>
 
-#include "amx_tiles.h"
+#include "avx512.h"
 #include "ragged_attention.h"
 
-#ifdef DYN_AMX
+#ifdef DYN_AVX512
 namespace dyndepth::tiles {
 
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
@@ -14,7 +14,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 // 2 ** x for x <= 0, relative error 1e-7: a polynomial for the fractional part (least maximal error with 2 ** 0 = 1),
 // the rest is exponent. 0 for -inf; NaN stays.
-DYN_AMX_TARGET inline __m512 exp2_of(__m512 x) {
+DYN_AVX512_TARGET inline __m512 exp2_of(__m512 x) {
   const __m512 r = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
   __m512 y = _mm512_set1_ps(1.8671309653e-3f);
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.0170278256e-3f));
@@ -26,7 +26,7 @@ DYN_AMX_TARGET inline __m512 exp2_of(__m512 x) {
 }
 
 // The weight of a score beside the largest: 1 there, however large scores are.
-DYN_AMX_TARGET inline __m512 weight_of(__m512 score, __m512 largest, __m512 by) {
+DYN_AVX512_TARGET inline __m512 weight_of(__m512 score, __m512 largest, __m512 by) {
   return exp2_of(_mm512_mul_ps(_mm512_sub_ps(score, largest), by));
 }
 
@@ -45,7 +45,7 @@ struct Scale {
   bool capped() const { return outer > 0.f; }
 
   // tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|): what is lost near 0 is lost in absolute terms, as in any score.
-  DYN_AMX_TARGET __m512 cap(__m512 product) const {
+  DYN_AVX512_TARGET __m512 cap(__m512 product) const {
     const __m512 x = _mm512_mul_ps(product, _mm512_set1_ps(inner));
     const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.f));
     const __m512 e = exp2_of(_mm512_mul_ps(_mm512_or_ps(x, _mm512_set1_ps(-0.f)), _mm512_set1_ps(2.f * kLog2E)));
@@ -56,7 +56,7 @@ struct Scale {
 };
 
 // Two weights as pairs of bf16: cut off, and what was cut off, rounded.
-DYN_AMX_TARGET inline void store_pairs(__m512 first, __m512 second, uint32_t* high, uint32_t* low) {
+DYN_AVX512_TARGET inline void store_pairs(__m512 first, __m512 second, uint32_t* high, uint32_t* low) {
   const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), half = _mm512_set1_epi32(0x8000);
   const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
   const __m512i cut_a = _mm512_and_si512(a, mask), cut_b = _mm512_and_si512(b, mask);
@@ -68,13 +68,13 @@ DYN_AMX_TARGET inline void store_pairs(__m512 first, __m512 second, uint32_t* hi
 }
 
 // The sixteen parts of a mass, added as sum() of vector.simd.h adds lanes.
-DYN_AMX_TARGET inline __m512 sum_of(const __m512 (&x)[16]) {
+DYN_AVX512_TARGET inline __m512 sum_of(const __m512 (&x)[16]) {
   __m512 four[4];
   for (int i = 0; i < 4; ++i)
     four[i] = _mm512_add_ps(_mm512_add_ps(x[i], x[i + 8]), _mm512_add_ps(x[i + 4], x[i + 12]));
   return _mm512_add_ps(_mm512_add_ps(four[0], four[2]), _mm512_add_ps(four[1], four[3]));
 }
-DYN_AMX_TARGET inline float sum_of(__m512 x) {
+DYN_AVX512_TARGET inline float sum_of(__m512 x) {
   alignas(64) float part[16], four[4];
   _mm512_store_ps(part, x);
   for (int i = 0; i < 4; ++i) four[i] = (part[i] + part[i + 8]) + (part[i + 4] + part[i + 12]);

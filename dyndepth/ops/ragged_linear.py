@@ -38,8 +38,9 @@ def ragged_linear(
     Returns [n, m] in the dtype of x; rows at or past `live` are unspecified. Sums are fp32, rounded to the dtype after each
     step as separate modules would round. The cpp provider reads every weight once whatever n is, and adds the products of an
     output in the same order whatever the other rows are: a row gives the same bits alone and in any batch. (Subnormal bfloat16
-    counts as 0 on AMX tiles, as in PyTorch's own products there.) The triton provider's tiles depend on the row count: a row
-    gives the same bits in any batch whose count rounds up to the same power of two from 16 to 1024. Not differentiable.
+    counts as 0 where the processor multiplies bfloat16, AMX or AVX512_BF16, as in PyTorch's own products there.) The triton
+    provider's tiles depend on the row count: a row gives the same bits in any batch whose count rounds up to the same power of
+    two from 16 to 1024. Not differentiable.
     """
     return op(x, weight, bias, gate_weight, gate_bias, activation, residual, live)
 
