@@ -13,11 +13,13 @@ from tiny_training import batches, texts
 from torch import Tensor
 
 from dyndepth.closed_form.measure import Lottery
+from dyndepth.closed_form.ridge import NormalEquations
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Band, BlockHead, Exits, MlpHead, TopProbability, TranslatorHead
 from dyndepth.ops._math import rms_normalise
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.score import score
+from dyndepth.testing import assert_same
 from dyndepth.training.config import TrainConfig
 from dyndepth.training.evaluate import evaluate, selective
 from dyndepth.training.run import started
@@ -154,6 +156,32 @@ def test_low_rank_readout_is_the_best_around_the_features_mean() -> None:
     right = torch.linalg.svd(centred @ full, full_matrices=False).Vh[:3]
     best = centred @ full @ right.T @ right + y.mean(0)
     assert float((mine - y).pow(2).mean()) < 1.01 * float((best - y).pow(2).mean())
+
+
+def test_low_rank_readout_of_features_that_depend_on_each_other() -> None:
+    """Half of the features are sums of others, one is massive, heads run in bf16: so starts are fitted."""
+    generator = torch.Generator().manual_seed(2)
+    free = torch.randn(3000, 100, generator=generator)
+    free[:, 0] *= 300
+    x = rms_normalise(torch.cat([free, free @ torch.randn(100, 100, generator=generator)], dim=1), 1e-6)
+    y = x @ torch.randn(200, 9, generator=generator)
+    readout = TranslatorHead(200, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fit_readout(readout, [(x, torch.zeros(3000, 9), y)]) < 1e-4
+    assert readout.down is not None
+    assert float((x @ (readout.up @ readout.down).T + readout.bias - y).pow(2).mean()) < 1e-4 * float(y.pow(2).mean())
+
+
+def test_normal_equations_are_fp32_under_autocast() -> None:
+    """Starts are fitted where heads run in bf16: their sums of products are not to be rounded to that."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(500, 6, generator=generator) + 4, torch.randn(500, 3, generator=generator)
+    plain, mixed = NormalEquations(6, 3), NormalEquations(6, 3)
+    plain.add(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed.add(x, y)
+    assert_same(mixed.gram, plain.gram, "gram")
+    assert_same(mixed.cross, plain.cross, "cross")
 
 
 def test_starts_are_what_they_say() -> None:

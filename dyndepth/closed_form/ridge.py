@@ -28,14 +28,15 @@ class NormalEquations:
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Rows x [n, features], y [n, targets], each counting `weight` [n] times (once where None is given).
 
-        Products of a chunk are fp32, their sums over chunks fp64.
+        Products of a chunk are fp32, autocast or not, their sums over chunks fp64.
         """
         x = torch.cat([x.float(), torch.ones(x.shape[0], 1)], dim=1)
         y = y.float()
         if weight is not None:
             x, y = x * weight.float().sqrt()[:, None], y * weight.float().sqrt()[:, None]
-        self.gram += (x.T @ x).double()
-        self.cross += (x.T @ y).double()
+        with torch.autocast(x.device.type, enabled=False):
+            self.gram += (x.T @ x).double()
+            self.cross += (x.T @ y).double()
         self.square += y.pow(2).sum(0).double()
         self.rows += x.shape[0]
 

@@ -92,11 +92,15 @@ def decode(
         raise ArgumentError(f"generate: prompt must be 'full' with mode={mode!r}, which verifies no prompt, got 'dynamic'")
     if prompt == "dynamic" and session.plan.votes:
         raise ArgumentError("generate: prompt must be 'full' with bands that prompts decide (prompt_router), got 'dynamic'")
-    # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
-    session.prefill([rows[:-1] for rows in prompts], prompt_work, embeds=embedded, may_leave=prompt == "dynamic")
+    opening: Tensor | None = None
+    if exits is None and observe is None and session.kv_policy not in EXACT and batch:
+        opening = session.open(prompts, prompt_work, work, embeds=embedded)
+    else:
+        # The last prompt row is the first decode row: it produces a token, so it may leave like any other.
+        session.prefill([rows[:-1] for rows in prompts], prompt_work, embeds=embedded, may_leave=prompt == "dynamic")
     parts = (model, session, generation_config, logits_processor, stopping_criteria, generator, streamer, work, observe)
     if not verified:
-        return _Loop(*parts).run(input_ids, prompts, embedded, prompt_work)
+        return _Loop(*parts, opening=opening).run(input_ids, prompts, embedded, prompt_work)
     gate = Confidence(float(confidence)) if isinstance(confidence, int | float) else confidence
     return Speculation(*parts, drafts, rollback or 0.0, gate).run(input_ids, prompts, embedded, prompt_work)
 
@@ -141,6 +145,8 @@ def _drafts_policy(exits: Exits, kv: str | None) -> str:
 class _Loop(Decoding):
     """State of one generation: which sequences still run, what was recorded."""
 
+    #: Head-ready rows of the first tokens, where the prompts' passes made them.
+    opening: Tensor | None = None
     #: Under `recompute`, the tokens that left and whose other layers nobody has needed yet.
     parked: Parked | None = field(init=False, default=None)
     #: int64 [3, batch] per step: exit layers, layers run, bands taken.
@@ -162,7 +168,11 @@ class _Loop(Decoding):
         while True:
             # Without an EOS token transformers goes on writing sequences that a stop string or criterion ended: so do we.
             running = (unfinished if ends else torch.ones_like(unfinished)).nonzero()[:, 0].cpu()
-            ready = self._pass(running, lengths, content, embedded and step == 0, step, batch)
+            if self.opening is not None and step == 0:
+                ready, top = self.opening, self.model.depth
+                self.went.append(torch.tensor([top, top, 0])[:, None].repeat(1, batch))
+            else:
+                ready = self._pass(running, lengths, content, embedded and step == 0, step, batch)
             if self.tokens_only:
                 best = self.model.argmax(ready)
                 self._observe(best)
@@ -265,9 +275,9 @@ class _Loop(Decoding):
 
         `best` is what the pass's own tokens say, whatever processors make of it.
         """
-        model, (result, whose) = self.model, self.seen
         if self.observer is None:
             return
+        model, (result, whose) = self.model, self.seen
         assert result.hidden is not None
         if self.session.kv_policy == "release":
             rows, full = torch.arange(len(best)), model.argmax(model.finish(result.hidden))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -327,17 +327,38 @@ class Session:
         At full depth unless `may_leave`; nothing is returned, the K,V are in the pages. Bands that prompts decide are decided
         by these rows.
         """
-        lengths = [prompt.shape[0] for prompt in prompts]
-        if sum(lengths) == 0:
+        for result, _ in self._prompt_passes(prompts, embeds, may_leave, first):
+            work.add(result, result.ready.shape[0])
+
+    def open(self, prompts: Sequence[Tensor], prompt_work: Work, work: Work, *, embeds: bool = False) -> Tensor:
+        """Run whole prompts at full depth, their last rows among them; returns those, head-ready, [sequences, ready].
+
+        For sessions in which no row may leave: one pass less than `prefill` of all but the last rows and a pass of these, and
+        the same bits. Last rows count as `work`, the others as `prompt_work`.
+        """
+        ready = []
+        for result, last in self._prompt_passes(prompts, embeds, False, 0):
+            count, made = result.ready.shape[0], int(last.sum())
+            prompt_work.add(result, count, full=made)
+            work.add(result, count, full=count - made)
+            ready.append(result.ready[last.to(result.ready.device)])
+        return torch.cat(ready)
+
+    def _prompt_passes(
+        self, prompts: Sequence[Tensor], embeds: bool, may_leave: bool, first: int
+    ) -> Iterator[tuple[Result, Tensor]]:
+        """Results of chunks of prompt rows, and bool [rows]: which of them are their prompts' last."""
+        lengths = torch.tensor([prompt.shape[0] for prompt in prompts])
+        if not len(prompts) or not bool(lengths.any()):
             return
-        seq = torch.repeat_interleave(torch.arange(first, first + len(prompts)), torch.tensor(lengths))
-        pos = torch.cat([torch.arange(length) for length in lengths])
+        seq = torch.repeat_interleave(torch.arange(first, first + len(prompts)), lengths)
+        pos = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        last = pos == lengths[seq - first] - 1
         content = torch.cat(list(prompts))
         for begin in range(0, seq.shape[0], self.chunk):
             part = slice(begin, begin + self.chunk)
             source: dict[str, Any] = {"embeds": content[part]} if embeds else {"tokens": content[part]}
-            result = self.run(seq[part], pos[part], may_leave=may_leave, vote=bool(self.plan.votes), **source)
-            work.add(result, result.ready.shape[0])
+            yield self.run(seq[part], pos[part], may_leave=may_leave, vote=bool(self.plan.votes), **source), last[part]
 
     def _fitting(self, exits: Exits) -> Exits:
         """The exits in the model's dtype and device, block heads built from its modules."""

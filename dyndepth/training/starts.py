@@ -92,7 +92,7 @@ def start_jump(kind: str, band: Band, inner: int | None, generator: torch.Genera
     return jump
 
 
-def fit_readout(readout: TranslatorHead, rows: Iterable[tuple[Tensor, Tensor, Tensor]], rank_by: float = 1e-6) -> float:
+def fit_readout(readout: TranslatorHead, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
     """Ridge regression of what `finish` leaves to explain, from the rms-normed stream; low rank by reduced-rank regression.
 
     Args:
@@ -120,12 +120,14 @@ def fit_readout(readout: TranslatorHead, rows: Iterable[tuple[Tensor, Tensor, Te
     count = fitting.rows
     mean = fitting.gram[:-1, -1] / count
     covariance = fitting.gram[:-1, :-1] / count - torch.outer(mean, mean)
-    scale = torch.linalg.cholesky(covariance + rank_by * torch.eye(width, dtype=torch.float64))
-    left, values, right = torch.linalg.svd(weight.double() @ scale, full_matrices=False)
+    # Directions in which features hardly vary, or not at all, are known no better than products of fp32 know them.
+    variance, axes = torch.linalg.eigh(covariance)
+    scale = variance.clamp_min(float(variance[-1]) * width * torch.finfo(torch.float32).eps).sqrt()
+    left, values, right = torch.linalg.svd(weight.double() @ (axes * scale), full_matrices=False)
     rank = readout.down.shape[0]
     root = values[:rank].sqrt()
     up = left[:, :rank] * root
-    down = torch.linalg.solve_triangular(scale.T, right[:rank].T * root, upper=True).T
+    down = (right[:rank] * root[:, None] / scale) @ axes.T
     _fill(readout.up, up)
     _fill(readout.down, down)
     _fill(readout.bias, fitting.cross[-1] / count - up @ (down @ mean))
