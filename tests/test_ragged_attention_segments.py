@@ -271,6 +271,22 @@ def test_a_nan_among_keys_that_weigh_nothing_shows(provider: str) -> None:
             assert bool(attended(arguments, provider).isnan().all()), f"position {wrong} of [{first}, {last})"
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_sum_of_nothing_but_subnormals_has_one_sign(provider: str) -> None:
+    """Processors that multiply bf16 flush such a sum to -0; what a row does not see may not turn that into 0."""
+    pages = torch.zeros(2, 4, 16, 1, 32, dtype=torch.bfloat16)
+    pages[0, 0, 0, 0, 0] = 1.0
+    values = pages[1].view(64, 32)
+    values[1:32], values[32:] = -1.2e-38, 3e-38
+    q = torch.zeros(40, 1, 32, dtype=torch.bfloat16)
+    q[:, :, 0] = 4.0
+    table, pos, seq = torch.arange(4, dtype=torch.int32)[None], torch.arange(1, 41, dtype=torch.int32), torch.zeros(40).int()
+    with backend(provider):
+        together = ragged_attention(q, pages, table, seq, pos, scale=1.0)
+        alone = [ragged_attention(q[i : i + 1], pages, table, seq[i : i + 1], pos[i : i + 1], scale=1.0) for i in range(40)]
+    assert_same(torch.cat(alone), together)
+
+
 @pytest.mark.parametrize("provider", ["torch", *PROVIDERS])
 @pytest.mark.parametrize("empty", [(0, 256), (256, 512), (512, 600), (64, 128), (0, 599)])
 def test_segments_that_weigh_nothing(empty: tuple[int, int], provider: str) -> None:

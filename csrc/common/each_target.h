@@ -1,7 +1,7 @@
 // Compiles the file DYN_SIMD once per instruction set, with vector.simd.h before it, in namespaces simd_v4, simd_v3 and
-// simd_v1; DYN_LEVEL is 4, 3 or 1 there. simd_v5 (AVX512_BF16) is simd_v4 unless DYN_BFLOAT16_DOTS is defined. Headers
-// that DYN_SIMD needs are included before this one, never inside: what is first seen under a target pragma is compiled
-// for that target, and the linker would share it with everybody.
+// simd_v1; DYN_LEVEL is 4, 3 or 1 there. Where DYN_BFLOAT16_DOTS is defined, once more for AVX512_BF16: simd_v5, with
+// DYN_LEVEL 5; elsewhere that is simd_v4. Headers that DYN_SIMD needs are included before this one, never inside: what
+// is first seen under a target pragma is compiled for that target, and the linker would share it with everybody.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -92,8 +92,9 @@ DYN_INLINE float sum(Lanes x) {
 }
 
 // sum() of sixteen vectors at once, one result per lane, each added in sum()'s order: a blend, a shuffle and an
-// addition per pair halve the lanes that belong to a vector, four times. Which half of a vector is added to which does
-// not change a bit, so the upper half of the second one may stay where it is: a blend is cheaper than a shuffle.
+// addition per pair halve the lanes that belong to a vector, four times. Which half of a vector is added to which
+// changes no bit but those of a NaN that meets another, so the upper half of the second one may stay where it is: a
+// blend is cheaper than a shuffle.
 DYN_INLINE Lanes sums(const Lanes (&x)[kLanes]) {
   Lanes a[8], b[4], c[2];
   for (int i = 0; i < 8; ++i)

@@ -85,7 +85,7 @@ DYN_AMX_TARGET void all_rows(const uint32_t* tiles, int64_t row_tiles, int64_t w
 }  // namespace
 
 bool amx_usable() {
-  static const bool usable = simd_wish() > 4 && ask_for_amx();
+  static const bool usable = simd_wish() > 5 && ask_for_amx();
   return usable;
 }
 

@@ -283,7 +283,8 @@ DYN_AVX512_TARGET void AttendTiles::write(const AttentionProblem& p, Partial tot
     BFloat16* to = out + ((first + at / group) * p.heads + kv_head * group + at % group) * dim;
     const __m512 mass = _mm512_set1_ps(total.mass[at]);
     for (int64_t i = 0; i < dim; i += 16) {
-      const __m512 x = _mm512_div_ps(_mm512_loadu_ps(from + i), mass);
+      // Sums of nothing but subnormals are -0 or 0 as neighbours have it: + 0 makes them 0.
+      const __m512 x = _mm512_div_ps(_mm512_add_ps(_mm512_loadu_ps(from + i), _mm512_setzero_ps()), mass);
       const __m512i bits = _mm512_castps_si512(x);
       const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
       const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -300,8 +301,8 @@ bool attends_on_tiles(const AttentionProblem&) { return false; }
 int64_t AttendTiles::scratch(const AttentionProblem&) { return 0; }
 void AttendTiles::begin() {}
 void AttendTiles::end() {}
-void AttendTiles::segment(const AttentionProblem&, const BFloat16*, const BFloat16*, const BFloat16*, int64_t, int64_t,
-                          int64_t, int64_t, Partial, float*) {}
+void AttendTiles::segment(const AttentionProblem&, const BFloat16*, const BFloat16*, const BFloat16*, const Piece&,
+                          const Piece*, Partial, float*) {}
 void AttendTiles::merge(const AttentionProblem&, int64_t, Partial, Partial) {}
 void AttendTiles::write(const AttentionProblem&, Partial, int64_t, int64_t, int64_t, BFloat16*) {}
 

@@ -113,12 +113,15 @@ DYN_INLINE void panel_of_dots(const X* x, int64_t rows, const T* weight, int64_t
   }
 }
 
-// Sums of `outputs` <= 16 outputs. Those of a block fit the vector registers: 32 of 16 lanes with AVX-512, 16 of 8 with
-// AVX2. x is fp32, or bf16 as it lies.
+// Rows and outputs that are summed together: their sums fit the vector registers, 32 of 16 lanes with AVX-512, 16 of 8
+// with AVX2.
+constexpr int kBlock = DYN_LEVEL >= 4 ? 4 : 2;
+inline int64_t block_of_dots() { return kBlock; }
+
+// Sums of `outputs` <= 16 outputs. x is fp32, or bf16 as it lies.
 template <class X, class T>
 void vector_panel(const X* x, int64_t rows, const T* weight, int64_t outputs, int64_t width, Ahead& ahead,
                   float* results) {
-  constexpr int kBlock = DYN_LEVEL >= 4 ? 4 : 2;
   if (width % kStep<X> == 0)
     panel_of_dots<true, kBlock, kBlock>(x, rows, weight, outputs, width, ahead, results);
   else

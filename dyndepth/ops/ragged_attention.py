@@ -41,8 +41,9 @@ def ragged_attention(
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2); 0 for none.
         window: sliding window in positions, the row's own included; 0 for the whole context.
 
-    Returns [n, heads, head_dim] in the dtype of q, accumulated in fp32; rows at or past `live` are unspecified. Not
-    differentiable.
+    Returns [n, heads, head_dim] in the dtype of q, accumulated in fp32; rows at or past `live` are unspecified. The cpp
+    provider gives a row the same bits alone and in any batch, but for the payload of a NaN; where it multiplies bfloat16 (AMX
+    or AVX512_BF16, head sizes of whole 32 channels) subnormal inputs count as 0. Not differentiable.
     """
     return op(q, pages, block_table, seq, pos, live, scale, softcap, window)
 
