@@ -96,10 +96,11 @@ void vector_chunk(const X* x, int64_t width, const Chunk<T>& chunk, Ahead& ahead
   const Product<T>& p = *chunk.product;
   const bool gated = p.weight2 != nullptr;
   const T* here = chunk.weight(width);
-  // Steps of so many rows and outputs, and a vector of channels.
+  // Steps of so many rows and outputs, and a vector of channels; what is left of the rows goes one by one.
   const int64_t block = DYN_BEST(block_of_dots), panels = gated || chunk.outputs > kPanel ? 2 : 1;
   const int64_t vectors = width * static_cast<int64_t>(sizeof(X)) / 64;
-  ahead.spread_in_turn(p.rows / block * (panels * kPanel / block) * vectors);
+  // One row waits for its weights anyway.
+  if (p.rows > 1) ahead.spread_in_turn((p.rows / block + p.rows % block) * (panels * kPanel / block) * vectors);
   for (int64_t row = 0; row < p.rows; row += kBlockRows) {
     const int64_t end = std::min(row + kBlockRows, p.rows);
     const auto panel = [&](const T* weight, int64_t outputs, float* to) {

@@ -65,8 +65,7 @@ DYN_INLINE void dots(const X* x, const T* weight, int64_t width, Ahead& ahead, f
       for (int r = 0; r < kRows; ++r) add_products(total[r][o], row[r], w);
     }
   };
-  Ahead::Lines soon{nullptr, 0};
-  if constexpr (kRows > 1) soon = ahead.take(width / kStep<X>);  // alone, a row waits for its weights anyway
+  Ahead::Lines soon = ahead.take(width / kStep<X>);
   const int64_t per_step = soon.count * kStep<X> / (width + 1) + 1;
   for (; i + kStep<X> <= width; i += kStep<X>) {
     if (soon.count > 0) {
