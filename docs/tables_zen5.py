@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tables_compare import compare_full_depth
 from tables_speed import depth_efficiency, depth_efficiency_context1024, kernel_ratios
+from tables_vision import encoder_depth
 
 
 def _there(table: Callable[[Path], str], results: Path) -> str:
@@ -16,5 +17,5 @@ def _there(table: Callable[[Path], str], results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     f"{table.__name__}_zen5": partial(_there, table)
-    for table in (compare_full_depth, depth_efficiency, depth_efficiency_context1024, kernel_ratios)
+    for table in (compare_full_depth, depth_efficiency, depth_efficiency_context1024, kernel_ratios, encoder_depth)
 }
