@@ -126,7 +126,7 @@ def test_training_mode_is_refused() -> None:
 
 def test_learned_positions_run_out() -> None:
     model = tiny_models.shared("gpt2")
-    with pytest.raises(UnsupportedModelError, match="would reach 139 positions, the model has learned 128"):
+    with pytest.raises(UnsupportedModelError, match="would reach 140 positions, the model has learned 128"):
         model.generate(torch.ones(1, 140, dtype=torch.long), custom_generate=dyndepth.generate, max_new_tokens=1)
 
 

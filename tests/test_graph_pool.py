@@ -87,8 +87,12 @@ def _written(lengths: Any) -> tuple[list[int], list[int]]:
 
 
 def test_bits_do_not_depend_on_the_bucket() -> None:
-    """fp32 with the CPU's kernels, whose rows do not depend on their neighbours: the same bits in 3 rows as in 8."""
-    exits = tiny_exits.mixed(tiny_models.shared("llama"))
+    """fp32 with the CPU's kernels, whose rows do not depend on their neighbours: the same bits in 3 rows as in 8.
+
+    Jumps included; not the mlp head, whose silu is PyTorch's: rows of 20 leave a tail, which it rounds otherwise than vectors.
+    """
+    model = tiny_models.shared("llama")
+    exits = tiny_exits.exits_of(model, *(tiny_exits.band(model, *at) for at in ((1, 3), (2, 5), (3, 6), (5, 6))))
     eager, replayed = (_session("llama", exits, "predict", [4, 6, 2]) for _ in range(2))
     pool = _pooled(replayed)
     arguments = ([0, 1, 2], [4, 6, 2])

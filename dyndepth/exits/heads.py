@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.exits.maps import EPS
-from dyndepth.ops import ragged_linear
+from dyndepth.exits.products import linear
 from dyndepth.ops._math import rms_normalise
-from dyndepth.ops.ragged_linear import pays
 
 Finish = Callable[[Tensor], Tensor]
 
@@ -118,14 +117,6 @@ class StoredBlock(nn.Module):
 def read(stream: Tensor, finish: Finish, readout: TranslatorHead | None) -> Tensor:
     """Head-ready rows of residuals."""
     return finish(stream) if readout is None else readout(stream, finish)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """torch's linear, or ops.ragged_linear where that is faster."""
-    if pays(x, weight) and (residual is None or residual.is_contiguous()):
-        return ragged_linear(x, weight, bias=bias, residual=residual)
-    y = nn.functional.linear(x, weight, bias)
-    return y if residual is None else residual + y
 
 
 HEADS = ("norm", "translator", "mlp", "block")

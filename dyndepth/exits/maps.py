@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dyndepth.exits.products import linear
 from dyndepth.ops._math import rms_normalise
 
 #: Epsilon of the gain-free RMSNorm in front of every fitted map.
@@ -27,7 +28,7 @@ class JumpMap(nn.Module):
 
     def change(self, hidden: Tensor) -> Tensor:
         """What is added to the residual."""
-        return nn.functional.linear(rms_normalise(hidden, EPS).to(hidden.dtype), self.weight, self.bias)
+        return linear(rms_normalise(hidden, EPS).to(hidden.dtype), self.weight, self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.change(hidden)
@@ -49,7 +50,6 @@ class MlpJump(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = rms_normalise(hidden, EPS).to(hidden.dtype)
-        linear = nn.functional.linear
         return self.linear(hidden) + linear(nn.functional.silu(linear(x, self.up)), self.down)
 
 
@@ -71,7 +71,6 @@ class AdapterJump(nn.Module):
         self.down = nn.Parameter(torch.zeros(layers, width, inner), requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        linear = nn.functional.linear
         stream = hidden
         for gate, up, down in zip(self.gate, self.up, self.down, strict=True):
             x = rms_normalise(stream, EPS).to(hidden.dtype)

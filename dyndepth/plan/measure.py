@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dyndepth import env
 from dyndepth.errors import ArgumentError
-from dyndepth.exits.heads import linear
+from dyndepth.exits.products import linear
 from dyndepth.files import replacing
 from dyndepth.plan.machine import ITEM, Machine, Timing
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.exits import Band, Exits
+from dyndepth.exits.products import linear
 from dyndepth.ops import ExitStats, exit_stats
 from dyndepth.ops.exit_stats import stats_of_logits
 from dyndepth.runtime.bind import Model
@@ -128,7 +129,7 @@ class Plan:
         if head is None:
             some = model.logits(ready)[:, ids]
         else:
-            some = torch.nn.functional.linear(ready, *head).float()
+            some = linear(ready, *head).float()
             if model.logit_softcap:
                 some = model.logit_softcap * torch.tanh(some / model.logit_softcap)
         return some.new_full((ready.shape[0], model.vocab_size), -math.inf).index_copy_(1, ids, some)
