@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -32,10 +33,7 @@ def test_the_same_bits_and_the_same_account(family: str, chunk: int) -> None:
     two_work.add(result, len(LENGTHS))
     assert_same(ready, result.ready)
     assert (one_prompt, one_work) == (two_prompt, two_work)
-    seq = [number for number, length in enumerate(LENGTHS) for _ in range(length)]
-    pos = [at for length in LENGTHS for at in range(length)]
-    mine, theirs = (
-        session.pages.kv.flatten(2, 3)[:, :, session.pages.slots(torch.tensor(seq).numpy(), torch.tensor(pos).numpy()).long()]
-        for session in (one, two)
-    )
+    seq = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    pos = np.concatenate([np.arange(length) for length in LENGTHS])
+    mine, theirs = (session.pages.kv.flatten(2, 3)[:, :, session.pages.slots(seq, pos).long()] for session in (one, two))
     assert_same(mine, theirs, "K,V")

@@ -6,10 +6,7 @@
 
 #include "../common/tensor.h"
 #include "amx.h"
-
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
+#include "avx512.h"
 
 #define DYN_BFLOAT16_DOTS
 #define DYN_SIMD "../cpu/products.simd.h"

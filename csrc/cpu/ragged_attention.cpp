@@ -101,17 +101,13 @@ void attend_tiles(AttentionProblem p, const T* q, const T* keys, const T* values
   const auto part_of = [&](int64_t tile, int64_t head, int64_t segment) {
     return Partial(parts.get() + ((starts[tile] + segment) * p.kv_heads + head) * size, p);
   };
-  for_each_task<Kernel>(starts[tiles] * p.kv_heads, Kernel::scratch(p), [&](int64_t i, int64_t next, float* scratch) {
-    const auto tile_of = [&](int64_t at) {
-      return std::upper_bound(starts.begin(), starts.end(), at / p.kv_heads) - starts.begin() - 1;
-    };
-    const auto piece_at = [&](int64_t at) {
-      return piece_of(tile_of(at), at % p.kv_heads, at / p.kv_heads - starts[tile_of(at)]);
-    };
-    const int64_t tile = tile_of(i);
-    const Piece after = piece_at(std::max<int64_t>(next, 0));
-    Kernel::segment(p, q, keys, values, piece_at(i), next < 0 ? nullptr : &after,
-                    part_of(tile, i % p.kv_heads, i / p.kv_heads - starts[tile]), scratch);
+  std::vector<Piece> pieces;  // in the order of their parts
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    for (int64_t segment = 0; segment < starts[tile + 1] - starts[tile]; ++segment)
+      for (int64_t head = 0; head < p.kv_heads; ++head) pieces.push_back(piece_of(tile, head, segment));
+  for_each_task<Kernel>(pieces.size(), Kernel::scratch(p), [&](int64_t i, int64_t next, float* scratch) {
+    Kernel::segment(p, q, keys, values, pieces[i], next < 0 ? nullptr : &pieces[next],
+                    Partial(parts.get() + i * size, p), scratch);
   });
   for (int64_t i = 0; i < items; ++i) {
     const int64_t tile = i / p.kv_heads, head = i % p.kv_heads;

@@ -129,10 +129,12 @@ inline Seen look(const AttentionProblem& p, const BFloat16* keys, const BFloat16
 // without effects, and drops its calls.
 inline void fetch(const BFloat16* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
 
-// Sixteen rows.
+// One row, sixteen rows.
+inline void fetch(const BFloat16* row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 32) fetch(row + i);
+}
 inline void fetch(const BFloat16* rows, int64_t stride, int64_t dim) {
-  for (int64_t r = 0; r < kBlock; ++r)
-    for (int64_t i = 0; i < dim; i += 32) fetch(rows + r * stride + i);
+  for (int64_t r = 0; r < kBlock; ++r) fetch(rows + r * stride, dim);
 }
 
 // Keys that will be wanted next, while nothing else comes from memory.
@@ -142,8 +144,7 @@ struct Coming {
 
   // Row r of both blocks of a chunk.
   void fetch(int64_t chunk, int64_t r) const {
-    for (int64_t at = 2 * chunk; at < std::min(2 * chunk + 2, count); ++at)
-      for (int64_t i = 0; i < dim; i += 32) tiles::fetch(block[at] + r * stride + i);
+    for (int64_t at = 2 * chunk; at < std::min(2 * chunk + 2, count); ++at) tiles::fetch(block[at] + r * stride, dim);
   }
 };
 
