@@ -1,7 +1,9 @@
 """The other process of tests/test_split.py: serves the upper layers of small encoders, one link after the other.
 
-python split_worker.py tcp  PORT patience entropy ...      each name is one connection
-python split_worker.py gloo PORT patience
+python split_worker.py tcp  THREADS PORT patience entropy ...      each name is one connection
+python split_worker.py gloo THREADS PORT patience
+
+THREADS are those of the test: a bit of PyTorch's attention may depend on how many share its work.
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ def inputs(lengths: list[int]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    kind, port, *names = sys.argv[1:]
+    kind, threads, port, *names = sys.argv[1:]
+    torch.set_num_threads(int(threads))
     if kind == "gloo":
         for name in names:
             SplitServer(encoder(name), BOUNDARY, GlooLink(1, int(port), timeout=SECONDS), timeout=SECONDS, idle=SECONDS).serve()

@@ -33,10 +33,9 @@ NAMES = ("patience", "entropy", "saturation", "q_exit", "ponder", "depth")
 
 
 @contextmanager
-def _process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    worker = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "split_worker.py"), *arguments], stderr=subprocess.PIPE
-    )
+def _process(kind: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, str(Path(__file__).parent / "split_worker.py"), kind, str(torch.get_num_threads()), *arguments]
+    worker = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
         yield worker
     finally:
@@ -417,6 +416,17 @@ def test_sides_that_differ_and_bad_arguments() -> None:
 def _refused(link: TcpLink) -> None:
     with pytest.raises(SplitError, match="the other differs"):
         SplitServer(encoder("other"), BOUNDARY, link, timeout=5.0)
+
+
+def test_what_came_lies_as_tensors_of_torch_do() -> None:
+    """A product's bits can depend on where its operand begins; in a payload tensors begin at any multiple of 8."""
+    from safetensors.torch import load
+
+    from dyndepth.split import payload
+
+    came = [payload.saved({"first": torch.zeros(count, dtype=torch.int64), "x": torch.ones(3)}) for count in range(1, 9)]
+    assert any(load(one)["x"].data_ptr() % 64 for one in came)
+    assert all(payload.loaded(one)["x"].data_ptr() % 64 == 0 for one in came)
 
 
 def test_what_criteria_carry_is_known_beforehand() -> None:
