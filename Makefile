@@ -8,9 +8,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
-	head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check gpu-report compare compare-full-depth \
-	depth-efficiency \
-	kernel-ratios policies text-exits encoder-text encoder-text-speed encoder-recipes soak demo-image encoder-image \
+	exit-choices head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check gpu-report compare \
+	compare-full-depth depth-efficiency kernel-ratios policies text-exits encoder-text encoder-text-speed encoder-recipes soak demo-image encoder-image \
 	encoder-depth wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
@@ -55,6 +54,10 @@ calibrate-demo: $(VENV)/.built
 # What each kind of exit head reaches after the same training; an hour, and it resumes in build/exit-heads.
 exit-heads: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/exit_heads.py build/exit-heads
+
+# What choices about exits give, one changed at a time; an hour and a half, and it resumes in build/exit-choices.
+exit-choices: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/exit_choices.py build/exit-choices
 
 # What the K,V of skipped tokens do to the others, by policy; an hour, and it resumes in build/kv-maps.
 kv-maps: $(VENV)/.built

@@ -17,21 +17,18 @@ from typing import Any
 
 import torch
 from by_document import interval
+from exit_walk import calibrated, judged, price_of, stats_of, walk
 from torch import Tensor
 
-from dyndepth.calibration.reliability import Reliability
 from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.router import fit_router
 from dyndepth.data import FIT, TEST, TUNE, Corpus, collect, own_prompts
 from dyndepth.demo.weights import load_model
 from dyndepth.files import replacing
-from dyndepth.ops import ExitStats
-from dyndepth.ops.exit_stats import stats_of_logits
 from dyndepth.runtime.bind import Model, bind
-from dyndepth.runtime.score import HEAD_ROWS
 from dyndepth.training import TeacherCache, TrainConfig
 from dyndepth.training.batches import Batches
-from dyndepth.training.evaluate import Quality, evaluate, mixed, selective
+from dyndepth.training.evaluate import Quality, evaluate, selective
 from dyndepth.training.objective import Objective
 from dyndepth.training.run import frequent_answers, started
 from dyndepth.training.student import Student
@@ -117,7 +114,7 @@ def trained(
 def _quality(
     kind: str, model: Model, student: Student, test: Batches, before: dict[int, float], rate: float
 ) -> list[dict[str, Any]]:
-    seen = _judged(model, student, test, _JUDGED_ROWS)
+    seen = judged(model, student, test, _words(model, test), _JUDGED_ROWS)
     rows = []
     for leave, part in seen.items():
         head = student.heads[str(leave)]
@@ -144,41 +141,15 @@ def _untrained(model: Model, test: Batches) -> list[dict[str, Any]]:
     return [{**row, "training_rows_per_s": None} for row in rows]
 
 
-def _judged(model: Model, student: Student, batches: Batches, limit: int) -> dict[int, dict[str, Any]]:
-    """Per exit, of judged rows: documents, agreement, confidences from the whole vocabulary, statistics over a shortlist,
-    residuals."""
-    readout = readout_of(model)
-    parts: dict[int, dict[str, list[Any]]] = {leave: {} for leave in EXITS}
-    words = frequent_answers(batches, model.vocab_size, 1024)
-    seen = documents = 0
-    for batch in batches.once():
-        with mixed(batch.ready):
-            ready = student(batch, batch.judged)
-        answers = batch.answers[batch.judged]
-        count = len(batch.lengths)
-        document = torch.repeat_interleave(torch.arange(documents, documents + count), torch.tensor(batch.lengths))
-        documents += count
-        for leave, rows in ready.items():
-            into = parts[leave]
-            into.setdefault("document", []).append(document[batch.judged])
-            for begin in range(0, len(answers), HEAD_ROWS):
-                logits = readout(rows[begin : begin + HEAD_ROWS])
-                stats, short = stats_of_logits(logits), stats_of_logits(logits[:, words])
-                top, second = (torch.exp(value - stats.logsumexp) for value in (stats.top1, stats.top2))
-                into.setdefault("agrees", []).append(stats.argmax == answers[begin : begin + HEAD_ROWS])
-                into.setdefault("top1", []).append(top)
-                into.setdefault("margin", []).append(top - second)
-                into.setdefault("short", []).append(torch.stack([value.double() for value in short], dim=1))
-            into.setdefault("residual", []).append(batch.residual[leave][batch.judged])
-        seen += len(answers)
-        if seen >= limit:
-            break
-    return {leave: {name: torch.cat(values) for name, values in into.items()} for leave, into in parts.items()}
+def _words(model: Model, batches: Batches) -> Tensor:
+    """What routers' statistics are over."""
+    return frequent_answers(batches, model.vocab_size, 1024)
 
 
 def _frontier(model: Model, student: Student, batches: dict[str, Batches]) -> dict[str, Any]:
     """Mean layers run at three agreements for three confidences, thresholds set on one split and measured on another."""
-    fit, tune, test = (_judged(model, student, batches[name], _JUDGED_ROWS) for name in (FIT, TUNE, TEST))
+    words = _words(model, batches[FIT])
+    fit, tune, test = (judged(model, student, batches[name], words, _JUDGED_ROWS) for name in (FIT, TUNE, TEST))
     scores: dict[str, Callable[[dict[int, dict[str, Any]], int], Tensor]] = {
         "top-1 probability": lambda split, leave: split[leave]["top1"],
         "margin": lambda split, leave: split[leave]["margin"],
@@ -186,18 +157,20 @@ def _frontier(model: Model, student: Student, batches: dict[str, Batches]) -> di
     routers = {}
     for leave in EXITS:
         rows = torch.arange(len(fit[leave]["agrees"]))
-        routers[leave], _ = fit_router(fit[leave]["residual"], fit[leave]["agrees"], rows % 5 == 0, _stats(fit[leave]["short"]))
+        routers[leave], _ = fit_router(
+            fit[leave]["residual"], fit[leave]["agrees"], rows % 5 == 0, stats_of(fit[leave]["short"])
+        )
     scores["router, 1024 words"] = lambda split, leave: routers[leave](
-        split[leave]["residual"].contiguous(), None, _stats(split[leave]["short"])
+        split[leave]["residual"].contiguous(), None, stats_of(split[leave]["short"])
     )
     result: dict[str, Any] = {}
     for name, score in scores.items():
-        chance = {leave: _calibrated(score(tune, leave), tune[leave]["agrees"]) for leave in EXITS}
+        chance = {leave: calibrated(score(tune, leave), tune[leave]["agrees"]) for leave in EXITS}
         mine, theirs = ({e: chance[e](score(split, e)) for e in EXITS} for split in (tune, test))
         result[name] = {}
         for share in SHARES:
-            price = _price(model.depth, mine, tune, share)
-            right, layers = _walk(model.depth, theirs, test, price)
+            price = price_of(model.depth, mine, tune, share)
+            right, layers = walk(model.depth, theirs, test, price)
             document = test[EXITS[0]]["document"]
             result[name][f"{share:.0%}"] = {
                 "agreement": float(right.double().mean()), "agreement_95": interval(right, document),
@@ -205,40 +178,6 @@ def _frontier(model: Model, student: Student, batches: dict[str, Batches]) -> di
                 "rows": len(right), "documents": len(document.unique()),
             }  # fmt: skip
     return result
-
-
-def _stats(columns: Tensor) -> ExitStats:
-    parts = columns.unbind(1)
-    return ExitStats(parts[0].long(), *(part.float() for part in parts[1:]))
-
-
-def _calibrated(scores: Tensor, agrees: Tensor) -> Callable[[Tensor], Tensor]:
-    """Score -> share that agreed among rows with such a score."""
-    bins = Reliability.of(scores.double().numpy(), agrees.numpy(), bins=40)
-    edges, share = torch.from_numpy(bins.edges[1:-1]), torch.from_numpy(bins.agreement).cummax(0).values
-    return lambda values: share[torch.searchsorted(edges, values.double().contiguous(), right=True)]
-
-
-def _walk(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]], price: float) -> tuple[Tensor, Tensor]:
-    """(bool [rows] agrees, int64 [rows] layers run) when rows leave where the disagreement they expect per layer saved is at
-    most `price`."""
-    rows = len(next(iter(chance.values())))
-    layers = torch.full((rows,), depth)
-    right = torch.ones(rows, dtype=torch.bool)
-    for leave in sorted(chance):
-        goes = (layers == depth) & (1 - chance[leave] <= price * (depth - leave))
-        layers[goes] = leave
-        right = torch.where(goes, split[leave]["agrees"], right)
-    return right, layers
-
-
-def _price(depth: int, chance: dict[int, Tensor], split: dict[int, dict[str, Any]], share: float) -> float:
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        agreement = float(_walk(depth, chance, split, middle)[0].double().mean())
-        low, high = (middle, high) if agreement >= share else (low, middle)
-    return low
 
 
 def head_ms(model: Model, head: Any, leave: int, batches: Batches) -> float:

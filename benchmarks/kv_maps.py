@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     report = Progress(True)
     with torch.no_grad(), report:
         own = load_or_collect(folder, model, tokenizer, report)
-        texts = sections(encode(_prose(), tokenizer), 256)
+        texts = sections(encode(prose(), tokenizer), 256)
         text = deal([], text_pieces(texts, 1 << 20, 256), bound.hidden_size, 0)
         fitting = _alternating(own.of(FIT), text.of(FIT))
         maps = {name: _maps(folder / f"maps-{count}.pt", bound, _first(fitting, count), report)
@@ -85,7 +85,7 @@ def main(folder: Path) -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _prose() -> list[str]:
+def prose() -> list[str]:
     """Real prose that every Python carries: its own language reference."""
     from pydoc_data.topics import topics
 

@@ -11,6 +11,7 @@ from typing import Any
 import band_frontier
 import band_heads
 import exit_heads
+import exit_walk
 import numpy as np
 import pytest
 import tiny_models
@@ -150,7 +151,7 @@ def test_rows_leave_where_disagreement_per_layer_is_cheap() -> None:
     """By hand: 10 layers, exits 4 and 6, price .05 per layer allows .3 and .2 disagreement."""
     chance = {4: torch.tensor([0.71, 0.69, 0.69, 0.0]), 6: torch.tensor([0.0, 0.81, 0.79, 0.81])}
     split = {4: {"agrees": torch.tensor([True, True, True, True])}, 6: {"agrees": torch.tensor([True, False, False, True])}}
-    right, layers = exit_heads._walk(10, chance, split, 0.05)
+    right, layers = exit_walk.walk(10, chance, split, 0.05)
     assert layers.tolist() == [4, 6, 10, 6]
     assert right.tolist() == [True, False, True, True]
 
@@ -159,10 +160,10 @@ def test_heads_price_is_the_highest_that_meets_the_wish() -> None:
     generator = torch.Generator().manual_seed(0)
     chance = {leave: torch.rand(2000, generator=generator) for leave in (4, 6)}
     split = {leave: {"agrees": torch.rand(2000, generator=generator) < chance[leave]} for leave in (4, 6)}
-    price = exit_heads._price(10, chance, split, 0.9)
+    price = exit_walk.price_of(10, chance, split, 0.9)
 
     def agreement(price: float) -> float:
-        return float(exit_heads._walk(10, chance, split, price)[0].double().mean())
+        return float(exit_walk.walk(10, chance, split, price)[0].double().mean())
 
     assert agreement(price) >= 0.9 > agreement(price + 1e-3)
 
