@@ -1,10 +1,11 @@
-"""bfloat16 in Triton's interpreter, which keeps such numbers as bits (uint16) and mostly leaves it at that.
+"""bfloat16 in Triton's interpreter, which keeps such numbers as bits (uint16) and mostly leaves it at that; and its products.
 
 It loads, stores and moves them rightly. What else the kernels do it does wrongly (triton 3.9), and this puts right:
 
 - casts from float32 cut the low half off, where GPUs round to the nearest, ties to even; casts either way lose subnormals;
-- `tl.dot` multiplies the bits as integers. Here operands are widened, as matrix units do: products of two bfloat16 numbers are
-  exact in float32, and sums are float32;
+- `tl.dot` multiplies the bits as integers. Here operands are widened, as matrix units do;
+- every `tl.dot` of floating point is summed in float64 and rounded once. numpy's own product sums in an order that depends on
+  the shape of the tile (OpenBLAS on AMD's processors does), which a matrix unit's does not;
 - sums, comparisons and functions are those of the bits. Kernels compute in float32, so here they raise: a kernel that does
   arithmetic in bfloat16 is told so.
 """
@@ -46,8 +47,11 @@ def install() -> None:
         return TensorHandle(narrow(cast(self, source, tl.float32).data), tl.bfloat16)
 
     def create_dot(self: Any, a: Any, b: Any, sums: Any, *rest: Any) -> Any:
-        a, b = (TensorHandle(wide(each.data), tl.float32) if _is(each) else each for each in (a, b))
-        return dot(self, a, b, sums, *rest)
+        if not (a.dtype.scalar.is_floating() and a.dtype.primitive_bitwidth in (16, 32)):
+            return dot(self, a, b, sums, *rest)
+        first, second = ((wide(each.data) if _is(each) else each.data).astype(np.float64) for each in (a, b))
+        with np.errstate(all="ignore"):  # what overflows or is no number is the kernels' to handle
+            return TensorHandle((first @ second).astype(sums.data.dtype) + sums.data, sums.dtype.scalar)
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
         if not _is(source) and target.scalar != tl.bfloat16:
