@@ -1,4 +1,4 @@
-"""Climbing: layers and judgements in one call of C++ do what calls one by one do, to the bit."""
+"""Climbing: layers, judgements and rows that leave, in one call of C++, do what calls one by one do, to the bit."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from dyndepth.exits import Exits
-from dyndepth.exits.criteria import Decay, Entropy, Margin, RouterScore, Saturation, TopProbability
+from dyndepth.exits.criteria import Decay, Entropy, Margin, Patience, RouterScore, Saturation, TopProbability
 from dyndepth.exits.router import Router
 from dyndepth.op import backend
 from dyndepth.runtime.bind import bind
 from dyndepth.runtime.climb import Climb, apart
-from dyndepth.runtime.forward import Result
+from dyndepth.runtime.result import Result
 from dyndepth.runtime.session import Session
 
 LENGTHS = [5, 1, 9, 3, 7]
 LAYERS = tiny_models.LAYERS
-#: Thresholds at which some rows leave at the first and second exit, and some nowhere.
-SOME = {"llama": (0.2, 0.9, 2.0), "gemma2": (0.3, 0.0275, 2.0)}
+#: Thresholds at which some rows leave at the first exit (and the second, but for Gemma 3, whose heads are always sure), some
+#: nowhere.
+SOME = {"llama": (0.2, 0.9, 2.0), "gemma2": (0.3, 0.0275, 2.0), "gemma3": (0.15, 2.0, 2.0)}
 
 
 def bands(model: Any, *thresholds: float, **changes: Any) -> Exits:
@@ -70,9 +71,9 @@ def climbs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[int], i
     original = Climb.run
 
     def watched(self: Climb, *given: Any) -> Any:
-        reached, decided = original(self, *given)
-        seen.append((self.begin, self.end, self.stops, reached))
-        return reached, decided
+        climbed = original(self, *given)
+        seen.append((self.begin, self.end, self.stops, climbed.boundary))
+        return climbed
 
     monkeypatch.setattr(Climb, "run", watched)
     return seen
@@ -81,7 +82,7 @@ def climbs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[int], i
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("who", ["all", "some", "nobody"])
 @pytest.mark.parametrize("kv", ["predict", "propagate", "copy"])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
 def test_the_same_bits(family: str, kv: str, who: str, dtype: torch.dtype, climbs: list[Any]) -> None:
     model = tiny_models.tiny(family, dtype)
     exits = bands(model, *{"all": (-1.0,), "some": SOME[family], "nobody": (2.0,)}[who])
@@ -103,12 +104,57 @@ def test_one_call_where_nobody_leaves(climbs: list[Any]) -> None:
 
 
 def test_goes_on_behind_rows_that_left(climbs: list[Any]) -> None:
-    """Away rows lie behind the prefix: those that are left climb on from there."""
+    """In the same call where C++ can give rows their K,V; else Python moves them, and those that are left climb on."""
     model = tiny_models.shared("llama")
     exits = bands(model, 0.25, 2.0, 2.0)
-    ((result, _),) = decoded(model, exits, "predict", steps=1)
-    assert 0 < int((result.exit_layer == 1).sum()) < len(LENGTHS), result.exit_layer
-    assert climbs[1:] == [(0, 6, [1, 3, 4], 1), (1, 6, [3, 4], 6)]
+    for kv in ("predict", "propagate", "copy"):
+        climbs.clear()
+        ((result, _),) = decoded(model, exits, kv, steps=1)
+        assert 0 < int((result.exit_layer == 1).sum()) < len(LENGTHS), result.exit_layer
+        assert climbs[1:] == ([(0, 6, [1, 3, 4], 1), (1, 6, [3, 4], 6)] if kv == "copy" else [(0, 6, [1, 3, 4], 6)])
+
+
+@pytest.mark.parametrize("kv", ["predict", "propagate"])
+def test_ends_where_the_last_row_leaves(kv: str, climbs: list[Any]) -> None:
+    """Two leave at 1, the others at 3; whoever comes later reads the same K,V."""
+    model = tiny_models.shared("llama")
+    exits = bands(model, 0.25, -1.0, 2.0)
+    together = decoded(model, exits, kv)
+    assert {reached for begin, _, stops, reached in climbs if stops} == {3}
+    assert {depth for result, _ in together for depth in result.exit_layer.tolist()} == {1, 3}
+    assert all(result.work[3:] == [0, 0, 0] for result, _ in together)
+    with apart():
+        same(together, decoded(model, exits, kv))
+
+
+def test_what_rows_carry_moves_in_python(climbs: list[Any]) -> None:
+    """Patience below counts per row: rows that leave above it take their counts with them."""
+    model = tiny_models.shared("llama")
+    exits = tiny_exits.exits_of(
+        model, tiny_exits.band(model, 1, LAYERS, Patience(), threshold=3.0), *list(bands(model, 0.25, 0.9, 2.0))[1:]
+    )
+    together = decoded(model, exits, "predict")
+    left = {depth for result, _ in together for depth in result.exit_layer.tolist()}
+    assert {3, 6} <= left, left
+    assert any(stops == [3, 4] and reached == 3 for _, _, stops, reached in climbs)
+    with apart():
+        same(together, decoded(model, exits, "predict"))
+
+
+def test_callers_tensors_are_left_alone() -> None:
+    """Rows move in buffers of the pass; steps and permissions that somebody gave as tensors are theirs."""
+    model = tiny_models.shared("llama")
+    session = Session(bind(model), [4, 4, 4], bands(model, -1.0), kv="predict")
+    step = torch.tensor([[0, 9], [1, 9], [2, 9]], dtype=torch.int32)[:, 0]  # not contiguous
+    may_leave = torch.tensor([False, True, True])
+    seq, pos = torch.arange(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    tokens = torch.tensor([5, 6, 7])
+    result = session.run(seq, pos, tokens=tokens, step=step, may_leave=may_leave)
+    assert result.exit_layer.tolist() == [6, 1, 1]
+    assert step.tolist() == [0, 1, 2]
+    assert may_leave.tolist() == [False, True, True]
+    assert seq.tolist() == [0, 1, 2]
+    assert tokens.tolist() == [5, 6, 7]
 
 
 def test_rows_that_resume_are_met_where_they_resume(climbs: list[Any]) -> None:
@@ -164,7 +210,7 @@ def test_rows_that_may_not_leave(climbs: list[Any]) -> None:
     result = session.run([0, 1], [0, 0], tokens=tokens, may_leave=torch.tensor([False, True]))
     assert result.exit_layer.tolist() == [6, 1]
     assert result.work == [2, 1, 1, 1, 1, 1]
-    assert climbs == [(0, 6, [1, 3, 4], 1), (1, 6, [3, 4], 6)]
+    assert climbs == [(0, 6, [1, 3, 4], 6)]
 
 
 CRITERIA = {"router": RouterScore, "probability": TopProbability, "margin": Margin, "entropy": Entropy}
@@ -197,7 +243,7 @@ def test_every_criterion_decides_inside_a_climb(kind: str, head: str, climbs: li
     assert 0 < left(found) < 3 * len(LENGTHS)
     assert not climbs
     same(decoded(model, at(high), "predict"), found)
-    assert any(stops == [1, 3, 4] and reached == 4 for _, _, stops, reached in climbs)
+    assert any(stops == [1, 3, 4] for _, _, stops, _ in climbs)
 
 
 def test_thresholds_and_heads_are_read_in_every_pass(climbs: list[Any]) -> None:

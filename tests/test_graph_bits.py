@@ -16,8 +16,8 @@ from torch import Tensor
 from dyndepth.exits import Always, Criterion, Exits, Never
 from dyndepth.op import backend
 from dyndepth.runtime import graph as graph_style
-from dyndepth.runtime.forward import Result
 from dyndepth.runtime.graph import GraphResult
+from dyndepth.runtime.result import Result
 from dyndepth.runtime.session import Session
 from dyndepth.testing import assert_same
 

@@ -1,8 +1,9 @@
-// K,V of every skipped layer from one residual: normalise once, one library GEMM with the stacked maps, rotate,
-// scatter.
-#include "../common/linear.h"
-#include "../common/normalise.h"
-#include "store_kv.h"
+// K,V of every skipped layer from one residual: normalise once, one product with the stacked maps, rotate, scatter.
+#include "backfill_kv.h"
+
+#include <algorithm>
+
+#include "../common/tensor.h"
 
 namespace dyndepth {
 
@@ -21,7 +22,7 @@ void backfill_kv(const Tensor& residual, const Tensor& weight, const std::option
     rows = last - begin;
   }
   if (rows == 0) return;
-  const int64_t layers = weight.size(0), kv_heads = pages.size(4), head_dim = pages.size(5), kv = kv_heads * head_dim;
+  const int64_t layers = weight.size(0), kv_heads = pages.size(4), head_dim = pages.size(5);
   const int32_t* at = pos.const_data_ptr<int32_t>() + begin;
   const int32_t* slot = slots.const_data_ptr<int32_t>() + begin;
   Rotary whole{nullptr, nullptr, 0, 0};
@@ -33,28 +34,15 @@ void backfill_kv(const Tensor& residual, const Tensor& weight, const std::option
   check_rows("backfill_kv", at, slot, rows, pages.size(2) * pages.size(3), whole);
   dispatch_float(residual.scalar_type(), "backfill_kv", [&](auto element) {
     using T = decltype(element);
-    // Gain and bias of the norm are folded into the maps.
-    const Tensor x =
-        normalised<T>(rows_of(residual, begin, rows), static_cast<Norm>(norm), static_cast<float>(eps), nullptr);
-    std::optional<Tensor> flat_bias;
-    if (bias.has_value()) flat_bias = torch::stable::view(*bias, {layers * 2 * kv});
-    const Tensor y = linear<T>(x, torch::stable::view(weight, {layers * 2 * kv, weight.size(3)}), flat_bias);
-    const T* from = y.const_data_ptr<T>();
-    T* all_pages = pages.mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, rows * layers, 16384 / (2 * kv + 1) + 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t row = i / layers, layer = i % layers;
-        Rotary table = whole;
-        if (table_of != nullptr) {
-          table.cos += table_of[layer] * whole.positions * whole.rotary;
-          table.sin += table_of[layer] * whole.positions * whole.rotary;
-        }
-        const T* source = from + (row * layers + layer) * 2 * kv;
-        const HeadsView<T> k{source, 0, head_dim, kv_heads, head_dim}, v{source + kv, 0, head_dim, kv_heads, head_dim};
-        T* key_pages = all_pages + (first_layer + layer) * pages.stride(0);
-        store_row(k, v, 0, table, at[row], slot[row], key_pages, key_pages + pages.stride(1));
-      }
-    });
+    const KvMaps<T> maps{.weight = weight.const_data_ptr<T>(),
+                         .bias = data_or_null<T>(bias),
+                         .layers = layers,
+                         .width = weight.size(3),
+                         .norm = static_cast<Norm>(norm),
+                         .eps = static_cast<float>(eps),
+                         .variant = table_of};
+    const KvPages<T> into{pages.mutable_data_ptr<T>(), pages.size(2) * pages.size(3), kv_heads, head_dim};
+    backfill(maps, residual.const_data_ptr<T>() + begin * maps.width, rows, whole, at, slot, into, first_layer);
   });
 }
 

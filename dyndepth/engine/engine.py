@@ -20,9 +20,9 @@ from dyndepth.engine.rules import Immediate, Moment, Rule, Waiting
 from dyndepth.errors import ArgumentError, PagesFullError
 from dyndepth.exits import Exits
 from dyndepth.runtime.bind import bind, most_likely
-from dyndepth.runtime.forward import Result
 from dyndepth.runtime.parked import Parked
 from dyndepth.runtime.policies import EXACT
+from dyndepth.runtime.result import Result
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING, Session
 
 

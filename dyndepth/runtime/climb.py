@@ -1,7 +1,8 @@
-"""Layers and the judgements between them in one call of C++, up to the first boundary where a row leaves.
+"""Layers, the judgements between them, and rows that leave for good, in one call of C++.
 
-Where nobody leaves there is nothing to do in Python, and going there costs: a step streams a model's weights through the
-caches, so that after twenty layers the interpreter has to be fetched anew, a tenth of a millisecond at every boundary.
+Going to Python costs: a step streams a model's weights through the caches, so that after twenty layers the interpreter has
+to be fetched anew, a tenth of a millisecond at every boundary. A climb ends where Python has to decide something, and, under
+policies that only Python knows, where a row leaves.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.rows import Rows
 from dyndepth.runtime.stack import Stack
 
+#: K,V policies that need nothing of Python where rows leave.
+_GOES_ON = ("predict", "propagate", "none")
+
 #: Who wants spans apart now, in any thread: timers time the process.
 _wishes: list[object] = []
 
@@ -37,6 +41,19 @@ def apart() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Climbed:
+    """What a climb did."""
+
+    #: The boundary where the rows are that did not leave.
+    boundary: int
+    #: Bands that rows left by, lowest first, with how many did and their head-ready rows in order. Those rows lie where
+    #: `Rows` has them: behind the live ones, the latest first.
+    left: list[tuple[Band, int, Tensor]]
+    #: States and head-ready rows, as a Judge gives them, where rows want to leave at `boundary` and were not moved.
+    decided: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Climb:
     """What one call takes: layers [begin, end) and the judges of boundaries between them."""
 
@@ -48,12 +65,13 @@ class Climb:
     weights: list[Tensor]
     #: Per stop its judge and band: thresholds and heads may change between passes, and are read in each.
     judges: list[tuple[Judge, Band]]
+    #: Per stop the rotary tables of the layers above it; None where a model has one.
+    tables: list[Tensor | None]
+    #: K,V policy under which rows that leave are moved and the others go on; "" where Python moves them.
+    kv_policy: str
 
-    def run(self, rows: Rows, carried: int, context: Context) -> tuple[int, tuple[Tensor, Tensor] | None]:
-        """Rows `[0, live)` go up, rows `[live, carried)` get their K,V.
-
-        Returns the boundary where they are then, and, where rows leave there, states and head-ready rows as a Judge does.
-        """
+    def run(self, rows: Rows, carried: int, context: Context) -> Climbed:
+        """Rows `[0, live)` go up, rows `[live, carried)` get their K,V."""
         stack, begin, end = self.stack, self.begin, self.end
         hidden = rows.hidden if carried == len(rows) else rows.hidden[:carried]
         shared = (
@@ -62,17 +80,31 @@ class Climb:
         )  # fmt: skip
         if not self.stops:
             torch.ops.dyndepth_cpp.decoder_layers(*shared)
-            return end, None
+            return Climbed(end, [])
         tensors: list[Tensor] = []
         facts: list[int] = []
         numbers: list[float] = []
-        for stop, (judging, band) in zip(self.stops, self.judges, strict=True):
-            own_tensors, own_facts, own_numbers = judging.parts()
+        kv_policy = "" if rows.carried else self.kv_policy  # what rows carry moves with them, in Python
+        for stop, (judging, band), table in zip(self.stops, self.judges, self.tables, strict=True):
+            maps = (band.kv.weight, band.kv.bias, table) if kv_policy == "predict" and band.kv is not None else ()
+            own_tensors, own_facts, own_numbers = judging.parts(maps)
             tensors += own_tensors
             facts += (stop - begin, *own_facts)
             numbers += (*own_numbers, float(band.threshold))
-        number, state, ready = torch.ops.dyndepth_cpp.climb_layers(*shared, tensors, facts, numbers, rows.may_leave)
-        return (end, None) if number < 0 else (self.stops[number], (state, ready))
+        ran, waiting, state, ready, counts, moved = torch.ops.dyndepth_cpp.climb_layers(
+            *shared, tensors, facts, numbers, rows.may_leave, [rows.step, rows.index], kv_policy != "",
+            kv_policy == "propagate",
+        )  # fmt: skip
+        if waiting:
+            return Climbed(begin + ran, [], (state, ready))
+        left, at = [], 0
+        for (_, band), count in zip(self.judges, counts.tolist(), strict=True):
+            if count:
+                left.append((band, count, ready[at : at + count]))
+                at += count
+        if left:
+            rows.moved_to(rows.live - at, *moved)
+        return Climbed(begin + ran, left)
 
 
 def allowed(plan: Plan) -> bool:
@@ -119,4 +151,5 @@ def _made(plan: Plan, begin: int, limit: int) -> Climb:
         stops.append(stop)
         judges.append((found, band))
     weights = [tensor for layer in stack.weights[begin:end] for tensor in layer]
-    return Climb(begin, end, stops, stack, weights, judges)
+    tables = [plan.propagation.variants(band.leave, band.resume) for _, band in judges]
+    return Climb(begin, end, stops, stack, weights, judges, tables, plan.kv_policy if plan.kv_policy in _GOES_ON else "")

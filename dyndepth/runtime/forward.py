@@ -7,6 +7,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,36 +21,11 @@ from dyndepth.runtime.layer import Context
 from dyndepth.runtime.observe import names
 from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.policies import EXACT, copy_last
+from dyndepth.runtime.result import Result
 from dyndepth.runtime.rows import Rows
 
 #: Under which name a row carries the bands that it skipped so far (bits, as in Result.bands_taken).
 TAKEN = "taken"
-
-
-@dataclass
-class Result:
-    """What a pass produced, in the caller's row order."""
-
-    #: Head-ready rows [n, ready].
-    ready: Tensor
-    #: int32 [n]: boundary where a row left for good, the number of layers if it reached the top.
-    exit_layer: Tensor
-    #: int32 [n]: layers that the row ran.
-    layers_run: Tensor
-    #: int64 [n]: bit i is set if the row took the i-th band of the exits.
-    bands_taken: Tensor
-    #: Rows that ran each layer.
-    work: list[int]
-    #: Rows that ran an exit block (one layer each), by boundary.
-    block_work: dict[int, int]
-    #: bool [n]: rows that were held at a boundary; their token is still to come. None where nothing is held.
-    held: Tensor | None = None
-    #: Residuals [n, d] that rows ended with, where a later pass may take them up (`recompute`, or rows are held).
-    hidden: Tensor | None = None
-    #: What rows carry from boundary to boundary, by name, where rows are held or observed.
-    carried: dict[str, Tensor] = field(default_factory=dict)
-    #: Residuals [n, d] that rows had at the boundary asked for (`keep`); None where nobody asked.
-    kept: Tensor | None = None
 
 
 @dataclass
@@ -132,7 +108,6 @@ class _Pass:
                 continue
             idle_until = 0  # who goes away from now on has nothing there
             reached = self._layers(number, end, self._carried() if propagate else rows.live)
-            self.work[number:reached] = [rows.live] * (reached - number)
         result = self._result()
         result.kept = kept
         return result
@@ -145,8 +120,17 @@ class _Pass:
         model, rows, context = self.plan.model, self.rows, self.context
         if self.climbs:
             limit = min((group.resume for group in self.away), default=model.depth)
-            reached, self.decided = climb.climb_of(self.plan, begin, limit).run(rows, carried, context)
-            return reached
+            live = rows.live
+            climbed = climb.climb_of(self.plan, begin, limit).run(rows, carried, context)
+            self.decided = climbed.decided
+            for band, count, ready in climbed.left:
+                self.work[begin : band.leave] = [live] * (band.leave - begin)
+                self.away.insert(0, _Away(count, band.leave, band.resume, band, ready))
+                begin, live = band.leave, live - count
+            self.work[begin : climbed.boundary] = [live] * (climbed.boundary - begin)
+            self.lead = live
+            return climbed.boundary
+        self.work[begin:end] = [rows.live] * (end - begin)
         if not isinstance(model.stack, str) and model.stack.usable():
             model.stack.run(begin, end, rows.hidden[:carried], rows.live, rows.seq, rows.pos, rows.slots, context)
             return end
@@ -367,35 +351,37 @@ class _Pass:
         rows, model, total = self.rows, self.plan.model, len(self.rows)
         ready = self._ready()
         numbers = self.plan.numbers
-        facts = torch.tensor([[model.depth], [model.depth], [0]]).repeat(1, total)  # exit layer, layers run, bands taken
+        # numpy: between two passes over a model's weights everything is cold, and a tensor op costs many times as much.
+        exit_layer, layers_run = np.full(total, model.depth, np.int32), np.full(total, model.depth, np.int32)
+        bands_taken = np.zeros(total, np.int64)
         held = torch.zeros(total, dtype=torch.bool) if self.hold else None
         if rows.moved or self.away:
             if rows.moved:
                 ready = self._home(ready)
-            home = rows.index.cpu().long()
+            home = rows.index.cpu().numpy()
             for at, group in self._places():
                 gone = home[at : at + group.count]
-                facts[0, gone] = group.leave
-                facts[1, gone] -= model.depth - group.leave
+                exit_layer[gone] = group.leave
+                layers_run[gone] -= model.depth - group.leave
                 if group.band is not None:
-                    facts[2, gone[: 0 if group.ready is None else group.ready.shape[0]]] |= 1 << numbers[group.leave]
+                    bands_taken[gone[: 0 if group.ready is None else group.ready.shape[0]]] |= 1 << numbers[group.leave]
                 elif group.held and held is not None:
-                    held[gone] = True
+                    held[torch.from_numpy(gone).long()] = True
             for skipped, band in self.skips:
-                gone = skipped.cpu().long()
-                facts[1, gone] -= band.resume - band.leave
-                facts[2, gone] |= 1 << numbers[band.leave]
+                gone = skipped.cpu().numpy()
+                layers_run[gone] -= band.resume - band.leave
+                bands_taken[gone] |= 1 << numbers[band.leave]
         fresh = total - sum(count for _, _, count in rows.joins)
         for at, _, count in rows.joins:  # these had run so many layers before
-            facts[1, fresh : fresh + count] -= at
+            layers_run[fresh : fresh + count] -= at
             fresh += count
         for released, band, made in self.released:
-            gone = released.long()
-            ready = ready.index_copy(0, gone, made)
-            facts[0, gone.cpu()] = band.leave
-            facts[2, gone.cpu()] |= 1 << numbers[band.leave]
-        exit_layer, layers_run, bands_taken = facts.to(rows.hidden.device).unbind()
-        result = Result(ready, exit_layer.int(), layers_run.int(), bands_taken, self.work, self.block_work, held)
+            ready = ready.index_copy(0, released.long(), made)
+            gone = released.cpu().numpy()
+            exit_layer[gone] = band.leave
+            bands_taken[gone] |= 1 << numbers[band.leave]
+        exits, layers, taken = (torch.from_numpy(fact).to(ready.device) for fact in (exit_layer, layers_run, bands_taken))
+        result = Result(ready, exits, layers, taken, self.work, self.block_work, held)
         if self.hold or self.plan.kv_policy in EXACT:
             result.hidden = self._home(rows.hidden)
         if self.hold or self.plan.observed:

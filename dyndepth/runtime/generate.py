@@ -16,12 +16,12 @@ from dyndepth.exits.criteria import HOLE_FREE
 from dyndepth.runtime.bind import bind, most_likely
 from dyndepth.runtime.confidence import Confidence
 from dyndepth.runtime.decoding import Decoding
-from dyndepth.runtime.forward import Result
 from dyndepth.runtime.inputs import real_tokens
 from dyndepth.runtime.observe import Observer, check_observer, observed
 from dyndepth.runtime.pages import Indices
 from dyndepth.runtime.parked import Parked
 from dyndepth.runtime.policies import EXACT
+from dyndepth.runtime.result import Result
 from dyndepth.runtime.session import DEFAULT_CHUNK, DEFAULT_PAGE_SIZE, DEFAULT_PENDING, Session, Work, default_policy
 from dyndepth.runtime.speculate import DEFAULT_DRAFTS, Speculation, drafts_from
 from dyndepth.runtime.stops import has_eos

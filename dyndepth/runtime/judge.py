@@ -4,6 +4,7 @@ reference this path is tested against."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +59,16 @@ class Judge:
         )  # fmt: skip
         return found
 
-    def parts(self) -> tuple[list[Tensor], list[int], list[float]]:
-        """Tensors, facts and numbers as climb_layers takes them; a bit of the last fact per part that may be missing."""
+    def parts(self, maps: Sequence[Tensor | None] = ()) -> tuple[list[Tensor], list[int], list[float]]:
+        """Tensors, facts and numbers as climb_layers takes them; a bit of the last fact per part that may be missing.
+
+        maps: weight and bias of K,V maps, and the rotary tables of their layers, for rows that leave. Empty: none.
+        """
         t = self.translator
         optional_parts = [*((None, None, None) if t is None else (t.down, t.up, t.bias)), self.head[1]]
-        present = [part is not None for part in optional_parts] + [bool(self.router)]
+        present = [part is not None for part in optional_parts] + [bool(self.router)] + [part is not None for part in maps]
         tensors = [self.gain, self.head[0], *(part for part in optional_parts if part is not None), *self.router]
+        tensors += [part for part in maps if part is not None]
         bits = sum(1 << at for at, there in enumerate(present) if there)
         return tensors, [self.style, self.kind, int(self.silu), bits], [self.eps, EPS, self.softcap, _ROUTER_EPS]
 

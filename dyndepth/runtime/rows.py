@@ -58,6 +58,15 @@ class Rows:
         self.set_live(live, counts[:1])
         return live, left
 
+    def moved_to(
+        self, live: int, seq: Tensor, pos: Tensor, slots: Tensor, may_leave: Tensor, step: Tensor, index: Tensor
+    ) -> None:
+        """The rows were partitioned elsewhere, residuals in place: take the other buffers, and `live` as the new prefix."""
+        assert not self.carried, "rows carry what was not moved"
+        self.seq, self.pos, self.slots, self.may_leave, self.step, self.index = seq, pos, slots, may_leave, step, index
+        self.moved = True
+        self.set_live(live)
+
     def carry(self, name: str, value: Tensor) -> None:
         """Let state of the first rows travel with them; the others keep what they had, NaN or -1 at first."""
         if name not in self.carried:

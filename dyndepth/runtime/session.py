@@ -18,7 +18,7 @@ from dyndepth.exits.heads import StoredBlock
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.block import Block, bind_block, restored
 from dyndepth.runtime.fingerprint import check_exits
-from dyndepth.runtime.forward import Result, forward
+from dyndepth.runtime.forward import forward
 from dyndepth.runtime.graph import GraphResult, forward_graph
 from dyndepth.runtime.graph_pool import GraphPool, pool_of
 from dyndepth.runtime.layer import Context
@@ -27,6 +27,7 @@ from dyndepth.runtime.parked import Parked
 from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.policies import check_policy
 from dyndepth.runtime.propagate import Propagation
+from dyndepth.runtime.result import Result
 from dyndepth.runtime.rows import Rows
 
 DEFAULT_PAGE_SIZE = 16
@@ -308,7 +309,9 @@ class Session:
             seq=torch.from_numpy(own.astype(np.int32)).to(device),
             pos=positions,
             slots=self.pages.slots(own, at),
-            step=torch.zeros_like(positions) if step is None else torch.as_tensor(step).to(device=device, dtype=torch.int32),
+            step=torch.zeros_like(positions)
+            if step is None
+            else torch.as_tensor(step).to(device=device, dtype=torch.int32).contiguous(),
             may_leave=torch.full((count,), may_leave, device=device)
             if isinstance(may_leave, bool)
             else torch.cat([may_leave.to(device), may_leave.new_ones(count - may_leave.shape[0], device=device)]),
@@ -386,6 +389,11 @@ def default_policy(exits: Exits | None) -> str:
 
 def _host(values: Sequence[int] | Indices | Tensor) -> Indices:
     return np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.int64)
+
+
+def _whole(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """int32 on the device, contiguous."""
+    return torch.as_tensor(values).to(device=device, dtype=torch.int32).contiguous()
 
 
 def _depths(depth: Sequence[int | None] | None, exits: Exits | None, layers: int, sequences: int) -> Tensor | None:

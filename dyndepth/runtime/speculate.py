@@ -27,9 +27,9 @@ from dyndepth.ops import accept_drafts
 from dyndepth.runtime.bind import most_likely
 from dyndepth.runtime.confidence import Confidence, Gate
 from dyndepth.runtime.decoding import Decoding
-from dyndepth.runtime.forward import Result
 from dyndepth.runtime.observe import observed
 from dyndepth.runtime.parked import Parked
+from dyndepth.runtime.result import Result
 from dyndepth.runtime.session import Work
 from dyndepth.runtime.stops import Processed, Stops
 

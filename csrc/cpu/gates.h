@@ -1,0 +1,115 @@
+// Boundaries inside a climb: judges between layers, and rows that leave there for good.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "backfill_kv.h"
+#include "compact_rows.h"
+#include "judge_rows.h"
+
+namespace dyndepth {
+
+// Per judge, numbers that dyndepth/runtime/climb.py gives: facts (layers of the call below it, norm style, kind of
+// score, silu, bits of what is there) and numbers (eps, that of fitted maps, soft cap, the router's eps, threshold).
+constexpr int64_t kGateFacts = 5, kGateNumbers = 5;
+
+// Bits of the last fact: optional parts, in the order in which their tensors come after the norm's gain and the head.
+enum class GateBit { down, up, translator_bias, head_bias, router, maps, maps_bias, maps_variant };
+
+template <class T>
+struct Gate {
+  int64_t after;  // so many layers of the call
+  Judge<T> judge;
+  float threshold;
+  std::optional<KvMaps<T>> maps;  // what rows that leave get their K,V above from
+};
+
+// `kv` is the width of a layer's keys.
+template <class T>
+std::vector<Gate<T>> read_gates(const std::vector<Tensor>& tensors, const std::vector<int64_t>& facts,
+                                const std::vector<double>& numbers, int64_t width, int64_t kv) {
+  std::vector<Gate<T>> made;
+  auto tensor = tensors.begin();
+  for (size_t at = 0; at * kGateFacts < facts.size(); ++at) {
+    const int64_t* fact = facts.data() + at * kGateFacts;
+    const double* number = numbers.data() + at * kGateNumbers;
+    const auto has = [&](GateBit bit) { return (fact[4] >> static_cast<int>(bit) & 1) != 0; };
+    const auto given = [&](GateBit bit) { return has(bit) ? std::optional(*tensor++) : std::nullopt; };
+    const Tensor &gain = *tensor++, &head = *tensor++;
+    const std::optional<Tensor> down = given(GateBit::down), up = given(GateBit::up),
+                                bias = given(GateBit::translator_bias);
+    const std::optional<Tensor> head_bias = given(GateBit::head_bias);
+    std::vector<Tensor> router;
+    for (int part = 0; part < 5 && has(GateBit::router); ++part) router.push_back(*tensor++);
+    Gate<T> gate{.after = fact[0],
+                 .judge = judge_of<T>(width, gain, fact[1], number[0], down, up, bias, number[1], head, head_bias,
+                                      number[2], router, fact[3] != 0, number[3], fact[2]),
+                 .threshold = static_cast<float>(number[4]),
+                 .maps = std::nullopt};
+    if (const std::optional<Tensor> weight = given(GateBit::maps)) {
+      const std::optional<Tensor> maps_bias = given(GateBit::maps_bias), variant = given(GateBit::maps_variant);
+      STD_TORCH_CHECK(
+          weight->is_contiguous() && weight->dim() == 4 && weight->size(1) == 2 && weight->size(2) == kv &&
+              weight->size(3) == width &&
+              (!maps_bias || (maps_bias->is_contiguous() && maps_bias->numel() == weight->size(0) * 2 * kv)) &&
+              (!variant || (variant->is_contiguous() && variant->numel() == weight->size(0))),
+          "climb_layers: wanted contiguous K,V maps [layers, 2, ", kv, ", ", width,
+          "], and bias and variant of as many layers");
+      gate.maps = KvMaps<T>{.weight = weight->const_data_ptr<T>(),
+                            .bias = data_or_null<T>(maps_bias),
+                            .layers = weight->size(0),
+                            .width = width,
+                            .norm = Norm::rms,
+                            .eps = static_cast<float>(number[1]),
+                            .variant = data_or_null<int32_t>(variant)};
+    }
+    made.push_back(std::move(gate));
+  }
+  return made;
+}
+
+// Everything that moves with a row of a pass. At first the caller's tensors, which are only read; copies from when rows
+// leave. Residuals move in place. Those that go on stay a prefix, in their order; those that leave lie right behind
+// it, the latest first; rows behind the first prefix stay where they are.
+class MovingRows {
+ public:
+  // Order of the tensors: seq, pos, slots, may_leave, then whatever else the caller wants to be moved.
+  explicit MovingRows(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {}
+
+  const int32_t* seq() const { return tensors_[0].const_data_ptr<int32_t>(); }
+  const int32_t* pos() const { return tensors_[1].const_data_ptr<int32_t>(); }
+  const int32_t* slots() const { return tensors_[2].const_data_ptr<int32_t>(); }
+  const bool* may_leave() const { return tensors_[3].const_data_ptr<bool>(); }
+  const std::vector<Tensor>& tensors() const { return tensors_; }
+
+  // state[i] of the first `live` rows: 0 goes on, 1 leaves. Returns how many go on.
+  template <class T>
+  int64_t leave(const int8_t* state, int64_t live, T* hidden, int64_t width) {
+    std::vector<int32_t> order(live);
+    int32_t counts[2];
+    partition_rows(state, live, order.data(), counts);
+    const auto moved = std::make_unique_for_overwrite<T[]>(live * width);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    gather_rows(reinterpret_cast<const char*>(hidden), row_bytes, order.data(), live, row_bytes,
+                reinterpret_cast<char*>(moved.get()));
+    std::copy_n(moved.get(), live * width, hidden);
+    for (Tensor& tensor : tensors_) {
+      Tensor target = torch::stable::new_empty(tensor, tensor.sizes());
+      const int64_t item = static_cast<int64_t>(tensor.element_size()), rows = tensor.size(0);
+      const char* from = static_cast<const char*>(tensor.const_data_ptr());
+      char* to = static_cast<char*>(target.mutable_data_ptr());
+      gather_rows(from, item, order.data(), live, item, to);
+      std::copy(from + live * item, from + rows * item, to + live * item);
+      tensor = std::move(target);
+    }
+    return counts[0];
+  }
+
+ private:
+  std::vector<Tensor> tensors_;
+};
+
+}  // namespace dyndepth
