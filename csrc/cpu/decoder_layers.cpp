@@ -27,12 +27,23 @@ struct Gates {
   int8_t* state = nullptr;    // [n], for compact_rows
   int32_t* counts = nullptr;  // [judges], rows that left at each
   void* ready = nullptr;      // [live, width], head-ready rows of those that leave, in the order in which they do
+  // The final norm, for rows that reach the end of the call; none where the caller makes them head-ready.
+  std::optional<Tensor> final_gain;
+  NormStyle final_style{};
+  float final_eps = 0;
+  void* home = nullptr;  // [n, width], head-ready rows of everybody in the caller's order; null without a final norm
 };
 
 // Where a climb ended: layers run, and how many rows want to leave there that are not moved yet.
 struct Reached {
   int64_t layers, waiting;
 };
+
+// home[index[row]] = from[row].
+template <class T>
+void send_home(const T* from, const int32_t* index, int64_t rows, int64_t width, T* home) {
+  for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * width, width, home + index[row] * width);
+}
 
 // Order of `shape` and `numbers`, as in dyndepth/runtime/stack.py.
 Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_table, const Tensor& seq,
@@ -122,7 +133,7 @@ Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_tab
       const Verdict verdict{.threshold = here.threshold,
                             .thresholds = nullptr,
                             .may_leave = gates.rows->may_leave(),
-                            .total = gates.goes_on ? rows.live : gates.rows->tensors()[0].size(0),
+                            .total = gates.goes_on ? rows.live : gates.rows->size(),
                             .score = gates.score,
                             .state = gates.state};
       const int64_t left = judge(here.judge, stream, rows.live, verdict, ready, next);
@@ -139,6 +150,8 @@ Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_tab
       rows.pos = moving.pos();
       rows.slots = moving.slots();
       decoder.set_rows(rows);
+      if (gates.home != nullptr)
+        send_home(ready, moving.index() + rows.live, left, facts.width, static_cast<T*>(gates.home));
       ready += left * facts.width;
       if (here.maps)
         backfill(*here.maps, stream + rows.live * facts.width, left, first_table, rows.pos + rows.live,
@@ -148,6 +161,11 @@ Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_tab
         return;
       }
     }
+    if (gates.home == nullptr) return;
+    std::vector<T> normed(rows.live * facts.width);
+    rms_norm(stream, normed.data(), rows.live, facts.width, gates.final_gain->const_data_ptr<T>(), gates.final_style,
+             gates.final_eps);
+    send_home(normed.data(), gates.rows->index(), rows.live, facts.width, static_cast<T*>(gates.home));
   });
   return reached;
 }
@@ -162,26 +180,31 @@ void decoder_layers(const Tensor& hidden, const Tensor& pages, const Tensor& blo
 }
 
 // The same with judges in between. Where rows leave, they are moved and the others go on (`goes_on`), or the climb ends
-// and the caller moves them. `more` are other tensors of all rows that move with them.
+// and the caller moves them. `index` int32 [n] has every row's place in the caller's order; `more` are other tensors of
+// all rows that move with them. With a final norm all rows must be live, and those that reach the end pass it.
 //
 // Returns (layers run, rows that want to leave there and are not moved, int8 [n] states of these for compact_rows,
 // head-ready rows of all that left or want to, int32 [judges] rows that were moved at each, the moved seq, pos, slots,
-// may_leave and `more`).
-std::tuple<int64_t, int64_t, Tensor, Tensor, Tensor, std::vector<Tensor>> climb_layers(
+// may_leave, index and `more`, head-ready rows [n, width] of everybody in the caller's order, where there is a final
+// norm; unspecified where rows are waiting).
+std::tuple<int64_t, int64_t, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> climb_layers(
     const Tensor& hidden, const Tensor& pages, const Tensor& block_table, const Tensor& seq, const Tensor& pos,
     const Tensor& slots, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
     std::vector<Tensor> weights, std::vector<int64_t> shape, std::vector<int64_t> windows,
     std::vector<int64_t> variants, std::vector<double> numbers, int64_t first_layer, int64_t live,
     std::vector<Tensor> judge_tensors, std::vector<int64_t> judge_facts, std::vector<double> judge_numbers,
-    const Tensor& may_leave, std::vector<Tensor> more, bool goes_on, bool propagates) {
-  const int64_t total = may_leave.size(0);
+    const Tensor& may_leave, const Tensor& index, std::vector<Tensor> more, bool goes_on, bool propagates,
+    const std::optional<Tensor>& final_gain, int64_t final_style, double final_eps) {
+  const int64_t total = may_leave.size(0), width = hidden.size(1);
   STD_TORCH_CHECK(total >= live && hidden.size(0) >= live && live > 0,
                   "climb_layers: wanted live rows, and may_leave of every row");
-  std::vector<Tensor> moving{seq, pos, slots, may_leave};
+  std::vector<Tensor> moving{seq, pos, slots, may_leave, index};
   moving.insert(moving.end(), more.begin(), more.end());
   for (const Tensor& tensor : moving)
     STD_TORCH_CHECK(tensor.is_contiguous() && tensor.dim() == 1 && tensor.size(0) == total,
-                    "climb_layers: wanted contiguous seq, pos, slots, may_leave and more of the same rows");
+                    "climb_layers: wanted contiguous seq, pos, slots, may_leave, index and more of the same rows");
+  STD_TORCH_CHECK(!final_gain || (live == total && final_gain->is_contiguous() && final_gain->numel() == width),
+                  "climb_layers: wanted all rows live, and a gain per channel, where there is a final norm");
   const size_t judges = judge_facts.size() / kGateFacts;
   STD_TORCH_CHECK(judge_facts.size() == judges * kGateFacts && judge_numbers.size() == judges * kGateNumbers,
                   "climb_layers: wanted facts and numbers of every judge");
@@ -192,7 +215,8 @@ std::tuple<int64_t, int64_t, Tensor, Tensor, Tensor, std::vector<Tensor>> climb_
   }
   Tensor scores = torch::stable::new_empty(hidden, {live}, ScalarType::Float);
   Tensor state = torch::stable::new_empty(hidden, {total}, ScalarType::Char);
-  Tensor ready = torch::stable::new_empty(hidden, {live, hidden.size(1)});
+  Tensor ready = torch::stable::new_empty(hidden, {judges == 0 ? 0 : live, width});
+  Tensor home = torch::stable::new_empty(hidden, {final_gain ? total : 0, width});
   Tensor counts = torch::stable::new_empty(hidden, {static_cast<int64_t>(judges)}, ScalarType::Int);
   std::fill_n(counts.mutable_data_ptr<int32_t>(), judges, 0);
   MovingRows rows(std::move(moving));
@@ -205,12 +229,16 @@ std::tuple<int64_t, int64_t, Tensor, Tensor, Tensor, std::vector<Tensor>> climb_
                     .score = scores.mutable_data_ptr<float>(),
                     .state = state.mutable_data_ptr<int8_t>(),
                     .counts = counts.mutable_data_ptr<int32_t>(),
-                    .ready = ready.mutable_data_ptr()};
+                    .ready = ready.mutable_data_ptr(),
+                    .final_gain = final_gain,
+                    .final_style = static_cast<NormStyle>(final_style),
+                    .final_eps = static_cast<float>(final_eps),
+                    .home = final_gain ? home.mutable_data_ptr() : nullptr};
   const Reached reached = climb(hidden, pages, block_table, seq, pos, slots, cos, sin, weights, shape, windows,
                                 variants, numbers, first_layer, live, gates);
   int64_t left = reached.waiting;
   for (size_t at = 0; at < judges; ++at) left += gates.counts[at];
-  return {reached.layers, reached.waiting, state, rows_of(ready, 0, left), counts, rows.tensors()};
+  return {reached.layers, reached.waiting, state, rows_of(ready, 0, left), counts, rows.tensors(), home};
 }
 
 }  // namespace
@@ -224,7 +252,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dyndepth_cpp, library) {
       "climb_layers(Tensor(a!) hidden, Tensor(b!) pages, Tensor block_table, Tensor seq, Tensor pos, Tensor slots, "
       "Tensor? cos, Tensor? sin, Tensor[] weights, int[] shape, int[] windows, int[] variants, float[] numbers, "
       "int first_layer, int live, Tensor[] judge_tensors, int[] judge_facts, float[] judge_numbers, Tensor may_leave, "
-      "Tensor[] more, bool goes_on, bool propagates) -> (int, int, Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor index, Tensor[] more, bool goes_on, bool propagates, Tensor? final_gain, int final_style, "
+      "float final_eps) -> (int, int, Tensor, Tensor, Tensor, Tensor[], Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(dyndepth_cpp, CPU, library) {
   library.impl("decoder_layers", TORCH_BOX(&decoder_layers));

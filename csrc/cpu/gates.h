@@ -76,13 +76,16 @@ std::vector<Gate<T>> read_gates(const std::vector<Tensor>& tensors, const std::v
 // it, the latest first; rows behind the first prefix stay where they are.
 class MovingRows {
  public:
-  // Order of the tensors: seq, pos, slots, may_leave, then whatever else the caller wants to be moved.
+  // Order of the tensors: seq, pos, slots, may_leave, index (places in the caller's order), then whatever else the
+  // caller wants to be moved.
   explicit MovingRows(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {}
 
   const int32_t* seq() const { return tensors_[0].const_data_ptr<int32_t>(); }
   const int32_t* pos() const { return tensors_[1].const_data_ptr<int32_t>(); }
   const int32_t* slots() const { return tensors_[2].const_data_ptr<int32_t>(); }
   const bool* may_leave() const { return tensors_[3].const_data_ptr<bool>(); }
+  const int32_t* index() const { return tensors_[4].const_data_ptr<int32_t>(); }
+  int64_t size() const { return tensors_[0].size(0); }
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
   // state[i] of the first `live` rows: 0 goes on, 1 leaves. Returns how many go on.

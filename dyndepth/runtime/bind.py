@@ -16,7 +16,7 @@ from dyndepth.runtime import families  # noqa: F401  (registers the family table
 from dyndepth.runtime.bind_layer import attribute, bind_layer, number, optional
 from dyndepth.runtime.family import Family, family_of
 from dyndepth.runtime.layer import Layer
-from dyndepth.runtime.norms import NormFacts, final_norm_function, is_plain_linear, norm_facts
+from dyndepth.runtime.norms import NormFacts, final_norm_function, final_rms, is_plain_linear, norm_facts
 from dyndepth.runtime.stack import Stack, stack_of
 
 # Rotary kinds whose angles depend on the position alone. The others change all angles with the length of the longest
@@ -51,6 +51,8 @@ class Model:
     finish: Callable[[Tensor], Tensor]
     #: Facts of the final norm if it is all that `finish` does, else None.
     final_norm: NormFacts | None
+    #: Gain, style and eps of the final norm, if it is all that `finish` does and C++ knows it.
+    final_rms: tuple[Tensor, int, float] | None
     head: nn.Module
     logit_softcap: float
     #: The layers for one call of C++ between boundaries, or why they run through their modules.
@@ -201,6 +203,7 @@ def bind(causal_lm: Any) -> Model:
         embed_positions=embed_positions,
         finish=finish,
         final_norm=final_facts if project_out is None else None,
+        final_rms=final_rms(final_norm, final_facts) if project_out is None else None,
         head=head,
         logit_softcap=number(config, family.logit_softcap),
         stack=stack_of(layers, family),

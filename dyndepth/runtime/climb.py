@@ -51,6 +51,8 @@ class Climbed:
     left: list[tuple[Band, int, Tensor]]
     #: States and head-ready rows, as a Judge gives them, where rows want to leave at `boundary` and were not moved.
     decided: tuple[Tensor, Tensor] | None = None
+    #: Head-ready rows of everybody in the caller's order, where the climb took all rows from the first layer to the last.
+    home: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Climb:
     tables: list[Tensor | None]
     #: K,V policy under which rows that leave are moved and the others go on; "" where Python moves them.
     kv_policy: str
+    #: Gain, style and eps of the final norm, where the climb can end above the last layer and C++ knows the norm.
+    final: tuple[Tensor, int, float] | None
 
     def run(self, rows: Rows, carried: int, context: Context) -> Climbed:
         """Rows `[0, live)` go up, rows `[live, carried)` get their K,V."""
@@ -78,7 +82,8 @@ class Climb:
             hidden, context.pages, context.block_table, rows.seq, rows.pos, rows.slots, context.cos, context.sin, self.weights,
             stack.shape, stack.windows[begin:end], stack.variants[begin:end], stack.numbers, stack.first + begin, rows.live,
         )  # fmt: skip
-        if not self.stops:
+        final = self.final if begin == 0 and rows.live == len(rows) and not rows.moved else None
+        if not self.stops and final is None:
             torch.ops.dyndepth_cpp.decoder_layers(*shared)
             return Climbed(end, [])
         tensors: list[Tensor] = []
@@ -91,9 +96,9 @@ class Climb:
             tensors += own_tensors
             facts += (stop - begin, *own_facts)
             numbers += (*own_numbers, float(band.threshold))
-        ran, waiting, state, ready, counts, moved = torch.ops.dyndepth_cpp.climb_layers(
-            *shared, tensors, facts, numbers, rows.may_leave, [rows.step, rows.index], kv_policy != "",
-            kv_policy == "propagate",
+        ran, waiting, state, ready, counts, moved, home = torch.ops.dyndepth_cpp.climb_layers(
+            *shared, tensors, facts, numbers, rows.may_leave, rows.index, [rows.step], kv_policy != "",
+            kv_policy == "propagate", *(final or (None, 0, 0.0)),
         )  # fmt: skip
         if waiting:
             return Climbed(begin + ran, [], (state, ready))
@@ -104,7 +109,7 @@ class Climb:
                 at += count
         if left:
             rows.moved_to(rows.live - at, *moved)
-        return Climbed(begin + ran, left)
+        return Climbed(begin + ran, left, home=None if final is None else home)
 
 
 def allowed(plan: Plan) -> bool:
@@ -152,4 +157,8 @@ def _made(plan: Plan, begin: int, limit: int) -> Climb:
         judges.append((found, band))
     weights = [tensor for layer in stack.weights[begin:end] for tensor in layer]
     tables = [plan.propagation.variants(band.leave, band.resume) for _, band in judges]
-    return Climb(begin, end, stops, stack, weights, judges, tables, plan.kv_policy if plan.kv_policy in _GOES_ON else "")
+    policy = plan.kv_policy if plan.kv_policy in _GOES_ON else ""
+    final = plan.model.final_rms
+    if end < plan.model.depth or (final is not None and final[0].dtype != plan.model.dtype):
+        final = None
+    return Climb(begin, end, stops, stack, weights, judges, tables, policy, final)

@@ -85,6 +85,8 @@ class _Pass:
         idle_until = reached = 0
         #: What a climb brought back from the boundary where it ended.
         self.decided: tuple[Tensor, Tensor] | None = None
+        #: Head-ready rows in the caller's order, where a climb made all of them.
+        self.home: Tensor | None = None
         self.climbs = not rows.joins and not self.hold and self.keep is None and climb.allowed(self.plan)
         for number, end in itertools.pairwise(self.plan.stops):
             if number < reached:
@@ -122,7 +124,7 @@ class _Pass:
             limit = min((group.resume for group in self.away), default=model.depth)
             live = rows.live
             climbed = climb.climb_of(self.plan, begin, limit).run(rows, carried, context)
-            self.decided = climbed.decided
+            self.decided, self.home = climbed.decided, climbed.home
             for band, count, ready in climbed.left:
                 self.work[begin : band.leave] = [live] * (band.leave - begin)
                 self.away.insert(0, _Away(count, band.leave, band.resume, band, ready))
@@ -349,14 +351,14 @@ class _Pass:
     def _result(self) -> Result:
         """What the rows made, brought to the caller's order: those that are away lie behind the live ones, by group."""
         rows, model, total = self.rows, self.plan.model, len(self.rows)
-        ready = self._ready()
+        ready = self._ready() if self.home is None else self.home
         numbers = self.plan.numbers
         # numpy: between two passes over a model's weights everything is cold, and a tensor op costs many times as much.
         exit_layer, layers_run = np.full(total, model.depth, np.int32), np.full(total, model.depth, np.int32)
         bands_taken = np.zeros(total, np.int64)
         held = torch.zeros(total, dtype=torch.bool) if self.hold else None
         if rows.moved or self.away:
-            if rows.moved:
+            if rows.moved and self.home is None:
                 ready = self._home(ready)
             home = rows.index.cpu().numpy()
             for at, group in self._places():

@@ -57,12 +57,21 @@ def rms_style(module: nn.Module | None) -> int | None:
     return known if own and plain else None
 
 
+def final_rms(module: nn.Module | None, facts: NormFacts | None) -> tuple[Tensor, int, float] | None:
+    """(gain, style, eps) of transformers' plain RMSNorm, as C++ takes it."""
+    style = rms_style(module)
+    if module is None or facts is None or style is None or _cpp.missing() is not None:
+        return None
+    gain: Tensor = module.weight.detach()  # type: ignore[operator]
+    return (gain, style, facts.eps) if gain.is_contiguous() else None
+
+
 def final_norm_function(module: nn.Module, facts: NormFacts | None) -> Callable[[Tensor], Tensor]:
     """The norm module, in one call of C++ where it is transformers' plain RMSNorm on the CPU in one dtype."""
-    style = rms_style(module)
-    if facts is None or style is None or _cpp.missing() is not None:
+    plain = final_rms(module, facts)
+    if plain is None:
         return module
-    gain, eps = module.weight.detach(), facts.eps  # type: ignore[operator]
+    gain, style, eps = plain
 
     def norm(x: Tensor) -> Tensor:
         if not pays(x, gain):

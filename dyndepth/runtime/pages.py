@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dyndepth.errors import ArgumentError, PagesFullError
+from dyndepth.ops import _cpp
 
 _SLOTS = 2**31
 #: Sequence or position numbers of rows; bookkeeping is numpy's because a tensor op costs ten times as much for a few numbers.
@@ -71,6 +72,8 @@ class Pages:
         #: Positions that the pages a sequence owns can hold.
         self._room = np.zeros(sequences, dtype=np.int64)
         self._free = list(range(pages - 1, -1, -1))
+        #: Rows are placed in one call of C++: a dozen small steps of numpy cost more than everything else around a pass.
+        self._in_cpp = self.kv.device.type == "cpu" and _cpp.missing() is None
 
     @property
     def sequences(self) -> int:
@@ -143,6 +146,18 @@ class Pages:
             for sequence in np.unique(sequences[fresh]).tolist():
                 self.reserve(sequence, int(positions[sequences == sequence].max()) + 1)
         np.maximum.at(self._length, sequences, positions + 1)
+
+    def place(self, sequences: Indices, positions: Indices) -> tuple[Tensor, int]:
+        """`reserve_rows`; then int32 [3, n] sequences, positions and slots of the rows on the device of the pages, and the
+        largest position + 1, at least 1."""
+        if self._in_cpp:
+            facts = (torch.from_numpy(each) for each in (sequences, positions, self._table, self._room, self._length))
+            placed, reach, fits = torch.ops.dyndepth_cpp.place_rows(*facts, self.page_size)
+            if fits:
+                return placed, reach
+        self.reserve_rows(sequences, positions)
+        rows = np.stack([sequences, positions, self.slots_of(sequences, positions)]).astype(np.int32)
+        return to_device(rows, self.kv.device), int(positions.max()) + 1 if positions.size else 1
 
     def truncate(self, sequence: int, length: int) -> None:
         """Give back the pages of a sequence that positions [0, length) do not need. Their content stays until overwritten."""

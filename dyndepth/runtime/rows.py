@@ -59,7 +59,7 @@ class Rows:
         return live, left
 
     def moved_to(
-        self, live: int, seq: Tensor, pos: Tensor, slots: Tensor, may_leave: Tensor, step: Tensor, index: Tensor
+        self, live: int, seq: Tensor, pos: Tensor, slots: Tensor, may_leave: Tensor, index: Tensor, step: Tensor
     ) -> None:
         """The rows were partitioned elsewhere, residuals in place: take the other buffers, and `live` as the new prefix."""
         assert not self.carried, "rows carry what was not moved"

@@ -229,7 +229,8 @@ class Session:
         may_leave: Tensor | bool,
     ) -> Result:
         """`run` by a captured graph. The one look at the device comes after the pass: rows that ran each layer."""
-        self._reserve(seq, pos)
+        self.pages.reserve_rows(seq, pos)
+        self._reach(int(pos.max()) + 1)
         steps = np.zeros_like(seq) if step is None else _host(step)
         may = np.full_like(seq, may_leave) if isinstance(may_leave, bool) else _host(may_leave)
         found = graphs.run(tokens, seq, pos, steps, may, self.pages, self.reach, self.cos, self.sin)
@@ -237,15 +238,12 @@ class Session:
         blocks = dict(zip(self.plan.blocks, counts[self.model.depth :], strict=True))
         return Result(found.ready, found.exit_layer, found.layers_run, found.bands_taken, counts[: self.model.depth], blocks)
 
-    def _reserve(self, seq: Indices, pos: Indices) -> int:
-        """Pages and rotary tables for rows; returns how far they reach."""
-        reach = int(pos.max()) + 1 if pos.size else 1
-        self.pages.reserve_rows(seq, pos)
+    def _reach(self, reach: int) -> None:
+        """Rotary tables for so many positions."""
         if reach > self.reach:
             grown = self.reach + self.reach // 2
             self.reach = max(reach, min(grown, self.model.positions_limit or grown))
             self.cos, self.sin = self.model.rotary_tables(self.reach)
-        return reach
 
     def left(
         self,
@@ -288,27 +286,28 @@ class Session:
         """Embedded rows with their pages reserved: what a pass starts from. Arguments as for `run`."""
         own, at = _host(seq), _host(pos)
         device = self.model.device
-        fresh = torch.from_numpy(at.astype(np.int32)).to(device)
+        fresh_count = own.shape[0]
         if parked is not None and len(parked):
             own, at = np.concatenate([own, parked.seq]), np.concatenate([at, parked.pos])
-            steps = _host([0] * len(fresh) if step is None else step)
+            steps = _host([0] * fresh_count if step is None else step)
             step = torch.from_numpy(np.concatenate([steps, parked.step]))
         count = own.shape[0]
-        reach = self._reserve(own, at)
+        placed, reach = self.pages.place(own, at)
+        self._reach(reach)
+        sequences, positions, slots = placed.unbind()
+        fresh = positions[:fresh_count]
         if embeds is None:
             assert tokens is not None
             hidden = self.model.embed(tokens.to(device), fresh)
         else:
             hidden = self.model.embed_positions(embeds.to(device), fresh)
-        positions = fresh
         if parked is not None and len(parked):
             hidden = torch.cat([hidden, parked.hidden])
-            positions = torch.from_numpy(at.astype(np.int32)).to(device)
         rows = Rows(
             hidden=hidden.contiguous(),
-            seq=torch.from_numpy(own.astype(np.int32)).to(device),
+            seq=sequences,
             pos=positions,
-            slots=self.pages.slots(own, at),
+            slots=slots,
             step=torch.zeros_like(positions)
             if step is None
             else torch.as_tensor(step).to(device=device, dtype=torch.int32).contiguous(),
@@ -319,7 +318,7 @@ class Session:
         )
         if parked is not None:
             for name, value in parked.carried.items():
-                rows.carry(name, torch.cat([Rows.nothing(value, len(fresh)), value]))
+                rows.carry(name, torch.cat([Rows.nothing(value, fresh_count), value]))
         return rows, Context(self.pages.kv, self.pages.block_table(reach), self.cos, self.sin)
 
     def prefill(
