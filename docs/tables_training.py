@@ -123,4 +123,35 @@ def kv_weighting(results: Path) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-TABLES = {"head_tokens": head_tokens, "jump_maps": jump_maps, "band_frontier": band_frontier, "kv_weighting": kv_weighting}
+def exit_choices(results: Path) -> str:
+    """What `make exit-choices` found: layers at two agreements, one choice changed at a time."""
+    found = load(results / "exit_choices.json")
+    more = "more than the first"
+    lines = header("changed", "to", "layers at 98%", more, "layers at 95%", more, "judgements")
+    for group, rows in found["groups"].items():
+        for number, row in enumerate(rows):
+            cells = [group if number == 0 else "", row["choice"]]
+            for share in ("98%", "95%"):
+                point = row[share]
+                low, high = point["more_95"]
+                difference = f"{point['more']:+.2f} ({low:+.2f} to {high:+.2f})"
+                cells += [f"{point['mean_layers']:.2f}", "–" if number == 0 else difference]
+            cells.append(f"{row['95%']['judgements']:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    sizes = found["corpus"]
+    text = (
+        f"{found['model']}, {found['dtype']}; unless said otherwise translators after layers 20 and 25 that were shown "
+        f"{found['rows_shown']} rows of the model's own answers ({sizes['fit']} tokens) and judge by top-1 probability. How "
+        f"true scores are comes from {sizes['tune']} other tokens; all figures from {found['judged_rows']} rows of "
+        f"{found['documents']} answers that nothing learned from, at the price where the wished share of them agrees: for "
+        f"comparison only. Differences with 95 % intervals over {found['draws']} draws of these answers, the same for both. "
+        "Past tokens exact; layers of heads and judges are not counted, *judgements* are boundaries at which a token is judged "
+        "at 95 %."
+    )
+    return "\n".join([*lines, "", text, ""])
+
+
+TABLES = {
+    "head_tokens": head_tokens, "jump_maps": jump_maps, "band_frontier": band_frontier, "kv_weighting": kv_weighting,
+    "exit_choices": exit_choices,
+}  # fmt: skip

@@ -16,7 +16,7 @@ namespace dyndepth {
 
 // Parts of a layer, in the order that dyndepth/runtime/stack.py lists them. `present` has a bit per part; a layer's
 // tensors come densely in this order.
-enum Part {
+enum DecoderPart {
   kQuery,
   kKey,
   kValue,
@@ -61,7 +61,7 @@ struct LayerWeights {
   }
 };
 
-struct Shape {
+struct DecoderShape {
   int64_t width, heads, kv_heads, head_dim, inner;
   Activation activation;
   NormStyle norm;
@@ -77,7 +77,7 @@ struct PassRows {
 template <class T>
 class Decoder {
  public:
-  Decoder(const Shape& shape, const PassRows& rows, T* hidden)
+  Decoder(const DecoderShape& shape, const PassRows& rows, T* hidden)
       : shape_(shape),
         rows_(rows),
         hidden_(hidden),
@@ -171,7 +171,7 @@ class Decoder {
       hidden_[i] = static_cast<T>(to_float(hidden_[i]) + to_float(normed_[i]));
   }
 
-  const Shape shape_;
+  const DecoderShape shape_;
   PassRows rows_;
   T* hidden_;
   Operand<T> operand_;

@@ -1,5 +1,5 @@
-// Consecutive decoder layers of the Llama kind in one call, and judgements between them: what a pass does between two
-// looks of Python, without a step of it per op.
+// Consecutive decoder layers of the Llama kind in one call, with judgements between them and rows that leave there: a
+// pass without a step of Python per op.
 #include <algorithm>
 #include <bit>
 #include <optional>
@@ -13,54 +13,27 @@ namespace dyndepth {
 
 namespace {
 
-// Judges between layers and what is to become of rows that leave. Empty for none.
-struct Gates {
-  std::vector<Tensor> tensors;  // as read_gates takes them
-  std::vector<int64_t> facts;
-  std::vector<double> numbers;
-  // Rows that leave are moved here and the others go on; else the climb ends where a row wants to leave.
-  bool goes_on = false;
-  // Rows that are away get their K,V from the layers they skip.
-  bool propagates = false;
-  MovingRows* rows = nullptr;
-  float* score = nullptr;     // [live]
-  int8_t* state = nullptr;    // [n], for compact_rows
-  int32_t* counts = nullptr;  // [judges], rows that left at each
-  void* ready = nullptr;      // [live, width], head-ready rows of those that leave, in the order in which they do
-  // The final norm, for rows that reach the end of the call; none where the caller makes them head-ready.
-  std::optional<Tensor> final_gain;
-  NormStyle final_style{};
-  float final_eps = 0;
-  void* home = nullptr;  // [n, width], head-ready rows of everybody in the caller's order; null without a final norm
-};
-
 // Where a climb ended: layers run, and how many rows want to leave there that are not moved yet.
 struct Reached {
   int64_t layers, waiting;
 };
-
-// home[index[row]] = from[row].
-template <class T>
-void send_home(const T* from, const int32_t* index, int64_t rows, int64_t width, T* home) {
-  for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * width, width, home + index[row] * width);
-}
 
 // Order of `shape` and `numbers`, as in dyndepth/runtime/stack.py.
 Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_table, const Tensor& seq,
               const Tensor& pos, const Tensor& slots, const std::optional<Tensor>& cos,
               const std::optional<Tensor>& sin, const std::vector<Tensor>& weights, const std::vector<int64_t>& shape,
               const std::vector<int64_t>& windows, const std::vector<int64_t>& variants,
-              const std::vector<double>& numbers, int64_t first_layer, int64_t live, const Gates& gates) {
+              const std::vector<double>& numbers, int64_t first_layer, int64_t live, const Boundaries& boundaries) {
   const int64_t present = shape[4], layers = static_cast<int64_t>(windows.size());
-  const Shape facts{.width = hidden.size(1),
-                    .heads = shape[0],
-                    .kv_heads = pages.size(4),
-                    .head_dim = pages.size(5),
-                    .inner = shape[1],
-                    .activation = static_cast<Activation>(shape[2]),
-                    .norm = static_cast<NormStyle>(shape[3]),
-                    .eps = static_cast<float>(numbers[0]),
-                    .head_eps = static_cast<float>(numbers[1])};
+  const DecoderShape facts{.width = hidden.size(1),
+                           .heads = shape[0],
+                           .kv_heads = pages.size(4),
+                           .head_dim = pages.size(5),
+                           .inner = shape[1],
+                           .activation = static_cast<Activation>(shape[2]),
+                           .norm = static_cast<NormStyle>(shape[3]),
+                           .eps = static_cast<float>(numbers[0]),
+                           .head_eps = static_cast<float>(numbers[1])};
   PassRows rows{.live = live,
                 .all = hidden.size(0),
                 .seq = seq.const_data_ptr<int32_t>(),
@@ -107,16 +80,16 @@ Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_tab
     std::vector<LayerWeights<T>> read(layers);
     size_t at = 0;
     for (LayerWeights<T>& layer : read) layer.read(weights, at, present);
-    const std::vector<Gate<T>> between =
-        read_gates<T>(gates.tensors, gates.facts, gates.numbers, facts.width, facts.kv_heads * facts.head_dim);
+    const std::vector<Gate<T>> between = read_gates<T>(boundaries.tensors, boundaries.facts, boundaries.numbers,
+                                                       facts.width, facts.kv_heads * facts.head_dim);
     for (const Gate<T>& one : between) {
       if (!one.maps) continue;
       check(first_layer + one.after + one.maps->layers <= pages.size(0), "pages of every layer that K,V maps are of");
       for (int64_t i = 0; one.maps->variant != nullptr && cos.has_value() && i < one.maps->layers; ++i)
         check(one.maps->variant[i] >= 0 && one.maps->variant[i] < cos->size(0), "variants that there are tables of");
     }
-    auto gate = between.begin();
-    T* ready = static_cast<T*>(gates.ready);
+    size_t number = 0;
+    T* ready = static_cast<T*>(boundaries.ready);
     for (int64_t layer = 0; layer < layers; ++layer) {
       Rotary table = first_table;
       if (cos.has_value()) {
@@ -125,47 +98,47 @@ Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_tab
       }
       attention.window = windows[layer];
       const Upcoming next = layer + 1 < layers ? decoder.first(read[layer + 1]) : Upcoming{};
-      const bool judged = gate != between.end() && gate->after == layer + 1;
-      decoder.run(read[layer], judged ? gate->judge.upcoming() : next, attention, table, kv.keys(first_layer + layer),
-                  kv.values(first_layer + layer));
-      if (!judged) continue;
-      const Gate<T>& here = *gate++;
-      const Verdict verdict{.threshold = here.threshold,
+      const Gate<T>* gate = number < between.size() && between[number].after == layer + 1 ? &between[number] : nullptr;
+      decoder.run(read[layer], gate != nullptr ? gate->judge.upcoming() : next, attention, table,
+                  kv.keys(first_layer + layer), kv.values(first_layer + layer));
+      if (gate == nullptr) continue;
+      int32_t& count = boundaries.counts[number++];
+      const Verdict verdict{.threshold = gate->threshold,
                             .thresholds = nullptr,
-                            .may_leave = gates.rows->may_leave(),
-                            .total = gates.goes_on ? rows.live : gates.rows->size(),
-                            .score = gates.score,
-                            .state = gates.state};
-      const int64_t left = judge(here.judge, stream, rows.live, verdict, ready, next);
+                            .may_leave = boundaries.rows->may_leave(),
+                            .total = boundaries.rows->size(),
+                            .score = boundaries.score,
+                            .state = boundaries.state};
+      const int64_t left = judge(gate->judge, stream, rows.live, verdict, ready, next);
       if (left == 0) continue;
-      if (!gates.goes_on) {
+      if (!boundaries.goes_on) {
         reached = {layer + 1, left};
         return;
       }
-      MovingRows& moving = *gates.rows;
-      gates.counts[&here - between.data()] = static_cast<int32_t>(left);
-      rows.live = moving.leave(gates.state, rows.live, stream, facts.width);
-      if (!gates.propagates) rows.all = rows.live;
+      MovingRows& moving = *boundaries.rows;
+      count = static_cast<int32_t>(left);
+      rows.live = moving.leave(boundaries.state, rows.live, stream, facts.width);
+      if (!boundaries.propagates) rows.all = rows.live;
       rows.seq = moving.seq();
       rows.pos = moving.pos();
       rows.slots = moving.slots();
       decoder.set_rows(rows);
-      if (gates.home != nullptr)
-        send_home(ready, moving.index() + rows.live, left, facts.width, static_cast<T*>(gates.home));
+      if (boundaries.home != nullptr)
+        send_home(ready, moving.index() + rows.live, left, facts.width, static_cast<T*>(boundaries.home));
       ready += left * facts.width;
-      if (here.maps)
-        backfill(*here.maps, stream + rows.live * facts.width, left, first_table, rows.pos + rows.live,
-                 rows.slots + rows.live, kv, first_layer + here.after, next);
+      if (gate->maps)
+        backfill(*gate->maps, stream + rows.live * facts.width, left, first_table, rows.pos + rows.live,
+                 rows.slots + rows.live, kv, first_layer + gate->after, rows.live > 0 ? next : Upcoming{});
       if (rows.live == 0) {
         reached = {layer + 1, 0};
         return;
       }
     }
-    if (gates.home == nullptr) return;
+    if (boundaries.home == nullptr) return;
     std::vector<T> normed(rows.live * facts.width);
-    rms_norm(stream, normed.data(), rows.live, facts.width, gates.final_gain->const_data_ptr<T>(), gates.final_style,
-             gates.final_eps);
-    send_home(normed.data(), gates.rows->index(), rows.live, facts.width, static_cast<T*>(gates.home));
+    rms_norm(stream, normed.data(), rows.live, facts.width, boundaries.final_gain->const_data_ptr<T>(),
+             boundaries.final_style, boundaries.final_eps);
+    send_home(normed.data(), boundaries.rows->index(), rows.live, facts.width, static_cast<T*>(boundaries.home));
   });
   return reached;
 }
@@ -184,9 +157,9 @@ void decoder_layers(const Tensor& hidden, const Tensor& pages, const Tensor& blo
 // all rows that move with them. With a final norm all rows must be live, and those that reach the end pass it.
 //
 // Returns (layers run, rows that want to leave there and are not moved, int8 [n] states of these for compact_rows,
-// head-ready rows of all that left or want to, int32 [judges] rows that were moved at each, the moved seq, pos, slots,
-// may_leave, index and `more`, head-ready rows [n, width] of everybody in the caller's order, where there is a final
-// norm; unspecified where rows are waiting).
+// head-ready rows of all that left or want to, int32 [judges] rows that were moved at each, where any were the moved
+// seq, pos, slots, may_leave, index and `more`, head-ready rows [n, width] of everybody in the caller's order, where
+// there is a final norm; unspecified where rows are waiting).
 std::tuple<int64_t, int64_t, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> climb_layers(
     const Tensor& hidden, const Tensor& pages, const Tensor& block_table, const Tensor& seq, const Tensor& pos,
     const Tensor& slots, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
@@ -220,25 +193,25 @@ std::tuple<int64_t, int64_t, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor
   Tensor counts = torch::stable::new_empty(hidden, {static_cast<int64_t>(judges)}, ScalarType::Int);
   std::fill_n(counts.mutable_data_ptr<int32_t>(), judges, 0);
   MovingRows rows(std::move(moving));
-  const Gates gates{.tensors = std::move(judge_tensors),
-                    .facts = std::move(judge_facts),
-                    .numbers = std::move(judge_numbers),
-                    .goes_on = goes_on,
-                    .propagates = propagates,
-                    .rows = &rows,
-                    .score = scores.mutable_data_ptr<float>(),
-                    .state = state.mutable_data_ptr<int8_t>(),
-                    .counts = counts.mutable_data_ptr<int32_t>(),
-                    .ready = ready.mutable_data_ptr(),
-                    .final_gain = final_gain,
-                    .final_style = static_cast<NormStyle>(final_style),
-                    .final_eps = static_cast<float>(final_eps),
-                    .home = final_gain ? home.mutable_data_ptr() : nullptr};
+  const Boundaries boundaries{.tensors = std::move(judge_tensors),
+                              .facts = std::move(judge_facts),
+                              .numbers = std::move(judge_numbers),
+                              .goes_on = goes_on,
+                              .propagates = propagates,
+                              .rows = &rows,
+                              .score = scores.mutable_data_ptr<float>(),
+                              .state = state.mutable_data_ptr<int8_t>(),
+                              .counts = counts.mutable_data_ptr<int32_t>(),
+                              .ready = ready.mutable_data_ptr(),
+                              .final_gain = final_gain,
+                              .final_style = static_cast<NormStyle>(final_style),
+                              .final_eps = static_cast<float>(final_eps),
+                              .home = final_gain ? home.mutable_data_ptr() : nullptr};
   const Reached reached = climb(hidden, pages, block_table, seq, pos, slots, cos, sin, weights, shape, windows,
-                                variants, numbers, first_layer, live, gates);
+                                variants, numbers, first_layer, live, boundaries);
   int64_t left = reached.waiting;
-  for (size_t at = 0; at < judges; ++at) left += gates.counts[at];
-  return {reached.layers, reached.waiting, state, rows_of(ready, 0, left), counts, rows.tensors(), home};
+  for (size_t at = 0; at < judges; ++at) left += boundaries.counts[at];
+  return {reached.layers, reached.waiting, state, rows_of(ready, 0, left), counts, rows.moved(), home};
 }
 
 }  // namespace

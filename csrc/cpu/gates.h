@@ -51,13 +51,13 @@ std::vector<Gate<T>> read_gates(const std::vector<Tensor>& tensors, const std::v
                  .maps = std::nullopt};
     if (const std::optional<Tensor> weight = given(GateBit::maps)) {
       const std::optional<Tensor> maps_bias = given(GateBit::maps_bias), variant = given(GateBit::maps_variant);
-      STD_TORCH_CHECK(
-          weight->is_contiguous() && weight->dim() == 4 && weight->size(1) == 2 && weight->size(2) == kv &&
-              weight->size(3) == width &&
-              (!maps_bias || (maps_bias->is_contiguous() && maps_bias->numel() == weight->size(0) * 2 * kv)) &&
-              (!variant || (variant->is_contiguous() && variant->numel() == weight->size(0))),
-          "climb_layers: wanted contiguous K,V maps [layers, 2, ", kv, ", ", width,
-          "], and bias and variant of as many layers");
+      STD_TORCH_CHECK(weight->is_contiguous() && weight->dim() == 4 && weight->size(1) == 2 && weight->size(2) == kv &&
+                          weight->size(3) == width &&
+                          (!maps_bias || (maps_bias->is_contiguous() && maps_bias->dim() == 3 &&
+                                          maps_bias->numel() == weight->size(0) * 2 * kv)) &&
+                          (!variant || (variant->is_contiguous() && variant->numel() == weight->size(0))),
+                      "climb_layers: wanted contiguous K,V maps [layers, 2, ", kv, ", ", width,
+                      "], and bias and variant of as many layers");
       gate.maps = KvMaps<T>{.weight = weight->const_data_ptr<T>(),
                             .bias = data_or_null<T>(maps_bias),
                             .layers = weight->size(0),
@@ -86,7 +86,8 @@ class MovingRows {
   const bool* may_leave() const { return tensors_[3].const_data_ptr<bool>(); }
   const int32_t* index() const { return tensors_[4].const_data_ptr<int32_t>(); }
   int64_t size() const { return tensors_[0].size(0); }
-  const std::vector<Tensor>& tensors() const { return tensors_; }
+  // The moved tensors; none where nobody has left.
+  std::vector<Tensor> moved() const { return moved_ ? tensors_ : std::vector<Tensor>{}; }
 
   // state[i] of the first `live` rows: 0 goes on, 1 leaves. Returns how many go on.
   template <class T>
@@ -108,11 +109,40 @@ class MovingRows {
       std::copy(from + live * item, from + rows * item, to + live * item);
       tensor = std::move(target);
     }
+    moved_ = true;
     return counts[0];
   }
 
  private:
+  bool moved_ = false;
   std::vector<Tensor> tensors_;
+};
+
+// home[index[row]] = from[row].
+template <class T>
+void send_home(const T* from, const int32_t* index, int64_t rows, int64_t width, T* home) {
+  for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * width, width, home + index[row] * width);
+}
+
+// Judges between layers and what is to become of rows that leave. Empty for none.
+struct Boundaries {
+  std::vector<Tensor> tensors;  // of the gates, as read_gates takes them
+  std::vector<int64_t> facts;
+  std::vector<double> numbers;
+  // Rows that leave are moved here and the others go on; else the climb ends where a row wants to leave.
+  bool goes_on = false;
+  // Rows that are away get their K,V from the layers they skip.
+  bool propagates = false;
+  MovingRows* rows = nullptr;
+  float* score = nullptr;     // [live]
+  int8_t* state = nullptr;    // [n], for compact_rows
+  int32_t* counts = nullptr;  // [judges], rows that left at each
+  void* ready = nullptr;      // [live, width], head-ready rows of those that leave, in the order in which they do
+  // The final norm, for rows that reach the end of the call; none where the caller makes them head-ready.
+  std::optional<Tensor> final_gain;
+  NormStyle final_style{};
+  float final_eps = 0;
+  void* home = nullptr;  // [n, width], head-ready rows of everybody in the caller's order; null without a final norm
 };
 
 }  // namespace dyndepth

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.exits import Band
+from dyndepth.op import cpp_allowed
 from dyndepth.runtime import judge
 from dyndepth.runtime.judge import Judge
 from dyndepth.runtime.layer import Context
@@ -22,8 +23,9 @@ from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.rows import Rows
 from dyndepth.runtime.stack import Stack
 
-#: K,V policies that need nothing of Python where rows leave.
-_GOES_ON = ("predict", "propagate", "none")
+#: K,V policies under which C++ does all that is to do where rows leave, and the ops that it then stands for.
+_GOES_ON = ("predict", "propagate")
+REPLACED = ("compact_rows", "backfill_kv")
 
 #: Who wants spans apart now, in any thread: timers time the process.
 _wishes: list[object] = []
@@ -56,26 +58,35 @@ class Climbed:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """A boundary that is judged inside a climb."""
+
+    boundary: int
+    judge: Judge
+    #: Its threshold, head and maps may change between passes, and are read in each.
+    band: Band
+    #: Rotary tables of the layers above it; None where a model has one.
+    tables: Tensor | None
+
+
+@dataclass(frozen=True)
 class Climb:
-    """What one call takes: layers [begin, end) and the judges of boundaries between them."""
+    """What one call takes: layers [begin, end) and the boundaries between them that are judged."""
 
     begin: int
     end: int
-    #: Boundaries that are judged, ascending; all below `end`.
-    stops: list[int]
+    #: Ascending, all below `end`.
+    stops: list[Stop]
     stack: Stack
     weights: list[Tensor]
-    #: Per stop its judge and band: thresholds and heads may change between passes, and are read in each.
-    judges: list[tuple[Judge, Band]]
-    #: Per stop the rotary tables of the layers above it; None where a model has one.
-    tables: list[Tensor | None]
-    #: K,V policy under which rows that leave are moved and the others go on; "" where Python moves them.
-    kv_policy: str
     #: Gain, style and eps of the final norm, where the climb can end above the last layer and C++ knows the norm.
     final: tuple[Tensor, int, float] | None
 
-    def run(self, rows: Rows, carried: int, context: Context) -> Climbed:
-        """Rows `[0, live)` go up, rows `[live, carried)` get their K,V."""
+    def run(self, rows: Rows, carried: int, context: Context, kv_policy: str) -> Climbed:
+        """Rows `[0, live)` go up, rows `[live, carried)` get their K,V.
+
+        Those that leave get theirs and are moved behind the others, which go on, if C++ knows how under `kv_policy`.
+        """
         stack, begin, end = self.stack, self.begin, self.end
         hidden = rows.hidden if carried == len(rows) else rows.hidden[:carried]
         shared = (
@@ -89,23 +100,24 @@ class Climb:
         tensors: list[Tensor] = []
         facts: list[int] = []
         numbers: list[float] = []
-        kv_policy = "" if rows.carried else self.kv_policy  # what rows carry moves with them, in Python
-        for stop, (judging, band), table in zip(self.stops, self.judges, self.tables, strict=True):
-            maps = (band.kv.weight, band.kv.bias, table) if kv_policy == "predict" and band.kv is not None else ()
-            own_tensors, own_facts, own_numbers = judging.parts(maps)
+        goes_on = kv_policy in _GOES_ON and not rows.carried and cpp_allowed(*REPLACED)  # what rows carry, Python moves
+        for stop in self.stops:
+            band, kv = stop.band, stop.band.kv
+            maps = (kv.weight, kv.bias, stop.tables) if goes_on and kv_policy == "predict" and kv is not None else ()
+            own_tensors, own_facts, own_numbers = stop.judge.parts(maps)
             tensors += own_tensors
-            facts += (stop - begin, *own_facts)
+            facts += (stop.boundary - begin, *own_facts)
             numbers += (*own_numbers, float(band.threshold))
         ran, waiting, state, ready, counts, moved, home = torch.ops.dyndepth_cpp.climb_layers(
-            *shared, tensors, facts, numbers, rows.may_leave, rows.index, [rows.step], kv_policy != "",
+            *shared, tensors, facts, numbers, rows.may_leave, rows.index, [rows.step], goes_on,
             kv_policy == "propagate", *(final or (None, 0, 0.0)),
         )  # fmt: skip
         if waiting:
             return Climbed(begin + ran, [], (state, ready))
         left, at = [], 0
-        for (_, band), count in zip(self.judges, counts.tolist(), strict=True):
+        for stop, count in zip(self.stops, counts.tolist(), strict=True):
             if count:
-                left.append((band, count, ready[at : at + count]))
+                left.append((stop.band, count, ready[at : at + count]))
                 at += count
         if left:
             rows.moved_to(rows.live - at, *moved)
@@ -136,8 +148,7 @@ def climb_of(plan: Plan, begin: int, limit: int) -> Climb:
 def _made(plan: Plan, begin: int, limit: int) -> Climb:
     stack = plan.model.stack
     assert isinstance(stack, Stack)
-    stops: list[int] = []
-    judges: list[tuple[Judge, Band]] = []
+    stops: list[Stop] = []
     end = limit
     for stop in plan.stops:
         band = plan.bands.get(stop)
@@ -153,12 +164,9 @@ def _made(plan: Plan, begin: int, limit: int) -> Climb:
         if found is None:
             end = stop
             break
-        stops.append(stop)
-        judges.append((found, band))
+        stops.append(Stop(stop, found, band, plan.propagation.variants(band.leave, band.resume)))
     weights = [tensor for layer in stack.weights[begin:end] for tensor in layer]
-    tables = [plan.propagation.variants(band.leave, band.resume) for _, band in judges]
-    policy = plan.kv_policy if plan.kv_policy in _GOES_ON else ""
     final = plan.model.final_rms
     if end < plan.model.depth or (final is not None and final[0].dtype != plan.model.dtype):
         final = None
-    return Climb(begin, end, stops, stack, weights, judges, tables, policy, final)
+    return Climb(begin, end, stops, stack, weights, final)

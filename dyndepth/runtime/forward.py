@@ -115,15 +115,16 @@ class _Pass:
         return result
 
     def _layers(self, begin: int, end: int, carried: int) -> int:
-        """Rows `[0, live)` run layers [begin, end), or go on where nobody leaves; rows `[live, carried)` only get their K,V.
+        """Rows `[0, live)` run layers [begin, end), rows `[live, carried)` only get their K,V.
 
-        Returns the boundary where they are then.
+        Where they climb, they go as far as C++ can take them: some may have left on the way. Counts the work. Returns the
+        boundary where those that did not leave are then.
         """
         model, rows, context = self.plan.model, self.rows, self.context
         if self.climbs:
             limit = min((group.resume for group in self.away), default=model.depth)
             live = rows.live
-            climbed = climb.climb_of(self.plan, begin, limit).run(rows, carried, context)
+            climbed = climb.climb_of(self.plan, begin, limit).run(rows, carried, context, self.plan.kv_policy)
             self.decided, self.home = climbed.decided, climbed.home
             for band, count, ready in climbed.left:
                 self.work[begin : band.leave] = [live] * (band.leave - begin)
@@ -354,9 +355,10 @@ class _Pass:
         ready = self._ready() if self.home is None else self.home
         numbers = self.plan.numbers
         # numpy: between two passes over a model's weights everything is cold, and a tensor op costs many times as much.
-        exit_layer, layers_run = np.full(total, model.depth, np.int32), np.full(total, model.depth, np.int32)
-        bands_taken = np.zeros(total, np.int64)
-        held = torch.zeros(total, dtype=torch.bool) if self.hold else None
+        facts = np.zeros((3, total), np.int64)
+        facts[:2] = model.depth
+        exit_layer, layers_run, bands_taken = facts
+        held = np.zeros(total, np.bool_)
         if rows.moved or self.away:
             if rows.moved and self.home is None:
                 ready = self._home(ready)
@@ -367,8 +369,8 @@ class _Pass:
                 layers_run[gone] -= model.depth - group.leave
                 if group.band is not None:
                     bands_taken[gone[: 0 if group.ready is None else group.ready.shape[0]]] |= 1 << numbers[group.leave]
-                elif group.held and held is not None:
-                    held[torch.from_numpy(gone).long()] = True
+                elif group.held:
+                    held[gone] = True
             for skipped, band in self.skips:
                 gone = skipped.cpu().numpy()
                 layers_run[gone] -= band.resume - band.leave
@@ -382,8 +384,9 @@ class _Pass:
             gone = released.cpu().numpy()
             exit_layer[gone] = band.leave
             bands_taken[gone] |= 1 << numbers[band.leave]
-        exits, layers, taken = (torch.from_numpy(fact).to(ready.device) for fact in (exit_layer, layers_run, bands_taken))
-        result = Result(ready, exits, layers, taken, self.work, self.block_work, held)
+        exits, layers, taken = torch.from_numpy(facts).to(ready.device).unbind()
+        result = Result(ready, exits.int(), layers.int(), taken, self.work, self.block_work)
+        result.held = torch.from_numpy(held) if self.hold else None
         if self.hold or self.plan.kv_policy in EXACT:
             result.hidden = self._home(rows.hidden)
         if self.hold or self.plan.observed:

@@ -308,9 +308,7 @@ class Session:
             seq=sequences,
             pos=positions,
             slots=slots,
-            step=torch.zeros_like(positions)
-            if step is None
-            else torch.as_tensor(step).to(device=device, dtype=torch.int32).contiguous(),
+            step=torch.zeros_like(positions) if step is None else _whole(step, device),
             may_leave=torch.full((count,), may_leave, device=device)
             if isinstance(may_leave, bool)
             else torch.cat([may_leave.to(device), may_leave.new_ones(count - may_leave.shape[0], device=device)]),

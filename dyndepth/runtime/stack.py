@@ -1,4 +1,4 @@
-"""Decoder layers of the Llama kind on the CPU: everything between two boundaries in one call of C++ (csrc/cpu/decoder_layers).
+"""Decoder layers of the Llama kind on the CPU as data for C++ (csrc/cpu/decoder_layers.cpp), many in one call.
 
 The kernels read the modules' own weights where they lie: nothing is packed or copied (but the gains of q and k norms, which
 are folded to fp32 when a model is bound). Products are summed in an order that does not depend on how many rows there are, so
@@ -23,7 +23,7 @@ from dyndepth.runtime.family import Family
 from dyndepth.runtime.layer import Context, Layer
 from dyndepth.runtime.norms import has_hooks, is_plain_linear, rms_style
 
-#: Parts of a layer in the order of csrc/cpu/decoder_layers.cpp.
+#: Parts of a layer in the order of csrc/cpu/decoder.h.
 PARTS = (
     "q", "k", "v", "out", "gate", "up", "down",
     "before_attention", "after_attention", "before_mlp", "after_mlp",
@@ -175,7 +175,7 @@ def _parts(layer: Layer, family: Family) -> dict[str, Tensor]:
 
 
 def _fits(layer: Layer, shapes: dict[str, torch.Size]) -> bool:
-    """The sizes that csrc/cpu/decoder_layers.cpp takes for granted."""
+    """The sizes that csrc/cpu/decoder.h takes for granted."""
     width, inner = shapes["out"][0], shapes["gate"][0]
     heads, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
     outputs = {"q": heads, "k": kv, "v": kv, "out": width, "gate": inner, "up": inner, "down": width}
