@@ -9,7 +9,7 @@ FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*)
 
 .PHONY: demo test test-interpreted test-simd test-gpu lint format bench bench-gpu results calibrate-demo exit-heads kv-maps demo-exits \
 	exit-choices head-tokens jump-maps band-frontier kv-weighting static-report launch-table nvcc-check gpu-report compare \
-	compare-full-depth depth-efficiency kernel-ratios policies text-exits encoder-text encoder-text-speed encoder-recipes soak demo-image encoder-image \
+	compare-full-depth depth-efficiency kernel-ratios prompt-parts policies text-exits encoder-text encoder-text-speed encoder-recipes soak demo-image encoder-image \
 	encoder-depth wheel clean
 
 OPS := compact_rows exit_stats router_score ragged_attention ragged_linear store_kv project_qkv backfill_kv
@@ -97,6 +97,10 @@ policies: $(VENV)/.built
 # Three kernels against what one would write without them; a minute.
 kernel-ratios: $(VENV)/.built
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/kernel_ratios.py build
+
+# Where the time of a prompt's layer goes, beside the library's way to do each part; a minute.
+prompt-parts: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/prompt_parts.py build
 
 # An encoder whose whole samples leave early, on images: trains a small ViT once, then two minutes.
 demo-image: $(VENV)/.built
