@@ -117,5 +117,6 @@ def _not_run(found: dict[str, Any]) -> list[str]:
 
 
 def _effort(found: dict[str, Any]) -> str:
-    asked = found["settings"]
-    return f"up to {asked['repetitions']} repetitions of {asked['new_tokens']} new tokens, {asked['threads']} threads"
+    asked, done = found["settings"], sorted({row["repetitions"] for row in found["rows"]})
+    times = f"{done[0]} to {done[-1]}" if len(done) > 1 else f"{done[0]}"
+    return f"{times} repetitions of {asked['new_tokens']} new tokens, {asked['threads']} threads"
