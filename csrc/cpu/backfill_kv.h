@@ -48,11 +48,7 @@ void backfill(const KvMaps<T>& maps, const T* residual, int64_t rows, const Rota
   torch::stable::parallel_for(0, rows * maps.layers, 16384 / (2 * kv + 1) + 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = i / maps.layers, layer = i % maps.layers;
-      Rotary own = table;
-      if (maps.variant != nullptr && table.cos != nullptr) {
-        own.cos += maps.variant[layer] * table.positions * table.rotary;
-        own.sin += maps.variant[layer] * table.positions * table.rotary;
-      }
+      const Rotary own = table.variant(maps.variant == nullptr ? 0 : maps.variant[layer]);
       const T* source = y.get() + (row * maps.layers + layer) * 2 * kv;
       const HeadsView<T> k{source, 0, pages.head_dim, pages.kv_heads, pages.head_dim};
       const HeadsView<T> v{source + kv, 0, pages.head_dim, pages.kv_heads, pages.head_dim};

@@ -91,11 +91,7 @@ Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_tab
     size_t number = 0;
     T* ready = static_cast<T*>(boundaries.ready);
     for (int64_t layer = 0; layer < layers; ++layer) {
-      Rotary table = first_table;
-      if (cos.has_value()) {
-        table.cos += variants[layer] * cos->stride(0);
-        table.sin += variants[layer] * cos->stride(0);
-      }
+      const Rotary table = first_table.variant(variants[layer]);
       attention.window = windows[layer];
       const Upcoming next = layer + 1 < layers ? decoder.first(read[layer + 1]) : Upcoming{};
       const Gate<T>* gate = number < between.size() && between[number].after == layer + 1 ? &between[number] : nullptr;

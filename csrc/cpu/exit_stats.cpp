@@ -1,9 +1,9 @@
 #include "exit_stats.h"
 
+#include <array>
 #include <tuple>
 #include <vector>
 
-#include "../common/linear.h"
 #include "../common/normalise.h"
 
 #define DYN_SIMD "../cpu/exit_stats.simd.h"
@@ -12,6 +12,14 @@
 namespace dyndepth {
 
 namespace {
+
+// rows[i] = table[ids[i]] along the first axis: aten::index_select.
+Tensor index_rows(const Tensor& table, const Tensor& ids) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(table), torch::stable::detail::from(int64_t{0}),
+                                    torch::stable::detail::from(ids)};
+  DYN_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 // Columns per block: its logits stay in cache between the product and the pass over them, and the whole [n, V] never
 // exists. The same for any number of rows, so that a row adds up in the same order in any batch.

@@ -14,6 +14,13 @@ struct Rotary {
   const float* cos;  // [positions, rotary]
   const float* sin;
   int64_t positions, rotary;
+
+  // Another variant's, where variants lie one after the other.
+  Rotary variant(int64_t number) const {
+    if (cos == nullptr) return *this;
+    const int64_t offset = number * positions * rotary;
+    return {cos + offset, sin + offset, positions, rotary};
+  }
 };
 
 inline Rotary rotary_table(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,8 @@ def final_rms(module: nn.Module | None, facts: NormFacts | None) -> tuple[Tensor
     style = rms_style(module)
     if module is None or facts is None or style is None or _cpp.missing() is not None:
         return None
-    gain: Tensor = module.weight.detach()  # type: ignore[operator]
+    weight: Any = module.weight  # a tensor: modules of a known style have no other
+    gain = weight.detach()
     return (gain, style, facts.eps) if gain.is_contiguous() else None
 
 
