@@ -32,7 +32,7 @@ test-simd: $(VENV)/.built
 	for level in 5 4 3 1; do \
 	  DYNDEPTH_SIMD=$$level $(BIN)/pytest -q tests/test_ragged_linear.py tests/test_ragged_linear_blocks.py \
 	    tests/test_ragged_attention.py tests/test_ragged_attention_segments.py tests/test_exit_stats.py tests/test_router_score.py tests/test_judge.py \
-	    tests/test_stack.py tests/test_store_kv.py tests/test_accept_drafts.py || exit 1; \
+	    tests/test_stack.py tests/test_store_kv.py tests/test_accept_drafts.py tests/test_encoders_attention.py || exit 1; \
 	done
 
 # On a machine with a GPU and torch, triton, cupy for it already installed: PYTHON's own packages are used.

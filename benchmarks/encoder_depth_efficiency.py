@@ -137,21 +137,21 @@ def interleaved(runs: dict[Any, Callable[[], Any]], rounds: int, times: int, lim
 
 
 @torch.no_grad()
-def measure(name: str, batch: int, layout: str, rounds: int, dtype: torch.dtype, limit: float = math.inf) -> dict[str, Any]:
-    """All scenarios of one model, batch size and layout, with what a perfect machine would save in each."""
+def measure(name: str, batch: int, rounds: int, dtype: torch.dtype, limit: float = math.inf) -> dict[str, Any]:
+    """All scenarios of one model and batch size in the layout "auto", with what a perfect machine would save in each."""
     model = {"vit": vit, "minilm": minilm}[name]().to(dtype)
     inputs = inputs_of(name, batch)
     facts = facts_of(model)
     runs: dict[Any, Callable[[], Any]] = {}
     cells: list[dict[str, Any]] = []
     stretches: list[list[tuple[Any, Any, float]]] = []
-    plain = DynamicEncoder(model, SampleExits([], facts), layout=layout)
+    plain = DynamicEncoder(model, SampleExits([], facts))
     runs["full"] = lambda: plain(**inputs)
     runs["transformers"] = lambda: model(**inputs)
     for number, (shares, rate) in enumerate(SCENARIOS):
         leaves, where = drawn(plain.depth, shares, rate, batch)
         points = [SampleExit(at, LinearHead(facts.width, facts.vocab_size), FixedDepth()) for at in leaves]
-        encoder = DynamicEncoder(model, SampleExits(points, facts), layout=layout)
+        encoder = DynamicEncoder(model, SampleExits(points, facts))
         closed = torch.full_like(where, -1)
         below, _ = plain.advance(plain.begin(**inputs), leaves[0] - 1)
         # Neither depends on who leaves: scenarios with the same exits share them.
@@ -187,7 +187,7 @@ def measure(name: str, batch: int, layout: str, rounds: int, dtype: torch.dtype,
             "efficiency_p25": spread[rounds // 4], "efficiency_p75": spread[(3 * rounds) // 4],
         }  # fmt: skip
     return {
-        "model": name, "batch": batch, "layout": layout, "full_s": seconds["full"],
+        "model": name, "batch": batch, "layout": "packed" if plain.packed else "padded", "full_s": seconds["full"],
         "transformers_s": seconds["transformers"], "rounds": rounds, "cells": cells,
     }  # fmt: skip
 
@@ -223,23 +223,19 @@ def main() -> None:
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     found["machine"] = info.collect()
     found["settings"] = {"threads": torch.get_num_threads(), "memory_kept": kept}
-    layouts = {"vit": ["padded"], "minilm": ["packed"]}
     for name in wish.models:
-        for layout in layouts[name]:
-            for batch in wish.batches:
-                row = measure(name, batch, layout, wish.rounds, getattr(torch, wish.dtype), wish.seconds) | {
-                    "dtype": wish.dtype
-                }
-                key = ("model", "batch", "layout", "dtype")
-                found["rows"] = [old for old in found["rows"] if any(old[part] != row[part] for part in key)] + [row]
-                print(f"{name} {layout} batch {batch}: full {row['full_s']:.3f} s, transformers {row['transformers_s']:.3f} s")
-                for cell in row["cells"]:
-                    print(f"  exits {cell['exits']} rate {cell['rate']}: work {cell['samples_x_layers']:.1%}, saved "
-                          f"{cell['saved_s'] * 1e3:.1f} of {cell['perfect_s'] * 1e3:.1f} ms: {cell['efficiency']:.1%} "
-                          f"({cell['efficiency_p25']:.0%}-{cell['efficiency_p75']:.0%}), nobody leaves "
-                          f"{cell['nobody_s'] / cell['from_s'] - 1:+.1%}", flush=True)  # fmt: skip
-                with replacing(path) as temporary:
-                    temporary.write_text(json.dumps(found, indent=1) + "\n")
+        for batch in wish.batches:
+            row = measure(name, batch, wish.rounds, getattr(torch, wish.dtype), wish.seconds) | {"dtype": wish.dtype}
+            key = ("model", "batch", "dtype")
+            found["rows"] = [old for old in found["rows"] if any(old[part] != row[part] for part in key)] + [row]
+            print(f"{name} {row['layout']} {batch}: full {row['full_s']:.3f} s, transformers {row['transformers_s']:.3f} s")
+            for cell in row["cells"]:
+                print(f"  exits {cell['exits']} rate {cell['rate']}: work {cell['samples_x_layers']:.1%}, saved "
+                      f"{cell['saved_s'] * 1e3:.1f} of {cell['perfect_s'] * 1e3:.1f} ms: {cell['efficiency']:.1%} "
+                      f"({cell['efficiency_p25']:.0%}-{cell['efficiency_p75']:.0%}), nobody leaves "
+                      f"{cell['nobody_s'] / cell['from_s'] - 1:+.1%}", flush=True)  # fmt: skip
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Three kernels against what one would write without them, and what a second thread gives. Interleaved, medians.
+"""Kernels against what one would write without them, and what a second thread gives. Interleaved, medians.
 
 PYTHONPATH=benchmarks python benchmarks/kernel_ratios.py build
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dyndepth import info, ops
+from dyndepth.encoders.attention import Packing, packed_attention
 from dyndepth.files import replacing
 from dyndepth.op import backend
 
@@ -59,6 +60,22 @@ def attention() -> dict[str, Callable[[], object]]:
     return {"ours": run("cpp"), "theirs": run("torch")}
 
 
+def samples() -> dict[str, Callable[[], object]]:
+    """32 texts of 8 to 64 tokens, all-MiniLM's heads: one call, or one per run of equal lengths."""
+    lengths = torch.randint(8, 65, (32,)).sort().values
+    q, k, v = (normal(1, int(lengths.sum()), 12, 32).transpose(1, 2) for _ in range(3))
+    packing = Packing(lengths)
+
+    def run(provider: str) -> Callable[[], object]:
+        def call() -> None:
+            with backend(provider):
+                packed_attention(None, q, k, v, None, packing=packing)
+
+        return call
+
+    return {"ours": run("cpp"), "theirs": run("torch")}
+
+
 def backfill() -> dict[str, Callable[[], object]]:
     """16 rows, 15 layers: one product, or two and a store per layer."""
     rows, layers = 16, 15
@@ -86,6 +103,7 @@ def head() -> dict[str, Callable[[], object]]:
 
 CASES = {
     "ragged_attention, 16 rows, context 1024, against gathering and SDPA": attention,
+    "packed_attention, 32 texts of 8 to 64 tokens, against SDPA for every length": samples,
     "backfill_kv, 16 rows, 15 layers, against a loop over layers": backfill,
     "exit_stats, 32 rows, against linear, log-softmax and top-2": head,
 }

@@ -45,6 +45,7 @@ PYBIND11_MODULE(_C, module) {
     py::dict facts;
     facts["compiler"] = compiler();
     facts["instruction_set"] = instruction_set();
+    facts["multiplies_bfloat16"] = dyndepth::amx_usable() || dyndepth::simd_level() == 5;
     facts["torch_built_with"] = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + "." +
                                 std::to_string(TORCH_VERSION_PATCH);
     facts["torch_abi_target"] = "2.10 (stable ABI)";

@@ -206,3 +206,28 @@ def test_wrong_arguments(change: dict, message: str, provider: str) -> None:
     }
     with backend(provider), pytest.raises(ArgumentError, match=message):
         ragged_attention(**arguments)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("provider", op_harness.HOST_CHECKED)
+def test_a_wrong_page_is_found_whichever_row_sees_it(provider: str, window: int) -> None:
+    """Whatever rows come before it, in any order: an entry that a row sees raises, one that none sees does not."""
+    generator = torch.Generator().manual_seed(window)
+    for rows in (1, 2, 3, 5):
+        for _ in range(8):
+            seq = torch.randint(0, 2, (rows,), generator=generator, dtype=torch.int32)
+            pos = torch.randint(0, 10, (rows,), generator=generator, dtype=torch.int32)
+            for sequence, page in ((s, p) for s in range(2) for p in range(5)):
+                table = torch.arange(10, dtype=torch.int32).view(2, 5)
+                table[sequence, page] = -1
+                visible = any(
+                    int(s) == sequence and (max(0, int(p) - window + 1) if window else 0) // 2 <= page <= int(p) // 2
+                    for s, p in zip(seq, pos, strict=True)
+                )
+                given = (torch.zeros(rows, 2, 4), torch.zeros(2, 10, 2, 2, 4), table, seq, pos)
+                with backend(provider):
+                    if not visible:
+                        ragged_attention(*given, scale=1.0, window=window)
+                        continue
+                    with pytest.raises(ArgumentError, match="block_table must be"):
+                        ragged_attention(*given, scale=1.0, window=window)

@@ -11,15 +11,20 @@
 namespace dyndepth {
 
 void check_attention(const char* op, const AttentionProblem& p, int64_t sequences, int64_t pages) {
+  int64_t first = 0, beyond = 0;  // pages [first, beyond) of the sequence of the row before are known to be good
   for (int64_t row = 0; row < p.rows; ++row) {
     STD_TORCH_CHECK(p.seq[row] >= 0 && p.seq[row] < sequences, op, ": seq must be in [0, ", sequences, "), got ",
                     p.seq[row], " at ", row);
     STD_TORCH_CHECK(p.pos[row] >= 0 && p.pos[row] / p.page_size < p.max_pages, op, ": pos must be in [0, ",
                     p.max_pages * p.page_size, ") (the block table's reach), got ", p.pos[row], " at ", row);
     const int32_t* table = p.block_table + p.seq[row] * p.max_pages;
-    for (int64_t page = p.oldest_key(row) / p.page_size; page <= p.pos[row] / p.page_size; ++page)
+    const int64_t begin = p.oldest_key(row) / p.page_size, end = p.pos[row] / p.page_size + 1;
+    const bool follows = row > 0 && p.seq[row] == p.seq[row - 1] && begin >= first && begin <= beyond;
+    if (!follows) first = beyond = begin;
+    for (int64_t page = beyond; page < end; ++page)
       STD_TORCH_CHECK(table[page] >= 0 && table[page] < pages, op, ": block_table must be in [0, ", pages,
                       ") for visible positions, got ", table[page], " for sequence ", p.seq[row], ", page ", page);
+    beyond = std::max(beyond, end);
   }
 }
 

@@ -50,7 +50,7 @@ class DynamicEncoder:
         model: a transformers encoder, in eval mode (`dyndepth.encoders.FAMILIES` lists the types). It stays as it is.
         exits: made for it.
         layout: "packed" runs only real tokens, "padded" runs slabs [n, T, d], "auto" takes packed where the model's layers
-            can and samples differ in length (docs/encoders.md has the measurement).
+            can and samples differ in length, or attention has its kernel (docs/encoders.md has the measurement).
         compact: False runs every layer for every sample and picks answers afterwards: the same answers, for comparison.
 
     A sample's answer does not depend on the samples beside it, up to the rounding of products over other row counts. Samples
@@ -75,10 +75,10 @@ class DynamicEncoder:
                     f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample"
                 )
         self.model = model
-        self.packed = self.family.packs and (layout == "packed" or (layout == "auto" and not self.family.uniform))
+        some = next(iter(model.parameters()))
+        self.packed = layout == "packed" or (layout == "auto" and self.family.packed_is_faster(some.dtype, some.device))
         self.compact = compact
         self.exits = exits
-        some = next(iter(model.parameters()))
         self._exits = prepared(exits, some.device, some.dtype)
         self._at = {point.leave: point for point in self._exits}
         # Batch norms and dropout: what they do depends on the mode that the heads are in.
@@ -176,12 +176,12 @@ class DynamicEncoder:
             found = self._at.get(layer + 1)
             if found is None:
                 continue
-            leaves, answers = self._judge(found, samples, depth)
+            leaves, reading = self._judge(found, samples, depth)
             if not self.compact:
                 leaves = leaves & ~waiting
                 waiting = waiting | leaves
-            if bool(leaves.numpy().any()):
-                departures.append(self._departure(found, samples, leaves, answers))
+            if np.count_nonzero(leaves.numpy()):
+                departures.append(self._departure(reading, leaves))
                 if self.compact:
                     samples = samples.split(leaves)
         if not self.compact:
@@ -252,60 +252,41 @@ class DynamicEncoder:
 
     # Judging.
 
-    def _judge(self, point: SampleExit, samples: Samples, depth: Tensor | None) -> tuple[Tensor, Any]:
-        """bool [count] on the CPU, and what gives the logits of all of them."""
-        head, criterion = point.head, point.criterion
-        classes = self._exits.model.vocab_size
-        answers = functools.cache(lambda: _checked(head(samples, self.family.finish), point.leave))
-        features = functools.cache(lambda: head.features(samples))
-
-        @functools.cache
-        def stats() -> ExitStats:
-            last = head.last
-            if last is None:
-                return stats_of_logits(answers())
-            read = features()
-            assert read is not None
-            return exit_stats(read.contiguous(), last.weight.contiguous(), head_bias=last.bias)
-
+    def _judge(self, point: SampleExit, samples: Samples, depth: Tensor | None) -> tuple[Tensor, _Reading]:
+        """bool [count] on the CPU, and what the exit read."""
+        reading = _Reading(point, samples, self.family.finish)
         previous = samples.carried.get("previous")
         carried = {name: value for name, value in samples.carried.items() if name != "previous"}
-        pooled = samples.pooled(head.pooling)
+        pooled = samples.pooled(reading.head.pooling)
         view = SampleView(
             hidden=pooled,
             seq=samples.ids.to(pooled.device),
             step=_filled(samples.count, 0, torch.int32, pooled.device),
             previous=previous,
-            stats=stats,
+            stats=reading.stats,
             depth=None if depth is None else depth.to(pooled.device),
             leave=point.leave,
             layers=self.depth,
             carried=carried,
-            answers=answers,
+            answers=reading.answers,
             reduce=samples.reduce,
             lengths=samples.lengths,
-            classes=classes,
+            classes=self.exits.model.vocab_size,
         )
-        leaves = criterion.leaves(view, _filled(samples.count, point.threshold, torch.float32, pooled.device)).cpu()
+        leaves = point.criterion.leaves(view, _filled(samples.count, point.threshold, torch.float32, pooled.device)).cpu()
         samples.carried.clear()
         samples.carried.update(view.carried)
         if point.leave < self._last_previous:
             samples.carried["previous"] = pooled
-        return leaves, (answers, features)
+        return leaves, reading
 
-    def _departure(self, point: SampleExit, samples: Samples, leaves: Tensor, computed: Any) -> Departure:
-        answers, features = computed
-        head, last = point.head, point.head.last
+    def _departure(self, reading: _Reading, leaves: Tensor) -> Departure:
+        samples = reading.samples
         gone, lengths = leaves.numpy(), samples.lengths.numpy()
-        chosen = np.repeat(gone, lengths) if self.answers_per_token(head) else gone
-        at = torch.from_numpy(chosen.nonzero()[0]).to(samples.hidden.device)
-        read = features() if last is not None else None
-        if read is None or last is None:
-            logits = answers().index_select(0, at)
-        else:
-            logits = _checked(last(read.index_select(0, at)), point.leave)
+        chosen = np.repeat(gone, lengths) if self.answers_per_token(reading.head) else gone
+        logits = reading.answers_of(torch.from_numpy(chosen.nonzero()[0]).to(samples.hidden.device))
         ids = torch.from_numpy(samples.ids.numpy()[gone])
-        return Departure(ids, logits, torch.from_numpy(lengths[gone]), point.leave)
+        return Departure(ids, logits, torch.from_numpy(lengths[gone]), samples.boundary)
 
     def output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None = None) -> Any:
         """What a call returns, from the groups in which all `n` samples left."""
@@ -335,6 +316,48 @@ class DynamicEncoder:
     def answers_per_token(self, head: SampleHead | None) -> bool:
         """Whether a head (None: the model's own) answers per token."""
         return self.family.per_token if head is None or head.per_token is None else head.per_token
+
+
+class _Reading:
+    """What an exit reads of the samples at its boundary, each part worked out when first asked for."""
+
+    def __init__(self, point: SampleExit, samples: Samples, finish: Callable[[Samples], Tensor]) -> None:
+        self.head, self.samples, self._finish = point.head, samples, finish
+        # Not functools.cache: making three of those costs as much as judging does.
+        self._features: Tensor | None = None
+        self._answers: Tensor | None = None
+        self._stats: ExitStats | None = None
+
+    def features(self) -> Tensor | None:
+        if self._features is None:
+            self._features = self.head.features(self.samples)
+        return self._features
+
+    def answers(self) -> Tensor:
+        """The logits of all samples (of all their tokens)."""
+        if self._answers is None:
+            self._answers = _checked(self.head(self.samples, self._finish), self.samples.boundary)
+        return self._answers
+
+    def answers_of(self, at: Tensor) -> Tensor:
+        """Some of the logits; heads that end in one linear compute no others."""
+        last = self.head.last
+        if last is None:
+            return self.answers().index_select(0, at)
+        read = self.features()
+        assert read is not None
+        return _checked(last(read.index_select(0, at)), self.samples.boundary)
+
+    def stats(self) -> ExitStats:
+        if self._stats is None:
+            last = self.head.last
+            if last is None:
+                self._stats = stats_of_logits(self.answers())
+            else:
+                read = self.features()
+                assert read is not None
+                self._stats = exit_stats(read.contiguous(), last.weight.contiguous(), head_bias=last.bias)
+        return self._stats
 
 
 def _checked(answers: Tensor, boundary: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dyndepth.encoders.attention import packed, segments
+from dyndepth.encoders.attention import Packing, in_one_call, packed
 from dyndepth.encoders.samples import Samples
 from dyndepth.errors import ArgumentError, UnsupportedModelError
 
@@ -40,7 +40,7 @@ class EncoderFamily:
     arguments: ClassVar[tuple[str, ...]] = ()
     #: Layers can run packed samples.
     packs: ClassVar[bool] = True
-    #: Samples have equal lengths, so slabs hold no padding and are what the layers want: the layout "auto" takes them.
+    #: Samples have equal lengths, so slabs hold no padding.
     uniform: ClassVar[bool] = False
     #: `finish` answers per token (CTC) instead of per sample.
     per_token: bool = False
@@ -88,6 +88,12 @@ class EncoderFamily:
         """Width of the residuals at a boundary; families whose stages differ override it."""
         return self.width
 
+    def packed_is_faster(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the layout "auto" packs: padding is saved, or attention is (in one call for a whole batch)."""
+        if not (self.packs and self.uniform):
+            return self.packs
+        return in_one_call(dtype, device, self.width // int(self.config.num_attention_heads))
+
     def inputs_at(self, boundary: int) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
         """dtype and shape per sample of `Samples.inputs` at a boundary, None for an extent that the batch decides.
 
@@ -104,8 +110,8 @@ class EncoderFamily:
         module = self.modules[layer]
         if samples.packed:
             with packed(self.config):
-                runs = samples.fact("runs", lambda: segments(samples.lengths))
-                return plain(module(samples.hidden[None], None, runs=runs))[0]
+                packing = samples.fact("packing", lambda: Packing(samples.lengths))
+                return plain(module(samples.hidden[None], None, packing=packing))[0]
         return plain(module(samples.hidden, self.mask(samples)))
 
     def mask(self, samples: Samples) -> Tensor | None:

@@ -97,6 +97,8 @@ class Samples:
         """[n, T, d], zero past each sample's end if it has to be made."""
         if not self.packed:
             return self.hidden
+        if self.count and self.shortest * self.count == len(self.hidden):
+            return self.hidden.unflatten(0, (self.count, -1))
         keep = self.keep()
         # index_put, not assignment: gradients flow when recipes train heads through it.
         empty = self.hidden.new_zeros(*keep.shape, self.hidden.shape[-1])

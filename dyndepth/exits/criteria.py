@@ -216,7 +216,7 @@ class FixedDepth(Criterion):
     def leaves(self, view: View, threshold: Tensor) -> Tensor:
         if view.depth is None:
             return torch.zeros_like(view.seq, dtype=torch.bool)
-        return view.depth[view.seq.long()] == view.leave
+        return view.depth.index_select(0, view.seq) == view.leave
 
 
 @dataclass(frozen=True)

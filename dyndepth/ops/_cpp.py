@@ -24,6 +24,13 @@ def missing() -> str | None:
     return f"dyndepth._C does not load: {loaded}" if isinstance(loaded, ImportError) else None
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether cpp providers multiply bfloat16 as such here (AMX or AVX512_BF16), and do not widen it to float32 first."""
+    loaded = extension()
+    return not isinstance(loaded, ImportError) and bool(loaded.build_facts()["multiplies_bfloat16"])
+
+
 def declines(first: Tensor, *_args: object, **_kwargs: object) -> str | None:
     """cpp providers take tensors in main memory; every op's first argument is on the device of all the others."""
     return None if first.device.type == "cpu" else f"tensors are on {first.device}, cpp runs on the CPU"
