@@ -79,10 +79,11 @@ DYN_INLINE void dots(const X* x, const T* weight, int64_t width, Ahead& ahead, f
     step([&](const X* from) __attribute__((always_inline)) { return Row::some(from, width - i); },
          [&](const T* from) __attribute__((always_inline)) { return Weight::some(from, width - i); });
   if constexpr (kRows * kOutputs == kLanes) {
-    // A row's outputs together: one by one they take as long as a ninth of the products of 576 channels.
+    // Outputs of a row together: one by one, stores take as many cycles as a ninth of the products of 576 channels.
     const Lanes found = sums(reinterpret_cast<const Lanes(&)[kLanes]>(total));
     for (int r = 0; r < kRows; ++r)
-      std::memcpy(results + r * kPanel, reinterpret_cast<const float*>(&found) + r * kOutputs, kOutputs * sizeof(float));
+      std::memcpy(results + r * kPanel, reinterpret_cast<const float*>(&found) + r * kOutputs,
+                  kOutputs * sizeof(float));
   } else {
     for (int r = 0; r < kRows; ++r)
       for (int o = 0; o < kOutputs; ++o) results[r * kPanel + o] = sum(total[r][o]);
