@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
 
-from dyndepth.encoders import DynamicEncoder, SampleExits, attention, facts_of
+from dyndepth.encoders import DynamicEncoder, SampleExits, Samples, attention, facts_of
 from dyndepth.encoders.attention import Packing, packed_attention
 from dyndepth.encoders.family import bind, pack
+from dyndepth.errors import ArgumentError
 from dyndepth.op import backend
 from dyndepth.ops import _cpp, ragged_attention
 
@@ -158,18 +159,62 @@ def test_gradients_go_through_pytorchs(trained: str) -> None:
     assert bool(weight.grad.any())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_images_are_packed_where_attention_has_its_kernel(dtype: torch.dtype) -> None:
-    """And answer alike in both layouts."""
+def test_images_may_be_packed() -> None:
+    """And answer alike in both layouts; by default nothing changes for their layers."""
     torch.manual_seed(0)
     config: Any = ViTConfig
     model = ViTForImageClassification(
         config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, num_labels=5)
-    ).eval().to(dtype)  # fmt: skip
+    ).eval().bfloat16()  # fmt: skip
     exits = SampleExits([], facts_of(model))
     found = {layout: DynamicEncoder(model, exits, layout=layout) for layout in ("auto", "packed", "padded")}
-    assert found["auto"].packed == (dtype == torch.bfloat16 and _cpp.multiplies_bfloat16())
+    assert not found["auto"].packed
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     packed, padded = (found[layout](pixel_values=pixels).logits for layout in ("packed", "padded"))
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(packed, padded, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(packed, padded, rtol=0.05, atol=0.05)
+
+
+def _function(query: Tensor, **how: Any) -> tuple[Tensor, bool]:
+    """packed_attention of two samples of 3 and 4 tokens, and whether it took the kernel."""
+    generator = torch.Generator().manual_seed(3)
+    key, value = (torch.randn(query.shape, generator=generator).to(query.dtype) for _ in range(2))
+    with mock.patch.object(
+        attention.torch.ops.dyndepth_cpp, "packed_attention", wraps=torch.ops.dyndepth_cpp.packed_attention
+    ) as seen:
+        out = packed_attention(None, query, key, value, None, packing=Packing(torch.tensor([3, 4])), **how)[0]
+    return out, seen.called
+
+
+@pytest.mark.skipif(not _cpp.multiplies_bfloat16(), reason="no bfloat16 products here")
+@pytest.mark.parametrize("scaling", [None, 0.9])
+def test_the_scale_is_the_layers(scaling: float | None) -> None:
+    query = torch.randn(1, 2, 7, 32, generator=torch.Generator().manual_seed(4)).bfloat16()
+    ours, called = _function(query, scaling=scaling)
+    with backend("torch"):
+        theirs, not_called = _function(query, scaling=scaling)
+    assert called
+    assert not not_called
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+def test_what_the_kernel_is_not_for() -> None:
+    assert not _function(torch.randn(1, 2, 7, 32).bfloat16(), dropout=0.5)[1]
+    assert not _function(torch.randn(1, 2, 7, 48).bfloat16())[1]
+    assert not _function(torch.randn(1, 2, 7, 32))[1]
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        assert not _function(torch.randn(1, 2, 7, 32).bfloat16())[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_checkpointed_layers_are_refused(dtype: torch.dtype) -> None:
+    """Run again in backward, they would attend across samples."""
+    model = _bert(dtype).train()
+    model.gradient_checkpointing_enable()
+    with torch.enable_grad(), pytest.raises(ArgumentError, match='layout must be "padded" with gradient checkpointing'):
+        _calls(model, torch.randint(0, 50, (2, 6)), torch.ones(2, 6, dtype=torch.long))
+
+
+def test_slabs_of_equal_samples_are_views() -> None:
+    samples = Samples(torch.arange(12.0).view(6, 2), torch.tensor([3, 3]), torch.arange(2))
+    assert samples.padded().data_ptr() == samples.hidden.data_ptr()
+    assert samples.padded().tolist() == samples.hidden.view(2, 3, 2).tolist()

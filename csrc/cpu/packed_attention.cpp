@@ -14,16 +14,19 @@ namespace {
 // q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], contiguous and of one dtype; lengths int64
 // [samples], at least 1 each. Returns [tokens, heads, head_dim].
 Tensor packed_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, double scale) {
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && lengths.dim() == 1 && q.is_contiguous() &&
+                      k.is_contiguous() && v.is_contiguous() && lengths.is_contiguous() && k.size(1) > 0 &&
+                      lengths.scalar_type() == ScalarType::Long,
+                  "packed_attention: wanted contiguous q, k, v [tokens, heads, head_dim] and int64 lengths");
   const int64_t tokens = q.size(0), samples = lengths.size(0);
   const int64_t* length = lengths.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(std::accumulate(length, length + samples, int64_t{0}) == tokens &&
                       std::all_of(length, length + samples, [](int64_t count) { return count > 0; }),
                   "packed_attention: wanted lengths of at least 1 whose sum is ", tokens);
   STD_TORCH_CHECK(k.size(0) == tokens && v.size(0) == tokens && v.size(1) == k.size(1) && k.size(2) == q.size(2) &&
-                      v.size(2) == q.size(2) && q.size(1) % k.size(1) == 0 && k.scalar_type() == q.scalar_type() &&
-                      v.scalar_type() == q.scalar_type() && q.is_contiguous() && k.is_contiguous() &&
-                      v.is_contiguous() && lengths.is_contiguous(),
-                  "packed_attention: wanted contiguous q, k, v of the same tokens, head size and dtype");
+                      v.size(2) == q.size(2) && q.size(1) > 0 && q.size(1) % k.size(1) == 0 &&
+                      k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                  "packed_attention: wanted q, k, v of the same tokens, head size and dtype, heads a multiple of k's");
   // Pages of one position, in order; a sequence is named by its first token, so its table begins there.
   std::vector<int32_t> table(tokens), seq(tokens), pos(tokens);
   std::iota(table.begin(), table.end(), 0);

@@ -61,7 +61,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Every token attends to the tokens of its own sample: [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if dropout == 0 and not wanted and in_one_call(query.dtype, query.device, query.shape[-1]):
+    alike = query.dtype == key.dtype == value.dtype  # under autocast they may not be, and PyTorch's casts them
+    if dropout == 0 and not wanted and alike and in_one_call(query.dtype, query.device, query.shape[-1]):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
         return torch.ops.dyndepth_cpp.packed_attention(q, k, v, packing.lengths, scale)[None], None
@@ -80,7 +81,7 @@ def packed_attention(
 
 def in_one_call(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
     """Whether `ragged_attention`'s kernel is the faster way for such heads (docs/encoders.md has the measurement)."""
-    if dtype != torch.bfloat16 or device.type != "cpu" or head_dim % 32:
+    if dtype != torch.bfloat16 or device.type != "cpu" or head_dim % 32 or torch.compiler.is_compiling():
         return False
     return cpp_allowed("ragged_attention") and _cpp.multiplies_bfloat16()
 

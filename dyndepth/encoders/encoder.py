@@ -50,7 +50,7 @@ class DynamicEncoder:
         model: a transformers encoder, in eval mode (`dyndepth.encoders.FAMILIES` lists the types). It stays as it is.
         exits: made for it.
         layout: "packed" runs only real tokens, "padded" runs slabs [n, T, d], "auto" takes packed where the model's layers
-            can and samples differ in length, or attention has its kernel (docs/encoders.md has the measurement).
+            can and samples differ in length (docs/encoders.md has the measurement).
         compact: False runs every layer for every sample and picks answers afterwards: the same answers, for comparison.
 
     A sample's answer does not depend on the samples beside it, up to the rounding of products over other row counts. Samples
@@ -75,10 +75,10 @@ class DynamicEncoder:
                     f"DynamicEncoder: the exit at {point.leave} and the top must both answer per token, or per sample"
                 )
         self.model = model
-        some = next(iter(model.parameters()))
-        self.packed = layout == "packed" or (layout == "auto" and self.family.packed_is_faster(some.dtype, some.device))
+        self.packed = self.family.packs and (layout == "packed" or (layout == "auto" and not self.family.uniform))
         self.compact = compact
         self.exits = exits
+        some = next(iter(model.parameters()))
         self._exits = prepared(exits, some.device, some.dtype)
         self._at = {point.leave: point for point in self._exits}
         # Batch norms and dropout: what they do depends on the mode that the heads are in.

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dyndepth.encoders.attention import Packing, in_one_call, packed
+from dyndepth.encoders.attention import Packing, packed
 from dyndepth.encoders.samples import Samples
 from dyndepth.errors import ArgumentError, UnsupportedModelError
 
@@ -40,7 +40,7 @@ class EncoderFamily:
     arguments: ClassVar[tuple[str, ...]] = ()
     #: Layers can run packed samples.
     packs: ClassVar[bool] = True
-    #: Samples have equal lengths, so slabs hold no padding.
+    #: Samples have equal lengths, so slabs hold no padding and are what the layers want: the layout "auto" takes them.
     uniform: ClassVar[bool] = False
     #: `finish` answers per token (CTC) instead of per sample.
     per_token: bool = False
@@ -88,12 +88,6 @@ class EncoderFamily:
         """Width of the residuals at a boundary; families whose stages differ override it."""
         return self.width
 
-    def packed_is_faster(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether the layout "auto" packs: padding is saved, or attention is (in one call for a whole batch)."""
-        if not (self.packs and self.uniform):
-            return self.packs
-        return in_one_call(dtype, device, self.width // int(self.config.num_attention_heads))
-
     def inputs_at(self, boundary: int) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
         """dtype and shape per sample of `Samples.inputs` at a boundary, None for an extent that the batch decides.
 
@@ -109,6 +103,11 @@ class EncoderFamily:
         """Residuals after layer `layer` (0-based), in the layout of `samples`."""
         module = self.modules[layer]
         if samples.packed:
+            if torch.is_grad_enabled() and module.training and getattr(module, "gradient_checkpointing", False):
+                raise ArgumentError(
+                    'DynamicEncoder: layout must be "padded" with gradient checkpointing, got packed samples (a layer that is '
+                    "run again in backward no longer knows where samples begin)"
+                )
             with packed(self.config):
                 packing = samples.fact("packing", lambda: Packing(samples.lengths))
                 return plain(module(samples.hidden[None], None, packing=packing))[0]

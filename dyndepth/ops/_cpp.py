@@ -28,7 +28,7 @@ def missing() -> str | None:
 def multiplies_bfloat16() -> bool:
     """Whether cpp providers multiply bfloat16 as such here (AMX or AVX512_BF16), and do not widen it to float32 first."""
     loaded = extension()
-    return not isinstance(loaded, ImportError) and bool(loaded.build_facts()["multiplies_bfloat16"])
+    return not isinstance(loaded, ImportError) and bool(loaded.build_facts().get("multiplies_bfloat16"))
 
 
 def declines(first: Tensor, *_args: object, **_kwargs: object) -> str | None:
