@@ -163,7 +163,7 @@ def measure(name: str, batch: int, rounds: int, dtype: torch.dtype, limit: float
         stretch = []
         for leave, end in zip(leaves, [*leaves[1:], plain.depth], strict=True):
             gone = (where >= 0) & (where <= leave)
-            left = below.split(gone[below.ids])
+            left, _ = below.split(gone[below.ids])
             every, fewer = ("all", leave, end), ("left", number, leave)
             runs[every] = functools.partial(_layers, plain, below, leave, end)
             runs[fewer] = functools.partial(_layers, plain, left, leave, end)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,9 @@ from hypothesis import strategies as st
 from dyndepth.encoders import Embedded, Samples
 from dyndepth.encoders.family import pack
 from dyndepth.errors import ArgumentError
+from dyndepth.op import backend
+from dyndepth.ops import _cpp
+from dyndepth.testing import assert_same
 
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=9)
 
@@ -40,17 +45,26 @@ def _check(samples: Samples, lengths: list[int], ids: list[int]) -> None:
     assert samples.total == len(want)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize(
+    ("layout", "provider"), [(layout, provider) for layout in ("packed", "padded") for provider in ("cpp", "torch")]
+)
 @settings(deadline=None)
 @given(lengths=LENGTHS, data=st.data())
-def test_split_take_and_join(layout: str, lengths: list[int], data: st.DataObject) -> None:
-    samples = _made(lengths, layout)
+def test_split_take_and_join(layout: str, provider: str, lengths: list[int], data: st.DataObject) -> None:
+    with backend(provider):
+        _split_take_and_join(_made(lengths, layout), lengths, data)
+
+
+def _split_take_and_join(samples: Samples, lengths: list[int], data: st.DataObject) -> None:
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     _check(samples, lengths, order)
     leaves = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
-    kept = samples.split(leaves)
+    kept, gone = samples.split(leaves)
+    assert gone.at.tolist() == [i for i, leave in enumerate(leaves.tolist()) if leave]
+    assert (gone.lengths.tolist(), gone.ids.tolist()) == (samples.lengths[gone.at].tolist(), samples.ids[gone.at].tolist())
+    assert len(gone.at) or kept is samples
     _check(samples, lengths, order)  # what was split is untouched
-    left = samples.split(~leaves)
+    left, _ = samples.split(~leaves)
     _check(kept, lengths, [i for i, gone in zip(order, leaves.tolist(), strict=True) if not gone])
     _check(left, lengths, [i for i, gone in zip(order, leaves.tolist(), strict=True) if gone])
     if not samples.packed and kept.count:
@@ -59,6 +73,59 @@ def test_split_take_and_join(layout: str, lengths: list[int], data: st.DataObjec
         _check(Samples.concatenate([left, kept]), lengths, left.ids.tolist() + kept.ids.tolist())
     at = torch.tensor(data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=5)), dtype=torch.int64)
     _check(samples.taken(at), lengths, [order[i] for i in at.tolist()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool])
+@pytest.mark.parametrize(("count", "width"), [(1, (5,)), (7, ()), (40, (3, 2)), (300, (1024,)), (3, (0,))])
+def test_split_in_one_call_moves_every_byte(dtype: torch.dtype, count: int, width: tuple[int, ...]) -> None:
+    """Against indexing; 300 x 1024 is shared by threads, whose seams lie anywhere in runs of samples."""
+    lengths = torch.randint(0, 9, (count,))
+    hidden = torch.randint(-100, 100, (int(lengths.sum()), *width)).to(dtype)
+    ids = torch.randperm(count) * 3
+    split = _split()
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        leaves = torch.rand(count) < share
+        moved, *rest = split(hidden, lengths, ids, leaves, True)
+        kept = hidden[torch.repeat_interleave(~leaves, lengths)] if bool(leaves.any()) else hidden[:0]
+        assert_same(moved, kept)
+        wanted = (lengths[~leaves], ids[~leaves], leaves.nonzero()[:, 0], lengths[leaves], ids[leaves])
+        for one, other in zip(rest, wanted, strict=True):
+            assert_same(one, other)
+        slabs = hidden.new_zeros(count, 4, *width).random_(-100, 100) if dtype != torch.bool else leaves[:, None].repeat(1, 2)
+        moved, *rest = split(slabs, lengths, ids, leaves, False)
+        assert_same(moved, slabs[~leaves] if bool(leaves.any()) else slabs[:0])
+        for one, other in zip(rest, wanted, strict=True):
+            assert_same(one, other)
+    strided = [split(hidden, torch.stack([lengths] * 2, 1)[:, 0], torch.stack([ids] * 2, 1)[:, 1], leaves, True)]
+    for one, other in zip(strided[0], split(hidden, lengths, ids, leaves, True), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": torch.tensor([1, 2, 4])}, r"make up hidden's 6 rows, got 7"),
+        ({"lengths": torch.tensor([-1, 3, 4])}, r"not be negative, got -1 at 0"),
+        ({"lengths": torch.tensor([1, 2, 3], dtype=torch.int32)}, r"lengths int64"),
+        ({"ids": torch.tensor([1, 2])}, r"ids int64 \[n\]"),
+        ({"leaves": torch.tensor([0, 1, 1])}, r"leaves bool"),
+        ({"packed": False}, r"make up hidden's 6 rows, got 3"),
+        ({"hidden": torch.zeros(2, 6).T}, r"contiguous hidden"),
+    ],
+)
+def test_split_in_one_call_refuses(change: dict[str, torch.Tensor], message: str) -> None:
+    given = {
+        "hidden": torch.zeros(6, 2), "lengths": torch.tensor([1, 2, 3]), "ids": torch.tensor([4, 5, 6]),
+        "leaves": torch.tensor([True, False, True]), "packed": True,
+    }  # fmt: skip
+    _split()(**given)
+    with pytest.raises(RuntimeError, match=message):
+        _split()(**{**given, **change})
+
+
+def _split() -> Any:
+    assert _cpp.missing() is None
+    return torch.ops.dyndepth_cpp.split_samples
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

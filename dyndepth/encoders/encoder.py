@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from dyndepth.encoders.exits import SampleExit, SampleExits, check_answers, prep
 from dyndepth.encoders.facts import check_facts
 from dyndepth.encoders.family import bind, pack
 from dyndepth.encoders.heads import SampleHead
-from dyndepth.encoders.samples import Samples
+from dyndepth.encoders.samples import Leavers, Samples
 from dyndepth.errors import ArgumentError, ExitsError
 from dyndepth.exits.criteria import FixedDepth
 from dyndepth.ops import ExitStats, exit_stats
@@ -180,12 +179,12 @@ class DynamicEncoder:
             if not self.compact:
                 leaves = leaves & ~waiting
                 waiting = waiting | leaves
-            if np.count_nonzero(leaves.numpy()):
-                departures.append(self._departure(reading, leaves))
-                if self.compact:
-                    samples = samples.split(leaves)
+            left, gone = samples.split(leaves) if self.compact else (samples, samples.leavers(leaves))
+            if len(gone.at):
+                departures.append(self._departure(reading, gone))
+                samples = left
         if not self.compact:
-            samples = samples.split(waiting)
+            samples, _ = samples.split(waiting)
         return replace(samples, boundary=until), departures
 
     @torch.no_grad()
@@ -280,13 +279,13 @@ class DynamicEncoder:
             samples.carried["previous"] = pooled
         return leaves, reading
 
-    def _departure(self, reading: _Reading, leaves: Tensor) -> Departure:
-        samples = reading.samples
-        gone, lengths = leaves.numpy(), samples.lengths.numpy()
-        chosen = np.repeat(gone, lengths) if self.answers_per_token(reading.head) else gone
-        logits = reading.answers_of(torch.from_numpy(chosen.nonzero()[0]).to(samples.hidden.device))
-        ids = torch.from_numpy(samples.ids.numpy()[gone])
-        return Departure(ids, logits, torch.from_numpy(lengths[gone]), samples.boundary)
+    def _departure(self, reading: _Reading, gone: Leavers) -> Departure:
+        samples, at = reading.samples, gone.at
+        if self.answers_per_token(reading.head):
+            leaves = torch.zeros(samples.count, dtype=torch.bool).index_fill(0, at, True)
+            at = torch.repeat_interleave(leaves, samples.lengths).nonzero()[:, 0]
+        logits = reading.answers_of(at.to(samples.hidden.device))
+        return Departure(gone.ids, logits, gone.lengths, samples.boundary)
 
     def output(self, departures: Sequence[Departure], n: int, work: Work, labels: Tensor | None = None) -> Any:
         """What a call returns, from the groups in which all `n` samples left."""

@@ -196,7 +196,7 @@ def saturate(family: EncoderFamily, inputs: Mapping[str, Any], threshold: float)
         if bool(leaves.any()):
             stopped.append(_packed(samples.taken(leaves.nonzero()[:, 0])))
             layers[samples.ids[leaves]] = layer + 1
-            samples = samples.split(leaves)
+            samples, _ = samples.split(leaves)
             if samples.count == 0:
                 break
     if samples.count:
