@@ -135,9 +135,9 @@ def told(
     return torch.stack(logits), where
 
 
-def middle(model: Any, exits: SampleExits, kind: str, batch: dict[str, Tensor]) -> float:
-    """The threshold that spreads the samples over the most exits, in the widest gap of scores that does: rounding decides
-    nothing. Counts have gaps of one and are reached exactly."""
+def middle(model: Any, exits: SampleExits, kind: str, batch: dict[str, Tensor], least: float = 1e-4) -> float:
+    """The threshold that spreads the samples over the most exits, in the widest gap of scores (`least` or more) that does:
+    rounding decides nothing. Counts have gaps of one and are reached exactly."""
     count = len(next(iter(batch.values())))
     table = [scores(kind, exits, states(model, batch, row)[0], row) for row in range(count)]
     ordered = sorted({value for said in table for value in said if value == value})
@@ -147,5 +147,5 @@ def middle(model: Any, exits: SampleExits, kind: str, batch: dict[str, Tensor]) 
     def spread(threshold: float) -> int:
         return len({next((n for n, value in enumerate(said) if value > threshold), -1) for said in table})
 
-    gaps = [(spread((a + b) / 2), b - a, (a + b) / 2) for a, b in itertools.pairwise(ordered) if b - a > 1e-4]
+    gaps = [(spread((a + b) / 2), b - a, (a + b) / 2) for a, b in itertools.pairwise(ordered) if b - a > least]
     return max(gaps)[2]

@@ -7,7 +7,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import tiny_encoders
 import torch
+from encoder_witness import middle, told
 from torch import Tensor
 from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
 
@@ -219,3 +221,30 @@ def test_slabs_of_equal_samples_are_views() -> None:
     samples = Samples(torch.arange(12.0).view(6, 2), torch.tensor([3, 3]), torch.arange(2))
     assert samples.padded().data_ptr() == samples.hidden.data_ptr()
     assert samples.padded().tolist() == samples.hidden.view(2, 3, 2).tolist()
+
+
+@pytest.mark.parametrize("kind", [kind for kind, chosen in tiny_encoders.criteria().items() if chosen[0].scored])
+def test_every_criterion_decides_as_alone_in_fp32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 model over the kernel, in several batches: the exits of its weights in fp32, one sample at a time.
+
+    Thresholds stand in gaps of .02 of what the formulas say, so rounding decides nothing.
+    """
+    calls = []
+    asked = attention.in_one_call
+    monkeypatch.setattr(attention, "in_one_call", lambda *call: calls.append(asked(*call)) or calls[-1])
+    half = tiny_encoders.model("bert_wide", torch.bfloat16)
+    exact = type(half)(half.config).eval()
+    exact.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+    found = tiny_encoders.exits("bert_wide", kind)
+    for parameter in (parameter for point in found for parameter in point.head.parameters()):
+        parameter.copy_(parameter.bfloat16().float())
+    batch = tiny_encoders.inputs("bert_wide")
+    threshold = 0.0 if kind == "ponder_draw" else middle(exact, found, kind, batch, 0.02)
+    want, where = told(exact, found, kind, batch, threshold)
+    encoder = DynamicEncoder(half, SampleExits(found.with_thresholds(threshold), facts_of(half)))
+    for rows in (range(8), range(7, -1, -1), [3, 1, 6], [4], [7]):
+        at = torch.tensor(list(rows))
+        out = encoder(**{name: value[at] for name, value in batch.items()}, numbers=at)
+        assert out.exit_layers.tolist() == [where[row] for row in rows]
+        torch.testing.assert_close(out.logits.float(), want[at], rtol=0.1, atol=0.2)
+    assert set(calls) == {_cpp.multiplies_bfloat16()}

@@ -23,6 +23,8 @@ from dyndepth.encoders import (
 from dyndepth.exits import Always, Entropy, FixedDepth, Margin, Never, Patience, Saturation, TopProbability
 
 LAYERS, WIDTH, CLASSES = 5, 24, 3
+#: Of "bert_wide", whose two heads have 32 channels: in bfloat16 such attend by dyndepth's own kernel.
+WIDE = 64
 LENGTHS = [9, 2, 5, 9, 1, 5, 7, 3]
 EXITS = (1, 2, 3, 4)
 
@@ -55,6 +57,10 @@ MODELS: dict[str, tuple[Any, Any]] = {
         t.DistilBertConfig(
             vocab_size=61, dim=WIDTH, n_layers=LAYERS, n_heads=3, hidden_dim=40, max_position_embeddings=40, num_labels=CLASSES
         ),
+    ),
+    "bert_wide": (
+        t.BertForSequenceClassification,
+        t.BertConfig(**{**_TEXT, "hidden_size": WIDE, "num_attention_heads": WIDE // 32}),
     ),
     "vit": (t.ViTForImageClassification, t.ViTConfig(**_IMAGE)),
     "deit": (t.DeiTForImageClassification, t.DeiTConfig(**_IMAGE)),
@@ -102,11 +108,11 @@ def alone(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
     return {name: value[row : row + 1, :length] for name, value in batch.items()}
 
 
-def heads(pooling: str = "first", classes: int = CLASSES) -> list[LinearHead]:
+def heads(pooling: str = "first", classes: int = CLASSES, width: int = WIDTH) -> list[LinearHead]:
     torch.manual_seed(11)
     made = []
     for number in range(len(EXITS)):
-        head = LinearHead(WIDTH, classes, pooling=pooling, dense=number % 2 == 0, norm=number > 1)
+        head = LinearHead(width, classes, pooling=pooling, dense=number % 2 == 0, norm=number > 1)
         for parameter in head.parameters():
             parameter.data = torch.randn_like(parameter) * 0.3
         if made:  # alike enough for neighbouring exits to agree at times
@@ -115,9 +121,9 @@ def heads(pooling: str = "first", classes: int = CLASSES) -> list[LinearHead]:
     return made
 
 
-def judge(seed: int = 5) -> LambdaHead:
+def judge(seed: int = 5, width: int = WIDTH) -> LambdaHead:
     torch.manual_seed(seed)
-    made = LambdaHead(WIDTH, 10)
+    made = LambdaHead(width, 10)
     for parameter in made.parameters():
         parameter.data *= 4
     return made
@@ -132,9 +138,9 @@ def gates() -> list[torch.nn.Linear]:
     return made
 
 
-def criteria() -> dict[str, list[Any]]:
+def criteria(width: int = WIDTH) -> dict[str, list[Any]]:
     """Criterion per exit, by name. q_exit shares its lambda head, the gates are one per exit."""
-    shared = judge()
+    shared = judge(width=width)
     return {
         "top_probability": [TopProbability()] * 4,
         "margin": [Margin()] * 4,
@@ -152,6 +158,6 @@ def criteria() -> dict[str, list[Any]]:
 
 
 def exits(name: str, criterion: str, threshold: float = math.inf, pooling: str = "first", **options: Any) -> SampleExits:
-    chosen = criteria()[criterion]
-    places = zip(EXITS, heads(pooling), chosen, strict=True)
+    width = WIDE if name == "bert_wide" else WIDTH
+    places = zip(EXITS, heads(pooling, width=width), criteria(width)[criterion], strict=True)
     return SampleExits([SampleExit(at, head, c, threshold) for at, head, c in places], facts_of(model(name)), **options)
