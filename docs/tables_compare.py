@@ -36,7 +36,19 @@ def _compare(found: dict[str, Any], command: str) -> str:
             ]  # fmt: skip
             lines.append("| " + " | ".join([name, *cells, *shares]) + " |")
         lines.append("")
-    return "\n".join([*lines, *_not_run(found), f"{command}, {_effort(found)}, on {machine(found)}", ""])
+    return "\n".join([*lines, *_not_run(found), f"{command}, {_effort(found)}, on {machine(found)}{_planner(found)}", ""])
+
+
+def _planner(found: dict[str, Any]) -> str:
+    """The planner's error, and where it is largest."""
+    error = found.get("planner")
+    if not error:
+        return ""
+    return (
+        f" `dyndepth plan`, which knows the machine's products and no kernel of ours, against {error['rows']} of these rows: "
+        f"seconds per decode step are {error['mean_absolute']:.0%} off in the mean ({error['mean']:+.0%} with the sign; "
+        f"the farthest {error['largest']:+.0%})."
+    )
 
 
 def compare_prefill(results: Path) -> str:

@@ -11,6 +11,7 @@ import tiny_encoders
 import torch
 from encoder_witness import middle, told
 from torch import Tensor
+from torch.autograd import forward_ad
 from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
 
 from dyndepth.encoders import DynamicEncoder, SampleExits, Samples, attention, facts_of
@@ -162,6 +163,19 @@ def test_gradients_go_through_pytorchs(trained: str) -> None:
         hidden.float().square().sum().backward()
     assert calls == 0
     assert bool(weight.grad.any())
+
+
+def test_tangents_go_through_pytorchs() -> None:
+    """Forward mode is the derivative that PyTorch has in fp32; its kernels without one raise, they are not silent."""
+    query, key, value, along = (torch.randn(1, 2, 7, 32, generator=torch.Generator().manual_seed(n)) for n in range(4))
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        with forward_ad.dual_level(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            dual = forward_ad.make_dual(query.to(dtype), along.to(dtype))
+            out, _ = packed_attention(None, dual, key.to(dtype), value.to(dtype), None, packing=Packing(torch.tensor([3, 4])))
+            found.append(forward_ad.unpack_dual(out).tangent)
+    assert found[0] is not None
+    torch.testing.assert_close(found[0].float(), found[1], rtol=0.05, atol=0.05)
 
 
 def test_images_may_be_packed() -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compare import planned
 from compare.completion import Serving
 from compare.journal import Journal
 from compare.measure import Key
@@ -129,7 +130,10 @@ def write(
     served: list[dict[str, Any]],
 ) -> None:
     """compare.json (with `served`, completion times), compare.csv (rows, then what could not run and why), compare_raw.csv."""
-    found = {"settings": journal.settings, "machine": machine, "rows": rows, "not_run": failed, "served": served}
+    found = {
+        "settings": journal.settings, "machine": machine, "rows": rows, "not_run": failed, "served": served,
+        "planner": planned.error(rows),
+    }  # fmt: skip
     with replacing(folder / "compare.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     _csv(folder / "compare.csv", [*rows, *failed])

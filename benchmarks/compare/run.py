@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import dyndepth
-from compare import completion, economize_peer, results, texts, vllm_peer
+from compare import completion, economize_peer, planned, results, texts, vllm_peer
 from compare.generated import dyndepth_systems, exit_points, full_depth, transformers_systems
 from compare.journal import Journal
 from compare.measure import Effort, Key, measure
@@ -67,16 +67,21 @@ def compare(
     effort: Effort,
     *,
     serving: completion.Plan | None = None,
+    plan: bool = False,
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Measure every cell, then what `serving` asks for, and write the results after each; returns the rows of compare.json."""
+    """Measure every cell, then what `serving` asks for, and write the results after each; returns the rows of compare.json.
+
+    `plan`: with what the planner says beside what was measured.
+    """
     writable(folder)
     journal = Journal(folder / "compare_journal.jsonl", settings, fresh)
     machine, new_tokens = info.collect(), int(settings["new_tokens"])
     rows: list[dict[str, Any]] = []
     loaded = functools.lru_cache(maxsize=1)(subject)
     everyone = [*systems, *(() if serving is None else serving.systems)]
+    planner = planned.planners(loaded) if plan else None
 
     def write() -> None:
         served = [] if serving is None else completion.rows(journal, serving)
@@ -89,7 +94,7 @@ def compare(
             measure(journal, key, cell, systems, full_depth(), effort, say)
             prompt_tokens = int(cell.inputs["attention_mask"].sum())
             found = [results.compared(journal, key, system, new_tokens, prompt_tokens) for system in systems]
-            rows += [one.flat() for one in found if one is not None]
+            rows += planned.beside([one.flat() for one in found if one is not None], planner)
             write()
             draw(folder / "compare.png", rows)
             say(f"{', '.join(map(str, key))}: {time.perf_counter() - begin:.0f} s, {len(rows)} rows so far")
@@ -235,7 +240,7 @@ def main() -> None:
         "systems": {system.name: system.missing() or "ok" for system in systems},
         "slots": slots, "threads": torch.get_num_threads(), "torch": torch.__version__, "code": code(),
     }  # fmt: skip
-    compare(wish.folder, cells, subject_of, systems, settings, effort, serving=plan, fresh=wish.fresh)
+    compare(wish.folder, cells, subject_of, systems, settings, effort, serving=plan, plan=True, fresh=wish.fresh)
     print(f"wrote compare.json, compare.csv, compare_raw.csv and compare.png into {wish.folder}")
 
 

@@ -6,7 +6,7 @@ here, all samples in one row of tokens. There are two ways to run them:
 - the kernel of `ragged_attention`, where it multiplies bfloat16 on tiles (csrc/cpu/packed_attention.cpp): one call for the
   whole batch, in which all tokens see their sample to its end. A token's bits do not depend on the other samples.
 - PyTorch's attention, a call for every run of samples of equal length (`pack` sorts by length, so there are few): for other
-  dtypes and devices, and where gradients are wanted.
+  dtypes and devices, and where gradients are wanted (forward mode, too).
 
 transformers' FlashAttention path packs in the same way on GPUs.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dyndepth.op import cpp_allowed
 from dyndepth.ops import _cpp
@@ -61,6 +62,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Every token attends to the tokens of its own sample: [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    wanted = wanted or forward_ad._current_level >= 0  # the kernel would drop tangents without a word
     alike = query.dtype == key.dtype == value.dtype  # under autocast they may not be, and PyTorch's casts them
     if dropout == 0 and not wanted and alike and in_one_call(query.dtype, query.device, query.shape[-1]):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

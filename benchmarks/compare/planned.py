@@ -1,0 +1,87 @@
+"""What `dyndepth plan` says beforehand, beside what was measured: decoding at full depth, with exits, at fixed depths.
+
+The planner knows the machine's products, copies and reads, the model's sizes and the share of rows x layers that ran, and
+nothing of dyndepth's kernels or of these runs. Its error is of seconds per step: predicted / measured - 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dyndepth.exits import Exits
+from dyndepth.plan import Exit, Machine, Shape, exits_of, full_depth, predict
+from dyndepth.plan.rates import equal_rates
+
+KEY = "planned_decode_tokens_per_s"
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Predictions for one model in one dtype."""
+
+    machine: Machine
+    shape: Shape
+    exits: Exits
+    shortlisted: Exits
+
+    def step(self, row: dict[str, Any]) -> float | None:
+        """Seconds per decode step of a row of compare.json; None for ways that the planner has no formula for."""
+        if row["system"] != "dyndepth" or row["decode_tokens_per_s_median"] is None:
+            return None
+        # The text grows from the prompt to `context`: attention reads the middle of it on average.
+        sizes = (row["batch"], round(row["context"] - row["new_tokens"] / 2))
+        layers, mode = self.shape.layers, row["mode"]
+        if mode == "full depth":
+            return full_depth(self.machine, self.shape, *sizes).seconds
+        if mode.startswith("fixed depth "):
+            # Everybody leaves at the named boundary; nothing has to be judged, and the ones below are passed by.
+            leave = int(mode.removeprefix("fixed depth "))
+            head = next(one.head for one in _bands(self.exits) if one.leave == leave)
+            return predict(self.machine, self.shape, (Exit(leave, layers, 1.0, head=head),), *sizes).seconds
+        exits = {"dynamic": self.exits, "shortlist": self.shortlisted}.get(mode)
+        if exits is None or not 0 < (row["rows_x_layers"] or 0) <= 1:
+            return None
+        bands = _bands(exits)
+        rates = equal_rates(bands, [True] * len(bands), row["rows_x_layers"], layers)
+        return predict(self.machine, self.shape, rates, *sizes).seconds
+
+
+def _bands(exits: Exits) -> tuple[Exit, ...]:
+    return exits_of(exits, {band.leave: 0.0 for band in exits})
+
+
+def beside(rows: Iterable[dict[str, Any]], planner: Callable[[str], Planner] | None) -> list[dict[str, Any]]:
+    """The rows, each with the tokens/s of decoding that its dtype's planner predicts (None: it has no formula)."""
+    found = []
+    for row in rows:
+        step = None if planner is None else planner(row["dtype"]).step(row)
+        found.append(row | {KEY: None if step is None else row["batch"] / step})
+    return found
+
+
+def error(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Mean and largest absolute error of the predicted seconds per step, and the mean with its sign; None without any."""
+    errors = [row["decode_tokens_per_s_median"] / row[KEY] - 1 for row in rows if row.get(KEY)]
+    if not errors:
+        return None
+    return {
+        "rows": len(errors),
+        "mean_absolute": statistics.fmean(map(abs, errors)),
+        "largest": max(errors, key=abs),
+        "mean": statistics.fmean(errors),
+    }
+
+
+def planners(subject: Callable[[str], Any]) -> Callable[[str], Planner]:
+    """By dtype, when first asked for; this machine is measured then, because its speed changes from day to day."""
+
+    @functools.cache
+    def made(dtype: str) -> Planner:
+        of = subject(dtype)
+        return Planner(Machine.measure(dtype, again=True), Shape.of(of.model), of.exits, of.shortlisted)
+
+    return made
