@@ -63,6 +63,7 @@ def _split_take_and_join(samples: Samples, lengths: list[int], data: st.DataObje
     assert gone.at.tolist() == [i for i, leave in enumerate(leaves.tolist()) if leave]
     assert (gone.lengths.tolist(), gone.ids.tolist()) == (samples.lengths[gone.at].tolist(), samples.ids[gone.at].tolist())
     assert len(gone.at) or kept is samples
+    assert kept is samples or (kept.carried is not samples.carried and kept.inputs is not samples.inputs)
     _check(samples, lengths, order)  # what was split is untouched
     left, _ = samples.split(~leaves)
     _check(kept, lengths, [i for i, gone in zip(order, leaves.tolist(), strict=True) if not gone])
