@@ -45,7 +45,8 @@ def _planner(found: dict[str, Any]) -> str:
     if not error:
         return ""
     return (
-        f" `dyndepth plan`, which knows the machine's products and no kernel of ours, against {error['rows']} of these rows: "
+        f" `dyndepth plan`, from the machine's products, copies and reads (and, of exits, the share of rows x layers that "
+        f"ran), against {error['rows']} rows: "
         f"seconds per decode step are {error['mean_absolute']:.0%} off in the mean ({error['mean']:+.0%} with the sign; "
         f"the farthest {error['largest']:+.0%})."
     )

@@ -30,7 +30,8 @@ def _planner() -> planned.Planner:
 
 def _row(mode: str, **changes: Any) -> dict[str, Any]:
     row = {"system": "dyndepth", "mode": mode, "dtype": "float32", "batch": 1, "context": 18, "new_tokens": 4}
-    return row | {"rows_x_layers": 1.0, "decode_tokens_per_s_median": 100.0} | changes
+    row |= {"rows_x_layers": 1.0, "decode_tokens_per_s_median": 100.0} | changes
+    return {"prompt_tokens": 14 * int(row["batch"])} | row
 
 
 def test_full_depth_by_hand() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from dyndepth.encoders import Embedded, Samples
 from dyndepth.encoders.family import pack
@@ -105,7 +107,7 @@ def test_split_in_one_call_moves_every_byte(dtype: torch.dtype, count: int, widt
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lengths": torch.tensor([1, 2, 4])}, r"make up hidden's 6 rows, got 7"),
+        ({"lengths": torch.tensor([1, 2, 4])}, r"make up hidden's 6 rows, got more"),
         ({"lengths": torch.tensor([-1, 3, 4])}, r"not be negative, got -1 at 0"),
         ({"lengths": torch.tensor([1, 2, 3], dtype=torch.int32)}, r"lengths int64"),
         ({"ids": torch.tensor([1, 2])}, r"ids int64 \[n\]"),
@@ -122,6 +124,34 @@ def test_split_in_one_call_refuses(change: dict[str, torch.Tensor], message: str
     _split()(**given)
     with pytest.raises(RuntimeError, match=message):
         _split()(**{**given, **change})
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_split_is_one_call_where_it_may_be(layout: str) -> None:
+    """On the CPU without gradients or tangents, unless another provider is forced or rows are not dense."""
+    samples = _made([2, 3, 3], layout)
+    assert samples._splits_in_one_call()
+    with backend("torch"):
+        assert not samples._splits_in_one_call()
+    with torch.enable_grad():
+        assert not samples._splits_in_one_call()
+    wide = torch.stack([samples.hidden] * 2, -1)[..., 0]
+    assert not dataclasses.replace(samples, hidden=wide)._splits_in_one_call()
+
+
+def test_split_keeps_tangents() -> None:
+    samples = _made([2, 3, 3], "packed")
+    with forward_ad.dual_level():
+        dual = dataclasses.replace(samples, hidden=forward_ad.make_dual(samples.hidden, 2 * samples.hidden))
+        kept, _ = dual.split(torch.tensor([False, True, False]))
+        value, tangent = forward_ad.unpack_dual(kept.hidden)
+    assert_same(tangent, 2 * value)
+
+
+def test_split_in_one_call_refuses_lengths_beyond_int64() -> None:
+    most = 2**63 - 1
+    with pytest.raises(RuntimeError, match="6 rows, got more"):
+        _split()(torch.zeros(6, 2), torch.tensor([most, 4, most, 4]), torch.arange(4), torch.arange(4) % 2 == 0, True)
 
 
 def _split() -> Any:

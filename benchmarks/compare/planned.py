@@ -1,7 +1,8 @@
-"""What `dyndepth plan` says beforehand, beside what was measured: decoding at full depth, with exits, at fixed depths.
+"""What `dyndepth plan` says, beside what was measured: decoding at full depth, with exits, at fixed depths.
 
-The planner knows the machine's products, copies and reads, the model's sizes and the share of rows x layers that ran, and
-nothing of dyndepth's kernels or of these runs. Its error is of seconds per step: predicted / measured - 1.
+The planner knows the machine's products (by ragged_linear where that is the faster), copies and reads, and the model's sizes;
+for rows with exits it is also told the share of rows x layers that ran. Its error is of seconds per step: predicted /
+measured - 1.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Planner:
         """Seconds per decode step of a row of compare.json; None for ways that the planner has no formula for."""
         if row["system"] != "dyndepth" or row["decode_tokens_per_s_median"] is None:
             return None
-        # The text grows from the prompt to `context`: attention reads the middle of it on average.
-        sizes = (row["batch"], round(row["context"] - row["new_tokens"] / 2))
+        # Prompts are shorter than the cell is wide, and padding is never read; the text then grows by `new_tokens`.
+        sizes = (row["batch"], round(row["prompt_tokens"] / row["batch"] + row["new_tokens"] / 2))
         layers, mode = self.shape.layers, row["mode"]
         if mode == "full depth":
             return full_depth(self.machine, self.shape, *sizes).seconds

@@ -39,6 +39,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> split_samples(const T
   for (int64_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(length[i] >= 0, "split_samples: lengths must not be negative, got ", length[i], " at ", i);
     const int64_t size = packed ? length[i] : 1;
+    STD_TORCH_CHECK(size <= hidden.size(0) - rows, "split_samples: samples must make up hidden's ", hidden.size(0),
+                    " rows, got more");
     if (!gone[i]) {
       if (runs.empty() || runs.back().from + runs.back().rows != rows) runs.push_back({rows, kept, 0});
       runs.back().rows += size;
