@@ -15,6 +15,7 @@ from compare.measure import Effort
 from tiny_compare import KEY, NEW, exits_of, named, shared, subject_of
 
 from dyndepth.plan import Machine, Shape
+from dyndepth.plan import exits_of as exits_of_plan
 
 #: A weight takes 1 us to read and 0.25 us a row to compute, so four rows are free; a number of K or V takes 1 us; to read at
 #: a boundary how many leave, 1 ms.
@@ -43,7 +44,7 @@ def test_full_depth_by_hand() -> None:
 
 def test_fixed_depth_leaves_layers_out_and_writes_their_keys() -> None:
     planner = _planner()
-    head = planned._bands(planner.exits)[0].head
+    head = exits_of_plan(planner.exits, {3: 1.0})[0].head
     assert planner.step(_row("fixed depth 3")) == pytest.approx(3 * (1e-3 + 160e-6) + 2e-3 + 3 * 1e-3 + 1e-3 + head * 1e-6)
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dyndepth.exits import Exits
-from dyndepth.plan import Exit, Machine, Shape, exits_of, full_depth, predict
-from dyndepth.plan.rates import equal_rates
+from dyndepth.plan import Machine, Shape, exits_of, full_depth, predict
+from dyndepth.plan.rates import exits_at
 
 KEY = "planned_decode_tokens_per_s"
 
@@ -35,24 +35,17 @@ class Planner:
             return None
         # Prompts are shorter than the cell is wide, and padding is never read; the text then grows by `new_tokens`.
         sizes = (row["batch"], round(row["prompt_tokens"] / row["batch"] + row["new_tokens"] / 2))
-        layers, mode = self.shape.layers, row["mode"]
+        mode = row["mode"]
         if mode == "full depth":
             return full_depth(self.machine, self.shape, *sizes).seconds
         if mode.startswith("fixed depth "):
             # Everybody leaves at the named boundary; nothing has to be judged, and the ones below are passed by.
-            leave = int(mode.removeprefix("fixed depth "))
-            head = next(one.head for one in _bands(self.exits) if one.leave == leave)
-            return predict(self.machine, self.shape, (Exit(leave, layers, 1.0, head=head),), *sizes).seconds
+            (there,) = exits_of(self.exits, {int(mode.removeprefix("fixed depth ")): 1.0})
+            return predict(self.machine, self.shape, (replace(there, words=0),), *sizes).seconds
         exits = {"dynamic": self.exits, "shortlist": self.shortlisted}.get(mode)
         if exits is None or not 0 < (row["rows_x_layers"] or 0) <= 1:
             return None
-        bands = _bands(exits)
-        rates = equal_rates(bands, [True] * len(bands), row["rows_x_layers"], layers)
-        return predict(self.machine, self.shape, rates, *sizes).seconds
-
-
-def _bands(exits: Exits) -> tuple[Exit, ...]:
-    return exits_of(exits, {band.leave: 0.0 for band in exits})
+        return predict(self.machine, self.shape, exits_at(exits, row["rows_x_layers"]), *sizes).seconds
 
 
 def beside(rows: Iterable[dict[str, Any]], planner: Callable[[str], Planner] | None) -> list[dict[str, Any]]:

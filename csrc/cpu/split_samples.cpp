@@ -95,10 +95,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> split_samples(const T
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dyndepth_cpp, library) {
   library.def(
-      "split_samples(Tensor hidden, Tensor lengths, Tensor ids, Tensor leaves, bool packed) -> (Tensor, Tensor, "
-      "Tensor, Tensor, "
-      "Tensor, "
-      "Tensor)");
+      "split_samples(Tensor hidden, Tensor lengths, Tensor ids, Tensor leaves, bool packed) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(dyndepth_cpp, CPU, library) { library.impl("split_samples", TORCH_BOX(&split_samples)); }
 

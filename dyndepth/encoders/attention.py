@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dyndepth.op import cpp_allowed
 from dyndepth.ops import _cpp
@@ -62,7 +61,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Every token attends to the tokens of its own sample: [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    wanted = wanted or forward_ad._current_level >= 0  # the kernel would drop tangents without a word
+    wanted = wanted or _cpp.drops_tangents()
     alike = query.dtype == key.dtype == value.dtype  # under autocast they may not be, and PyTorch's casts them
     if dropout == 0 and not wanted and alike and in_one_call(query.dtype, query.device, query.shape[-1]):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

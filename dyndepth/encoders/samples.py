@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dyndepth.errors import ArgumentError
 from dyndepth.op import cpp_allowed
@@ -191,7 +190,7 @@ class Samples:
         hidden = self.hidden
         if hidden.device.type != "cpu" or not hidden.is_contiguous() or torch.is_grad_enabled():
             return False
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # it would drop tangents without a word
+        if torch.compiler.is_compiling() or _cpp.drops_tangents():
             return False
         return cpp_allowed("compact_rows") and _cpp.missing() is None
 

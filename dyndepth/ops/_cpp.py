@@ -6,6 +6,7 @@ import functools
 from types import ModuleType
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 @functools.cache
@@ -29,6 +30,11 @@ def multiplies_bfloat16() -> bool:
     """Whether cpp providers multiply bfloat16 as such here (AMX or AVX512_BF16), and do not widen it to float32 first."""
     loaded = extension()
     return not isinstance(loaded, ImportError) and bool(loaded.build_facts().get("multiplies_bfloat16"))
+
+
+def drops_tangents() -> bool:
+    """Within forward-mode differentiation: C++ would give values without their tangents, and nobody would notice."""
+    return forward_ad._current_level >= 0
 
 
 def declines(first: Tensor, *_args: object, **_kwargs: object) -> str | None:

@@ -97,9 +97,9 @@ def exits_of(exits: Exits, rates: Mapping[int, float] | None = None) -> tuple[Ex
     A record says how many rows x layers were run, not where rows left: one rate is assumed at every open band, the one that
     leaves as much work. ArgumentError where there is neither.
     """
-    layers, vocab = exits.model.layers, exits.model.vocab_size
-    bands = {band.leave: _sized(band, layers, vocab) for band in exits}
     if rates is not None:
+        layers, vocab = exits.model.layers, exits.model.vocab_size
+        bands = {band.leave: _sized(band, layers, vocab) for band in exits}
         unknown = sorted(set(rates) - set(bands))
         if unknown:
             known = ", ".join(str(leave) for leave in bands) or "none"
@@ -108,8 +108,14 @@ def exits_of(exits: Exits, rates: Mapping[int, float] | None = None) -> tuple[Ex
     fraction = recorded_work(exits)
     if fraction is None:
         raise ArgumentError("exits: their record says nothing of rows x layers; give rates, or run dyndepth calibrate")
+    return exits_at(exits, fraction)
+
+
+def exits_at(exits: Exits, fraction: float) -> tuple[Exit, ...]:
+    """The bands of an Exits with one rate at every open one, such that `fraction` of rows x layers is run."""
+    layers, vocab = exits.model.layers, exits.model.vocab_size
     opened = [band.criterion.kind != "never" and not (band.criterion.scored and math.isinf(band.threshold)) for band in exits]
-    return equal_rates(list(bands.values()), opened, fraction, layers)
+    return equal_rates([_sized(band, layers, vocab) for band in exits], opened, fraction, layers)
 
 
 def _sized(band: Band, layers: int, vocab: int) -> Exit:
