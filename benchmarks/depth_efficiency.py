@@ -13,6 +13,7 @@ with thresholds that no score reaches.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -46,15 +47,16 @@ NEVER_REACHED = 2.0
 Key = tuple[str, Any]
 
 
-def scenarios(depth: int) -> list[Scenario]:
-    """One exit at two thirds, two exits, one band that resumes; at a quarter and at a half of the live rows each."""
+def scenarios(depth: int, kv_ranks: Sequence[int | None] = (None,)) -> list[Scenario]:
+    """One exit at two thirds, two exits, one band that resumes; at a quarter and at a half of the live rows each, and with
+    K,V maps of each rank."""
     first, second, band = depth // 3, 2 * depth // 3, (depth // 6, depth // 3)
     found = []
-    for rate in (0.25, 0.5):
+    for kv_rank, rate in itertools.product(kv_ranks, (0.25, 0.5)):
         found += [
-            Scenario(f"exit at {second}", ((second, depth, rate),)),
-            Scenario(f"exits at {first} and {second}", ((first, depth, rate), (second, depth, rate))),
-            Scenario(f"band [{band[0]}, {band[1]})", ((*band, rate),)),
+            Scenario(f"exit at {second}", ((second, depth, rate),), kv_rank),
+            Scenario(f"exits at {first} and {second}", ((first, depth, rate), (second, depth, rate)), kv_rank),
+            Scenario(f"band [{band[0]}, {band[1]})", ((*band, rate),), kv_rank),
         ]
     return found
 
@@ -155,12 +157,16 @@ def _switches() -> int:
 
 
 @torch.no_grad()
-def measure(causal_lm: Any, rows: Sequence[Tensor], shipped: Exits, steps: int, rounds: int, seed: int = 5) -> dict[str, Any]:
+def measure(
+    causal_lm: Any, rows: Sequence[Tensor], shipped: Exits, steps: int, rounds: int, seed: int = 5,
+    kv_ranks: Sequence[int | None] = (None,),
+) -> dict[str, Any]:  # fmt: skip
     """All scenarios of one batch, in turn, `rounds` times after one round that does not count."""
     bench = Bench(causal_lm, rows, steps)
     model, batch = bench.model, bench.batch
-    wanted = scenarios(model.depth)
-    draws = [draw(scenario, model.depth, steps, batch, seed + number) for number, scenario in enumerate(wanted)]
+    wanted = scenarios(model.depth, kv_ranks)
+    alike = len(wanted) // len(kv_ranks)  # the same lots whatever the rank
+    draws = [draw(each, model.depth, steps, batch, seed + number % alike) for number, each in enumerate(wanted)]
     everybody = [[batch] * model.depth] * steps
     runs: dict[Key, tuple[Callable[[], object], Callable[[], float]]] = {
         ("full", None): (lambda: None, bench.block(bench.full, everybody)),
@@ -171,7 +177,7 @@ def measure(causal_lm: Any, rows: Sequence[Tensor], shipped: Exits, steps: int, 
     for number, scenario in enumerate(wanted):
         exits, said = forced_exits(model, scenario, draws[number], list(shipped))
         exits, draws[number] = at_rates(exits, scenario, draws[number], bench.work)
-        maps |= said
+        maps |= {span if scenario.kv_rank is None else f"{span} of rank {scenario.kv_rank}": of for span, of in said.items()}
         read.append(boundary_bytes(exits, draws[number], model.hidden_size))
         runs["forced", number] = (lambda: None, bench.block(bench.session(exits), draws[number].live))
     for count in sorted({1, batch, *(count for drawn in draws for count in drawn.counts)}):
@@ -230,6 +236,7 @@ def cell(scenario: Scenario, drawn: Draw, samples: Mapping[Key, Sequence[Sample]
     possible = len(drawn.live) * len(drawn.live[0]) * batch
     return {
         "scenario": scenario.name, "bands": [list(band) for band in scenario.bands], "rate": scenario.rate,
+        "kv_rank": scenario.kv_rank,
         "rows_x_layers": drawn.run / possible, "full_s": full, "dynamic_s": dynamic, "saved_s": full - dynamic,
         "perfect_s": perfect, "efficiency": (full - dynamic) / perfect if perfect > 0 else None,
         "efficiency_p10": quantile(spread, 0.1), "efficiency_p90": quantile(spread, 0.9),
@@ -264,9 +271,9 @@ def plot(path: Path, found: dict[str, Any]) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(2, 1), constrained_layout=True)
     cells = [cell for batch in found["batches"] for cell in batch["cells"] if cell["resolved"]]
-    names = list(dict.fromkeys(cell["scenario"] for cell in cells))
-    for name, rate in dict.fromkeys((cell["scenario"], cell["rate"]) for cell in cells):
-        own = [cell for cell in cells if (cell["scenario"], cell["rate"]) == (name, rate)]
+    names = list(dict.fromkeys(_name(cell) for cell in cells))
+    for name, rate in dict.fromkeys((_name(cell), cell["rate"]) for cell in cells):
+        own = [cell for cell in cells if (_name(cell), cell["rate"]) == (name, rate)]
         middles = [100 * cell["efficiency"] for cell in own]
         left.plot(
             [cell["batch"] for cell in own], middles, "-" if rate < 0.5 else "--", color=f"C{names.index(name)}", marker="o",
@@ -287,13 +294,18 @@ def plot(path: Path, found: dict[str, Any]) -> None:
     plt.close(figure)
 
 
+def _name(cell: Mapping[str, Any]) -> str:
+    rank = cell.get("kv_rank")  # files of older versions have none
+    return str(cell["scenario"]) + ("" if rank is None else f", K,V maps of rank {rank}")
+
+
 def _say(found: dict[str, Any]) -> None:
     cost = found["machinery"]
     print(f"batch {found['batch']}: full step {cost['full_s'] * 1e3:.2f} ms, configured {cost['cost']:+.1%}, "
           f"{found['preempted']} of {found['blocks']} blocks preempted")  # fmt: skip
     for cell in found["cells"]:
         share = "nothing to save" if not cell["resolved"] else f"{cell['efficiency']:.0%}"
-        print(f"  {cell['scenario']}, {cell['rate']:.0%}: {cell['rows_x_layers']:.1%} rows x layers, saved "
+        print(f"  {_name(cell)}, {cell['rate']:.0%}: {cell['rows_x_layers']:.1%} rows x layers, saved "
               f"{cell['saved_s'] * 1e3:.2f} of {cell['perfect_s'] * 1e3:.2f} ms: {share}", flush=True)  # fmt: skip
 
 
@@ -306,12 +318,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="decode steps of a block")
     parser.add_argument("--rounds", type=int, help="25; 5 with --quick")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="float32 has files of its own")
+    parser.add_argument("--kv-rank", type=int, help="everything once more with K,V maps of this rank, in the same rounds")
     wish = parser.parse_args()
     require("matplotlib", "the picture needs matplotlib: pip install 'dyndepth[demo]'")
     batches = wish.batches or ([1, 16, 64] if wish.quick else [1, 4, 16, 32, 64])
     rounds = wish.rounds or (5 if wish.quick else 25)
-    if min(*batches, wish.steps, rounds, wish.context) < 1:
-        parser.error("batches, context, steps and rounds must be at least 1")
+    if min(*batches, wish.steps, rounds, wish.context, wish.kv_rank or 1) < 1:
+        parser.error("batches, context, steps, rounds and kv-rank must be at least 1")
+    kv_ranks = (None,) if wish.kv_rank is None else (None, wish.kv_rank)
     causal_lm, tokenizer, shipped = load(getattr(torch, wish.dtype))
     name = "depth_efficiency" + (f"_{wish.dtype}" if wish.dtype != "bfloat16" else "")
     name += f"_context{wish.context}" if wish.context != 128 else ""
@@ -327,7 +341,7 @@ def main() -> None:
     }  # fmt: skip
     for batch in batches:
         rows = prompts(tokenizer, texts, calibrating()[112:284], batch, wish.context + 1)
-        found["batches"].append(measure(causal_lm, rows, shipped, wish.steps, rounds))
+        found["batches"].append(measure(causal_lm, rows, shipped, wish.steps, rounds, kv_ranks=kv_ranks))
         _say(found["batches"][-1])
         with replacing(wish.folder / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")

@@ -38,10 +38,14 @@ class Forced(Criterion):
 
 @dataclass(frozen=True)
 class Scenario:
-    """Bands (leave, resume, share of live rows that leaves), ascending and not overlapping; `name` says them to people."""
+    """Bands (leave, resume, share of live rows that leaves), ascending and not overlapping; `name` says them to people.
+
+    kv_rank: of K,V maps, which are zeros then; None: shipped maps where there are some, of full rank.
+    """
 
     name: str
     bands: tuple[tuple[int, int, float], ...]
+    kv_rank: int | None = None
 
     @property
     def rate(self) -> float:
@@ -136,8 +140,9 @@ def forced_exits(model: Model, scenario: Scenario, draw: Draw, shipped: Sequence
     kv_width = model.layers[0].kv_heads * model.layers[0].head_dim
     for (leave, resume, _), leaving in zip(scenario.bands, draw.leaving, strict=True):
         same = next((band for band in shipped if (band.leave, band.resume) == (leave, resume)), None)
-        kv = KVMap(resume - leave, kv_width, model.hidden_size) if same is None or same.kv is None else same.kv
-        said[f"[{leave}, {resume})"] = "zeros" if same is None or same.kv is None else "shipped"
+        fitted = None if same is None or scenario.kv_rank is not None else same.kv
+        kv = KVMap(resume - leave, kv_width, model.hidden_size, scenario.kv_rank) if fitted is None else fitted
+        said[f"[{leave}, {resume})"] = "zeros" if fitted is None else "shipped"
         if resume < model.depth:
             bands.append(Band(leave, resume, Forced(leaving=leaving), jump=JumpMap(model.hidden_size), kv=kv))
             continue

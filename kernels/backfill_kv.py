@@ -11,6 +11,7 @@ from torch import Tensor
 from . import launch
 from .project_qkv import fits
 from .projection import dot_pairs
+from .ragged_linear import ragged_linear
 from .store_kv import rotate_pair, store_kv
 
 
@@ -81,14 +82,17 @@ def backfill_kv(
     pages: Tensor,
     first_layer: int,
     section: Tensor | None = None,
+    down: Tensor | None = None,
 ) -> None:
     """Host side; arguments as in dyndepth.ops.backfill_kv, already checked."""
+    if down is not None and len(residual) and len(weight):  # of all rows: what a section leaves out costs no weight more
+        residual, norm = ragged_linear(_normed(residual, norm, eps), down), 0
     rows, width = residual.shape
     layers, kv_heads, head_dim = weight.shape[0], pages.shape[4], pages.shape[5]
     if rows == 0 or layers == 0:
         return
     if norm == 2:  # subtracting the mean after the product would cancel badly, so it happens before
-        residual = torch.nn.functional.layer_norm(residual, (width,), eps=eps)
+        residual = _normed(residual, norm, eps)
     if not fits(head_dim, 0 if cos is None else cos.shape[2]):
         _composed(residual, weight, bias, norm, eps, cos, sin, variant, pos, slots, pages, first_layer, section)
         return
@@ -104,6 +108,13 @@ def backfill_kv(
         HAS_SECTION=section is not None, EXACT=residual.dtype == torch.float32, num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def _normed(residual: Tensor, norm: int, eps: float) -> Tensor:
+    """A normalised copy."""
+    if norm == 1:
+        return torch.nn.functional.rms_norm(residual.float(), residual.shape[1:], None, eps).to(residual.dtype)
+    return torch.nn.functional.layer_norm(residual, residual.shape[1:], eps=eps) if norm == 2 else residual
 
 
 def _composed(
@@ -127,8 +138,7 @@ def _composed(
         begin, count = section.long().unbind()
         inside = (row >= begin) & (row < begin + count)
         slots, pos = torch.where(inside, slots, -1), torch.where(inside, pos, 0)
-    if norm == 1:
-        residual = torch.nn.functional.rms_norm(residual.float(), residual.shape[1:], None, eps).to(residual.dtype)
+    residual = _normed(residual, norm, eps) if norm == 1 else residual
     flat = torch.nn.functional.linear(residual, weight.flatten(0, 2), None if bias is None else bias.flatten())
     y = flat.view(residual.shape[0], weight.shape[0], 2, *pages.shape[4:])
     nothing = y[:0, 0, 0]

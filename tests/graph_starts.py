@@ -51,8 +51,8 @@ def exits_of(family: str, kind: str) -> Exits:
     """Exits for the six layers of a tiny model, by the name of what is special about them."""
     model = tiny_models.shared(family)
     few = torch.tensor([3, 9, 20])  # so few words that random heads agree now and then, and are not always sure
-    if kind == "mixed":
-        return tiny_exits.mixed(model)
+    if kind in ("mixed", "low_rank"):
+        return tiny_exits.mixed(model, kv_rank=7 if kind == "low_rank" else None)
     if kind == "jumps":  # two bands that resume at one place, with jumps of their own
         return tiny_exits.exits_of(
             model, tiny_exits.band(model, 1, 4), tiny_exits.band(model, 2, 4), tiny_exits.band(model, 4, 6)

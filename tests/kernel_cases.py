@@ -28,7 +28,14 @@ def said(op: str, given: dict[str, Any]) -> Counter[str]:
         "ragged_linear": [given.get("weight", torch.empty(0)).shape[0]],
         "backfill_kv": [given.get("weight", torch.empty(0)).shape[0]],
     }
-    return Counter(getattr(counts, op)(given[first].shape[0], *more.get(op, [])))
+    found = Counter(getattr(counts, op)(given[first].shape[0], *more.get(op, [])))
+    return found + _narrowed(op, given)
+
+
+def _narrowed(op: str, given: dict[str, Any]) -> Counter[str]:
+    """Maps of low rank read a product of the residual."""
+    down = given.get("down") if op == "backfill_kv" else None
+    return Counter() if down is None else Counter(counts.ragged_linear(len(given["residual"]), len(down)))
 
 
 def composed(op: str, given: dict[str, Any]) -> bool:
@@ -47,7 +54,7 @@ ROWS = {
 def kernels(op: str, given: dict[str, Any]) -> set[str]:
     """Names of the kernels, `triton`'s."""
     if op in ("project_qkv", "backfill_kv") and composed(op, given) and len(given[ROWS[op]]):
-        return {"store_kv"}
+        return {"store_kv", *_narrowed(op, given)}
     return {name for name in said(op, given) if name != "library"}
 
 

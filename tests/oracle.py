@@ -143,7 +143,8 @@ class Oracle:
             layer = self.model.model.layers[number]
             if self.kv == "predict":
                 weight, bias = band.kv.weight[number - band.leave], band.kv.bias[number - band.leave]
-                key, value = (rms(h) @ weight[i].T + bias[i] for i in (0, 1))
+                x = rms(h) if band.kv.down is None else rms(h) @ band.kv.down.T
+                key, value = (x @ weight[i].T + bias[i] for i in (0, 1))
                 key, value = key.view(kv_heads, dim), value.view(kv_heads, dim)
             elif self.kv == "copy":
                 turns = config.layer_types if config.model_type == "gemma3_text" else [""] * config.num_hidden_layers

@@ -81,11 +81,12 @@ def climbs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[int], i
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("who", ["all", "some", "nobody"])
-@pytest.mark.parametrize("kv", ["predict", "propagate", "copy"])
+@pytest.mark.parametrize("kv", ["predict", "predict, low rank", "propagate", "copy"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
 def test_the_same_bits(family: str, kv: str, who: str, dtype: torch.dtype, climbs: list[Any]) -> None:
     model = tiny_models.tiny(family, dtype)
-    exits = bands(model, *{"all": (-1.0,), "some": SOME[family], "nobody": (2.0,)}[who])
+    kv, rank = kv.split(",")[0], 7 if "rank" in kv else None
+    exits = bands(model, *{"all": (-1.0,), "some": SOME[family], "nobody": (2.0,)}[who], kv_rank=rank)
     together = decoded(model, exits, kv)
     assert climbs
     climbs.clear()

@@ -60,7 +60,7 @@ REQUIRED: dict[str, dict[str, set[Any]]] = {
         "apart": {"q_weight", "k_weight", "v_weight"},
     },
     "backfill_kv": {
-        **EVERY, **STORED, "odd": {"residual", "weight", "bias", "variant", "section"} | KV - {"q", "k", "v", "live"},
+        **EVERY, **STORED, "odd": {"residual", "weight", "bias", "variant", "section", "down"} | KV - {"q", "k", "v", "live"},
     },
     # One launch up to 1024 rows, two above.
     "compact_rows_once": {**EVERY, "rows": FEW | {1023, 1024}, "odd": {"state", "payloads"}, "apart": {"payloads"}},

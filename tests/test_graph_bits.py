@@ -24,6 +24,7 @@ from dyndepth.testing import assert_same
 FAMILIES = ["llama", "qwen3", "gemma3"]
 KINDS = [
     "mixed",
+    "low_rank",
     "jumps",
     "saturation",
     "probability",

@@ -65,7 +65,7 @@ def test_what_it_says_is_what_the_library_predicts() -> None:
         assert option["gain"] == pytest.approx(step["full_s"] / option["seconds"] - 1)
     assert found["steps"][0]["advice"]["policy"] == "compaction"
     assert found["steps"][0]["advice"]["boundaries"] == [10]
-    assert found["exits"] == [{"leave": 10, "resume": 30, "rate": 0.8, "head": 0, "words": 1024}]
+    assert found["exits"] == [{"leave": 10, "resume": 30, "rate": 0.8, "head": 0, "words": 1024, "kv_rank": 0}]
     assert Machine.from_json(found["machine"]) == machine
 
 
@@ -83,7 +83,8 @@ def test_exits_and_rates() -> None:
     """An exits folder gives sizes and rates; rates on the command line win."""
     loaded = dyndepth.Exits.from_pretrained(EXITS)
     wanted = [
-        {"leave": o.leave, "resume": o.resume, "rate": o.rate, "head": o.head, "words": o.words} for o in exits_of(loaded)
+        {"leave": o.leave, "resume": o.resume, "rate": o.rate, "head": o.head, "words": o.words, "kv_rank": 0}
+        for o in exits_of(loaded)
     ]
     assert facts("--machine", "l4")["exits"] == facts("--machine", "l4", "--exits", "demo")["exits"] == wanted
     assert facts("--machine", "l4", "--exits", str(EXITS))["exits"] == wanted

@@ -21,11 +21,12 @@ from dyndepth.training.config import TrainConfig
 from dyndepth.training.skip import SkipStudent
 
 
+@pytest.mark.parametrize("kv_rank", [None, 5])
 @pytest.mark.parametrize("resume", [4, 6])
-def test_skipping_students_see_what_the_pass_makes_of_their_maps(resume: int, tmp_path: Path) -> None:
+def test_skipping_students_see_what_the_pass_makes_of_their_maps(resume: int, kv_rank: int | None, tmp_path: Path) -> None:
     """With the rows that a lottery sends away, the rows that are judged are those of the pass, back-fill and jump included."""
     model, data = tiny_models.shared("llama"), batches(tmp_path)
-    band = tiny_exits.band(model, 2, resume, Lottery(0.4))
+    band = tiny_exits.band(model, 2, resume, Lottery(0.4), kv_rank=kv_rank)
     batch = next(data.once())
     parts = texts(40, 20)[: len(batch.lengths)]
     ran = score(model, parts, tiny_exits.exits_of(model, band), start=[3] * len(parts), kv="predict")

@@ -45,6 +45,7 @@ def band(
     *,
     head: str = "translator",
     seed: int = 0,
+    kv_rank: int | None = None,
     **options: Any,
 ) -> Band:
     """A band with random maps; by default a random router decides."""
@@ -62,7 +63,7 @@ def band(
         criterion or RouterScore(router),
         head=head_of(head, width, bound.ready_size, generator) if top else None,
         jump=None if top else filled(JumpMap(width), generator),
-        kv=filled(KVMap(resume - leave, kv_width, width), generator),
+        kv=filled(KVMap(resume - leave, kv_width, width, kv_rank), generator),
         **options,
     )
 

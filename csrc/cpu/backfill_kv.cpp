@@ -12,7 +12,7 @@ namespace {
 void backfill_kv(const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& bias, int64_t norm,
                  double eps, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                  const std::optional<Tensor>& variant, const Tensor& pos, const Tensor& slots, const Tensor& pages,
-                 int64_t first_layer, const std::optional<Tensor>& section) {
+                 int64_t first_layer, const std::optional<Tensor>& section, const std::optional<Tensor>& down) {
   int64_t begin = 0, rows = residual.size(0);
   if (section.has_value()) {
     // The part of [begin, begin + count) that exists; the counters come from a device, unread by anybody.
@@ -36,8 +36,10 @@ void backfill_kv(const Tensor& residual, const Tensor& weight, const std::option
     using T = decltype(element);
     const KvMaps<T> maps{.weight = weight.const_data_ptr<T>(),
                          .bias = data_or_null<T>(bias),
+                         .down = data_or_null<T>(down),
                          .layers = layers,
-                         .width = weight.size(3),
+                         .width = residual.size(1),
+                         .rank = weight.size(3),
                          .norm = static_cast<Norm>(norm),
                          .eps = static_cast<float>(eps),
                          .variant = table_of};
@@ -51,7 +53,8 @@ void backfill_kv(const Tensor& residual, const Tensor& weight, const std::option
 STABLE_TORCH_LIBRARY_FRAGMENT(dyndepth_cpp, library) {
   library.def(
       "backfill_kv(Tensor residual, Tensor weight, Tensor? bias, int norm, float eps, Tensor? cos, Tensor? sin, "
-      "Tensor? variant, Tensor pos, Tensor slots, Tensor(a!) pages, int first_layer, Tensor? section) -> ()");
+      "Tensor? variant, Tensor pos, Tensor slots, Tensor(a!) pages, int first_layer, Tensor? section, Tensor? down) -> "
+      "()");
 }
 STABLE_TORCH_LIBRARY_IMPL(dyndepth_cpp, CPU, library) { library.impl("backfill_kv", TORCH_BOX(&backfill_kv)); }
 

@@ -12,9 +12,10 @@ namespace dyndepth {
 // Maps of consecutive layers, stacked. Gain and bias of the norm are folded into them.
 template <class T>
 struct KvMaps {
-  const T* weight;  // [layers, 2, kv_heads * head_dim, width]
+  const T* weight;  // [layers, 2, kv_heads * head_dim, rank]
   const T* bias;    // [layers, 2, kv_heads * head_dim] or null
-  int64_t layers, width;
+  const T* down;  // [rank, width], what all layers read of the normalised residual; null: all of it, and rank is width
+  int64_t layers, width, rank;
   Norm norm;
   float eps;
   const int32_t* variant;  // [layers], which rotary table each layer uses; null: the first
@@ -31,9 +32,9 @@ struct KvPages {
   T* values(int64_t layer) const { return keys(layer) + half(); }
 };
 
-// Normalises once, multiplies by all maps at once, rotates and scatters: K,V of layers [first_layer, first_layer +
-// maps.layers) of rows of `residual` [rows, width]. `table` is the first rotary variant's; variants lie one after the
-// other. `next` are the weights that are read after it.
+// Normalises once, multiplies by `down` and by all maps at once, rotates and scatters: K,V of layers [first_layer,
+// first_layer + maps.layers) of rows of `residual` [rows, width]. `table` is the first rotary variant's; variants lie
+// one after the other. `next` are the weights that are read after it.
 template <class T>
 void backfill(const KvMaps<T>& maps, const T* residual, int64_t rows, const Rotary& table, const int32_t* pos,
               const int32_t* slots, const KvPages<T>& pages, int64_t first_layer, const Upcoming& next = {}) {
@@ -43,6 +44,13 @@ void backfill(const KvMaps<T>& maps, const T* residual, int64_t rows, const Rota
   normalise_rows(residual, x.get(), rows, maps.width, maps.norm, maps.eps, nullptr);
   Operand<T> operand;
   operand.pack(x.get(), rows, maps.width);
+  std::unique_ptr<T[]> features;  // an operand may point into what it was packed from
+  if (maps.down != nullptr) {
+    features = std::make_unique_for_overwrite<T[]>(rows * maps.rank);
+    multiply<T>(operand, {{.weight = maps.down, .outputs = maps.rank, .rows = rows, .out = features.get()}},
+                Upcoming::of<T>(maps.weight, nullptr, outputs, maps.rank));
+    operand.pack(features.get(), rows, maps.rank);
+  }
   multiply<T>(operand, {{.weight = maps.weight, .outputs = outputs, .bias = maps.bias, .rows = rows, .out = y.get()}},
               next);
   torch::stable::parallel_for(0, rows * maps.layers, 16384 / (2 * kv + 1) + 1, [&](int64_t first, int64_t last) {

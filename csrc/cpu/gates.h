@@ -17,7 +17,7 @@ namespace dyndepth {
 constexpr int64_t kGateFacts = 5, kGateNumbers = 5;
 
 // Bits of the last fact: optional parts, in the order in which their tensors come after the norm's gain and the head.
-enum class GateBit { down, up, translator_bias, head_bias, router, maps, maps_bias, maps_variant };
+enum class GateBit { down, up, translator_bias, head_bias, router, maps, maps_bias, maps_variant, maps_down };
 
 template <class T>
 struct Gate {
@@ -50,18 +50,24 @@ std::vector<Gate<T>> read_gates(const std::vector<Tensor>& tensors, const std::v
                  .threshold = static_cast<float>(number[4]),
                  .maps = std::nullopt};
     if (const std::optional<Tensor> weight = given(GateBit::maps)) {
-      const std::optional<Tensor> maps_bias = given(GateBit::maps_bias), variant = given(GateBit::maps_variant);
-      STD_TORCH_CHECK(weight->is_contiguous() && weight->dim() == 4 && weight->size(1) == 2 && weight->size(2) == kv &&
-                          weight->size(3) == width &&
-                          (!maps_bias || (maps_bias->is_contiguous() && maps_bias->dim() == 3 &&
-                                          maps_bias->numel() == weight->size(0) * 2 * kv)) &&
-                          (!variant || (variant->is_contiguous() && variant->numel() == weight->size(0))),
-                      "climb_layers: wanted contiguous K,V maps [layers, 2, ", kv, ", ", width,
-                      "], and bias and variant of as many layers");
+      const std::optional<Tensor> maps_bias = given(GateBit::maps_bias), variant = given(GateBit::maps_variant),
+                                  maps_down = given(GateBit::maps_down);
+      const int64_t rank = maps_down ? maps_down->size(0) : width;
+      STD_TORCH_CHECK(
+          weight->is_contiguous() && weight->dim() == 4 && weight->size(1) == 2 && weight->size(2) == kv &&
+              weight->size(3) == rank &&
+              (!maps_down || (maps_down->is_contiguous() && maps_down->dim() == 2 && maps_down->size(1) == width)) &&
+              (!maps_bias || (maps_bias->is_contiguous() && maps_bias->dim() == 3 &&
+                              maps_bias->numel() == weight->size(0) * 2 * kv)) &&
+              (!variant || (variant->is_contiguous() && variant->numel() == weight->size(0))),
+          "climb_layers: wanted contiguous K,V maps [layers, 2, ", kv, ", ", rank,
+          "], bias and variant of as many layers, and `down` [rank, ", width, "]");
       gate.maps = KvMaps<T>{.weight = weight->const_data_ptr<T>(),
                             .bias = data_or_null<T>(maps_bias),
+                            .down = data_or_null<T>(maps_down),
                             .layers = weight->size(0),
                             .width = width,
+                            .rank = rank,
                             .norm = Norm::rms,
                             .eps = static_cast<float>(number[1]),
                             .variant = data_or_null<int32_t>(variant)};

@@ -26,6 +26,7 @@ def fit(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Shuffling of the texts.")] = 0,
     heads: Annotated[Path | None, typer.Option(help="Exits folder with trained heads (dyndepth train).")] = None,
+    kv_rank: Annotated[int | None, typer.Option(help="Rank of the K,V maps; whole ones without.")] = None,
 ) -> None:
     """Make exits for a model in closed form and save them."""
     from dyndepth.closed_form import fit as run
@@ -37,8 +38,9 @@ def fit(
     trained = None if heads is None else Exits.from_pretrained(heads)
     causal_lm, tokenizer = load(model, dtype)
     exits = run(
-        causal_lm, contents, tokenizer, heads=trained, agreement=agreement, tokens=tokens, own=own, bands=bands, seed=seed
-    )
+        causal_lm, contents, tokenizer, heads=trained, agreement=agreement, tokens=tokens, own=own, bands=bands, seed=seed,
+        kv_rank=kv_rank,
+    )  # fmt: skip
     exits.save_pretrained(output)
     typer.echo(f"wrote {output}")
 

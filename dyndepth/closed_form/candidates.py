@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dyndepth.closed_form import low_rank
 from dyndepth.closed_form.ridge import NormalEquations, solve_best
 from dyndepth.closed_form.trace import Chunk
 from dyndepth.exits import Band, JumpMap, KVMap, TranslatorHead
@@ -51,10 +52,13 @@ class Boundary:
 
 
 class MapFitter:
-    """Accumulates normal equations for all candidate bands in one streaming pass, then solves for their maps."""
+    """Accumulates normal equations for all candidate bands in one streaming pass, then solves for their maps.
 
-    def __init__(self, model: Model, spans: Sequence[Span]) -> None:
-        self.model = model
+    kv_rank: K,V maps are cut to this rank, of bands where that is fewer numbers than whole maps. None: all are whole.
+    """
+
+    def __init__(self, model: Model, spans: Sequence[Span], kv_rank: int | None = None) -> None:
+        self.model, self.kv_rank = model, kv_rank
         self.boundaries = [
             self._boundary(leave, sorted(r for e, r in spans if e == leave)) for leave in sorted({e for e, _ in spans})
         ]
@@ -104,10 +108,7 @@ class MapFitter:
         solved = boundary.solved()
         top = resume == self.model.depth
         weights, error = solved["head", 0] if top else solved["jump", resume]
-        layers = [solved["kv", layer] for layer in range(leave, resume)]
-        kv = KVMap(resume - leave, layers[0][0].shape[1] // 2, self.model.hidden_size)
-        kv.weight.data = torch.stack([w[:-1].T.unflatten(0, (2, -1)) for w, _ in layers]).contiguous()
-        kv.bias.data = torch.stack([w[-1].unflatten(0, (2, -1)) for w, _ in layers]).contiguous()
+        kv, kv_error = self._kv(boundary, range(leave, resume))
         head = jump = None
         if top:
             head = TranslatorHead(self.model.hidden_size, self.model.ready_size, rank=None)
@@ -115,8 +116,30 @@ class MapFitter:
         else:
             jump = JumpMap(self.model.hidden_size)
             jump.weight.data, jump.bias.data = weights[:-1].T.contiguous(), weights[-1].contiguous()
-        errors = {"head" if top else "jump": error, "kv": sum(e for _, e in layers) / len(layers)}
+        errors = {"head" if top else "jump": error, "kv": kv_error}
         return Band(leave, resume, head=head, jump=jump, kv=kv), errors
+
+    def _kv(self, boundary: Boundary, layers: range) -> tuple[KVMap, float]:
+        """Maps of these layers, and the mean of their relative errors."""
+        solved, width = boundary.solved(), self.model.hidden_size
+        weights = torch.cat([solved["kv", layer][0] for layer in layers], dim=1)
+        errors = [solved["kv", layer][1] for layer in layers]
+        kv_width, rank, down = weights.shape[1] // (2 * len(layers)), self.kv_rank, None
+        if rank is not None and low_rank.pays(rank, width, weights.shape[1]):
+            places = [boundary.columns["kv", layer] for layer in layers]
+            columns = torch.cat([torch.arange(place.start, place.stop) for place in places])
+            found = low_rank.cut(weights, boundary.fitting, columns, kv_width, rank)
+            down, up, bias = found.down, found.up, found.bias
+            parts = found.weights.double().split(2 * kv_width, dim=1)
+            errors = [boundary.held_out.error(part, place) for part, place in zip(parts, places, strict=True)]
+        else:
+            up, bias = weights[:-1].T, weights[-1]
+        kv = KVMap(len(layers), kv_width, width, None if down is None else rank)
+        kv.weight.data = up.unflatten(0, (len(layers), 2, kv_width)).contiguous()
+        kv.bias.data = bias.unflatten(0, (len(layers), 2, kv_width)).contiguous()
+        if kv.down is not None and down is not None:
+            kv.down.data = down.contiguous()
+        return kv, sum(errors) / len(errors)
 
     def _boundary(self, leave: int, resumes: list[int]) -> Boundary:
         model, columns, at = self.model, {}, 0

@@ -50,6 +50,7 @@ def fit(
     own: float = 0.5,
     bands: int = 3,
     candidates: Sequence[Span] | None = None,
+    kv_rank: int | None = None,
     new_tokens: int = 128,
     batch: int = 32,
     seed: int = 0,
@@ -84,6 +85,9 @@ def fit(
             over the splits; a prompt is a document, and so is a text, or a section of it where texts are few.
         bands: at most this many bands.
         candidates: spans (leave, resume) to consider; None takes dyndepth.closed_form.candidates.candidate_spans.
+        kv_rank: of the K,V maps, below the model's width: all skipped layers of a band then read one product of the residual
+            with so many rows, which costs less and is less exact (docs/speed-zen5.md). Bands so short that whole maps are fewer
+            numbers keep those. None: whole maps.
         new_tokens, batch: length and number of continuations decoded at once.
         seed: shuffling of the corpus. The same arguments give the same exits.
         progress: print the plan (with the memory it will take) and a progress bar.
@@ -101,6 +105,8 @@ def fit(
     bound, facts = bind(model), facts_of(bind(model))
     trained = _trained(heads, bound)
     spans = _spans(candidates, trained, bound.depth)
+    if kv_rank is not None and not 1 <= kv_rank < bound.hidden_size:
+        raise ArgumentError(f"fit: kv_rank must be in [1, {bound.hidden_size}), the model's width, got {kv_rank}")
     report = Progress(progress)
     if isinstance(texts, Corpus):
         tokens = texts.count()
@@ -112,7 +118,7 @@ def fit(
                 model, texts, tokenizer, prompts, "fit", tokens=tokens, own=own, new_tokens=new_tokens, batch=batch,
                 seed=seed, learned=learned, advance=advance,
             )  # fmt: skip
-        found = fit_maps(bound, data, spans, report, trained)
+        found = fit_maps(bound, data, spans, report, trained, kv_rank)
         fit_sample, tune, test = (Sample.of(model, *data.part(name)) for name in (FIT, TUNE, TEST))
         with report.stage("measuring bands", len(found)) as advance:
             probe(found, fit_sample.head(_PROBE_ROWS), facts, _PROBE_SHARE, lambda: advance(1))
@@ -168,11 +174,12 @@ def _memory_of_residuals(model: Model, tokens: int) -> int:
 
 
 def fit_maps(
-    model: Model, data: Corpus, spans: Sequence[Span], report: Progress, trained: Mapping[int, Head] | None = None
-) -> list[Candidate]:
+    model: Model, data: Corpus, spans: Sequence[Span], report: Progress, trained: Mapping[int, Head] | None = None,
+    kv_rank: int | None = None,
+) -> list[Candidate]:  # fmt: skip
     """Candidate bands with their maps, by regression in one pass over the corpus; `trained` heads replace translators."""
     trained = trained or {}
-    fitter = MapFitter(model, spans)
+    fitter = MapFitter(model, spans, kv_rank)
     pieces = [*data.of(FIT), *data.of(TUNE)]
     total, fitting = sum(p.tokens.shape[0] for p in pieces), data.count(FIT)
     # Rows that can never leave must not weigh in: the first token of a text is an attention sink with a residual a hundred

@@ -60,8 +60,9 @@ def _jump_to_json(jump: Jump) -> dict[str, Any]:
 
 
 def _kv_to_json(kv: KVMap) -> dict[str, int]:
-    layers, _, kv_width, width = kv.weight.shape
-    return {"layers": layers, "kv_width": kv_width, "width": width}
+    layers, _, kv_width, _ = kv.weight.shape
+    found = {"layers": layers, "kv_width": kv_width, "width": kv.width}
+    return found if kv.rank is None else found | {"rank": kv.rank}  # without a rank as before: older versions read it
 
 
 def _head_to_json(head: Any) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def band_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Band:
         threshold=float(entry["threshold"]),
         head=head,
         jump=None if jump is None else _jump(jump),
-        kv=None if kv is None else KVMap(kv["layers"], kv["kv_width"], kv["width"]),
+        kv=None if kv is None else KVMap(kv["layers"], kv["kv_width"], kv["width"], kv.get("rank")),
         decay=None if entry["decay"] is None else Decay(**entry["decay"]),
         shortlist=None if entry["shortlist"] is None else tensors["shortlist"],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dyndepth.errors import ExitsError
 from dyndepth.exits.products import linear
 from dyndepth.ops._math import rms_normalise
 
@@ -90,10 +91,25 @@ def jump_width(jump: Jump) -> int:
 class KVMap(nn.Module):
     """K (before rotation) and V of layers `[leave, resume)` from rms_norm of the residual at `leave` (policy `predict`).
 
-    weight [layers, 2, kv_heads * head_dim, width], bias [layers, 2, kv_heads * head_dim]: what ops.backfill_kv takes.
+    weight [layers, 2, kv_heads * head_dim, rank], bias [layers, 2, kv_heads * head_dim], down [rank, width]: what
+    ops.backfill_kv takes. `rank` None has no `down`: maps read all of the residual, [..., width]. Maps of a low rank hold
+    `(layers * 2 * kv_width + width) * rank` numbers instead of `layers * 2 * kv_width * width`, and K,V of skipped layers are
+    that much cheaper and less exact.
     """
 
-    def __init__(self, layers: int, kv_width: int, width: int) -> None:
+    def __init__(self, layers: int, kv_width: int, width: int, rank: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(layers, 2, kv_width, width), requires_grad=False)
+        if rank is not None and rank < 1:
+            raise ExitsError(f"K,V maps: rank must be at least 1, got {rank}")
+        self.down = None if rank is None else nn.Parameter(torch.zeros(rank, width), requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros(layers, 2, kv_width, width if rank is None else rank), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(layers, 2, kv_width), requires_grad=False)
+
+    @property
+    def width(self) -> int:
+        """Width of the residuals that the maps read."""
+        return self.weight.shape[3] if self.down is None else self.down.shape[1]
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.down is None else self.down.shape[0]

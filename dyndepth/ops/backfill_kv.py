@@ -29,16 +29,18 @@ def backfill_kv(
     sin: Tensor | None = None,
     variant: Tensor | None = None,
     section: Tensor | None = None,
+    down: Tensor | None = None,
 ) -> None:
     """Write K,V of layers `[first_layer, first_layer + layers)` for rows that skip those layers.
 
-    `k, v = split(weight[layer] @ normalise(residual) + bias[layer])`, k rotated; all layers in one product, because the
-    residual, its norm and its rotary angles are the same for all of them.
+    `k, v = split(weight[layer] @ x + bias[layer])`, k rotated, with `x = normalise(residual)`, or `down @ normalise(residual)`
+    where the maps are of low rank; all layers in one product, because the residual, its norm and its rotary angles are the
+    same for all of them.
 
     Args:
         residual: float32, bfloat16 or float16 [n, d], contiguous: what the rows carried when they left.
-        weight: same dtype [layers, 2, kv_heads * head_dim, d], contiguous. Fitted maps (`predict`) or the skipped layers' own
-            W_k, W_v with their norm gains folded in (`propagate`, CALM's state propagation).
+        weight: same dtype [layers, 2, kv_heads * head_dim, rank], contiguous; rank is d without `down`. Fitted maps
+            (`predict`) or the skipped layers' own W_k, W_v with their norm gains folded in (`propagate`, CALM's state propagation).
         bias: same dtype [layers, 2, kv_heads * head_dim].
         norm, eps: `rms` (x / rms(x)), `layer` ((x - mean) / deviation) or `none`; without gain or bias.
         cos, sin: float32 [variants, positions, rotary], contiguous. None: no rotation.
@@ -47,12 +49,15 @@ def backfill_kv(
         pages: [all layers, 2, pages, page_size, kv_heads, head_dim], contiguous, same dtype; **written in place**.
         section: int32 [2] = (begin, count) on the device: only rows `[begin, begin + count)` are written, as many of them as
             there are (out of range is cut off, not an error), e.g. the counts of compact_rows. None: all rows.
+        down: same dtype [rank, d], contiguous: what the maps of all layers read of the normalised residual, rounded to the
+            dtype. Bytes and operations of the maps become `(layers * 2 * kv_heads * head_dim + d) * rank` instead of
+            `layers * 2 * kv_heads * head_dim * d`. None: all of it.
 
     Not differentiable.
     """
     if norm not in NORMS:
         check.fail("backfill_kv", "norm", f"one of {', '.join(NORMS)}", repr(norm))
-    op(residual, weight, bias, NORMS[norm], eps, cos, sin, variant, pos, slots, pages, first_layer, section)
+    op(residual, weight, bias, NORMS[norm], eps, cos, sin, variant, pos, slots, pages, first_layer, section, down)
 
 
 def _check(
@@ -69,6 +74,7 @@ def _check(
     pages: Tensor,
     first_layer: int,
     section: Tensor | None = None,
+    down: Tensor | None = None,
 ) -> None:
     name, device, floats = "backfill_kv", residual.device, (residual.dtype,)
     check.tensor(name, "residual", residual, [None, None], check.FLOATS, device, "n, d")
@@ -76,7 +82,12 @@ def _check(
     rows, width = residual.shape
     _paged.check_pages(name, pages, device, residual.dtype, layers=True)
     kv = pages.shape[4] * pages.shape[5]
-    check.tensor(name, "weight", weight, [None, 2, kv, width], floats, device, "layers, K|V, kv_heads * head_dim, d")
+    axes = "layers, K|V, kv_heads * head_dim, d"
+    if down is not None:
+        check.tensor(name, "down", down, [None, width], floats, device, "rank, d")
+        check.contiguous(name, "down", down)
+        width, axes = down.shape[0], "layers, K|V, kv_heads * head_dim, rank"
+    check.tensor(name, "weight", weight, [None, 2, kv, width], floats, device, axes)
     check.contiguous(name, "weight", weight)
     layers = weight.shape[0]
     if bias is not None:
@@ -108,6 +119,7 @@ def _reference(
     pages: Tensor,
     first_layer: int,
     section: Tensor | None = None,
+    down: Tensor | None = None,
 ) -> None:
     if section is not None:
         row = torch.arange(residual.shape[0], device=residual.device)
@@ -124,6 +136,8 @@ def _reference(
     if norm != NORMS["none"]:
         x = rms_normalise(x, eps)
     x = x.to(residual.dtype)
+    if down is not None:
+        x = torch.nn.functional.linear(x, down)
     for layer in range(weight.shape[0]):
         layer_bias = (None, None) if bias is None else (bias[layer, 0], bias[layer, 1])
         key = torch.nn.functional.linear(x, weight[layer, 0], layer_bias[0]).unflatten(-1, pages.shape[4:])
@@ -142,7 +156,7 @@ def _fake(*_args: object, **_kwargs: object) -> None:
 op = Op(
     "backfill_kv",
     "(Tensor residual, Tensor weight, Tensor? bias, int norm, float eps, Tensor? cos, Tensor? sin, Tensor? variant, "
-    "Tensor pos, Tensor slots, Tensor(a!) pages, int first_layer, Tensor? section=None) -> ()",
+    "Tensor pos, Tensor slots, Tensor(a!) pages, int first_layer, Tensor? section=None, Tensor? down=None) -> ()",
     reference=_reference,
     fake=_fake,
     check=_check,
@@ -166,7 +180,8 @@ def _cpp_provider(
     pages: Tensor,
     first_layer: int,
     section: Tensor | None = None,
+    down: Tensor | None = None,
 ) -> None:
     torch.ops.dyndepth_cpp.backfill_kv(
-        residual, weight, bias, norm, eps, cos, sin, variant, pos, slots, pages, first_layer, section
+        residual, weight, bias, norm, eps, cos, sin, variant, pos, slots, pages, first_layer, section, down
     )

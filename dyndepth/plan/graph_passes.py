@@ -139,8 +139,9 @@ class _GraphPass:
         if self.kv == "predict":
             end = s.layers if one.resume is None else one.resume
             moved = traffic.backfill_kv(
-                one.rows, end - one.leave, s.width, s.kv, s.rotary, item, bias=True, variants=s.tables(one.leave, end)
-            )
+                one.rows, end - one.leave, s.width, s.kv, s.rotary, item, bias=True, variants=s.tables(one.leave, end),
+                rank=one.kv_rank,
+            )  # fmt: skip
             yield Call("backfill_kv", where, moved + COUNTER * 2)
 
     # -- heads and jumps: modules, of all rows ----------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def graph_launches(
         moved([judged for judged in bands if judged <= leave])
         if kv == "predict":
             found.update(counts.backfill_kv(rows, (s.layers if one.resume is None else one.resume) - leave))
+            found.update(counts.ragged_linear(rows, one.kv_rank))
     return +found  # names that nothing starts are not there
 
 

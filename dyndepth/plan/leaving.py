@@ -38,6 +38,7 @@ class Leaving:
         inner: rank of a translator (0: a whole matrix); neurons of the head's or the jump's feed-forward block.
         readout: rank of the translator behind an mlp or block head; None: the norm alone.
         source: the layer that a block head is a copy of, which tells its window.
+        kv_rank: of the K,V maps; 0: they read the whole residual.
     """
 
     leave: int
@@ -54,6 +55,7 @@ class Leaving:
     inner: int = 0
     readout: int | None = None
     source: int = -1
+    kv_rank: int = 0
 
     @property
     def routed(self) -> bool:
@@ -68,7 +70,7 @@ class Leaving:
     @property
     def plain(self) -> bool:
         """Whether rows leave for good through the final norm, judged by the head's statistics or the residual alone."""
-        bare = Leaving(self.leave, self.rows, self.words, self.neurons)
+        bare = Leaving(self.leave, self.rows, self.words, self.neurons, kv_rank=self.kv_rank)
         return self == bare and (self.words > 0 or self.neurons > 0)
 
     @classmethod
@@ -95,6 +97,7 @@ class Leaving:
             carried=_PATIENCE if isinstance(criterion, Patience) else (),
             resume=None if band.resume == layers else band.resume, head=head or "norm", jump=jump, inner=inner, readout=readout,
             source=made.source if isinstance(made, BlockHead) else -1,
+            kv_rank=0 if band.kv is None else band.kv.rank or 0,
         )  # fmt: skip
 
 

@@ -99,6 +99,7 @@ def _backfill_kv(a: _Given) -> Traffic:
     return traffic.backfill_kv(
         len(slots), len(a["weight"]), residual.shape[1], 2 * a["weight"].shape[2], a.rotary, residual.element_size(),
         bias=a["bias"] is not None, variants=variants, stored=int((slots >= 0).sum()),
+        rank=0 if a["down"] is None else len(a["down"]),
     )  # fmt: skip
 
 

@@ -127,8 +127,9 @@ class _Pass:
             yield self._norm(where, one.rows)
         if self.kv == "predict":
             moved = traffic.backfill_kv(
-                one.rows, s.layers - one.leave, s.width, s.kv, s.rotary, item, bias=True, variants=s.tables(one.leave, s.layers)
-            )
+                one.rows, s.layers - one.leave, s.width, s.kv, s.rotary, item, bias=True,
+                variants=s.tables(one.leave, s.layers), rank=one.kv_rank,
+            )  # fmt: skip
             yield Call("backfill_kv", where, moved)
 
     def _propagate(self, begin: int) -> Iterator[Call]:

@@ -22,6 +22,7 @@ class Exit:
     Args:
         head: weights of the exit head (an early exit) or of the jump map (a band that resumes); 0 for the norm alone.
         words: vocabulary words that judging looks at; 0 where a router needs no logits.
+        kv_rank: of the K,V maps; 0: they read the whole residual.
     """
 
     leave: int
@@ -29,6 +30,7 @@ class Exit:
     rate: float
     head: int = 0
     words: int = 0
+    kv_rank: int = 0
 
     def __post_init__(self) -> None:
         name = f"exit at {self.leave}"
@@ -36,8 +38,9 @@ class Exit:
             raise ArgumentError(f"{name}: wanted 1 <= leave < resume, got resume {self.resume}")
         if not 0 <= self.rate <= 1:
             raise ArgumentError(f"{name}: rate must be in [0, 1], got {self.rate}")
-        if self.head < 0 or self.words < 0:
-            raise ArgumentError(f"{name}: head and words must not be negative, got {self.head}, {self.words}")
+        if min(self.head, self.words, self.kv_rank) < 0:
+            got = f"{self.head}, {self.words}, {self.kv_rank}"
+            raise ArgumentError(f"{name}: head, words and kv_rank must not be negative, got {got}")
 
 
 def check(exits: Sequence[Exit], layers: int) -> tuple[Exit, ...]:
@@ -124,7 +127,8 @@ def _sized(band: Band, layers: int, vocab: int) -> Exit:
     words = 0
     if band.criterion.needs_logits:
         words = vocab if band.shortlist is None else band.shortlist.shape[0]
-    return Exit(band.leave, band.resume, 0.0, head=weights, words=words)
+    rank = 0 if band.kv is None else band.kv.rank or 0
+    return Exit(band.leave, band.resume, 0.0, head=weights, words=words, kv_rank=rank)
 
 
 def recorded_work(exits: Exits) -> float | None:

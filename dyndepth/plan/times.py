@@ -65,7 +65,8 @@ class Times:
 
     def leave(self, one: Exit, heads: str, n: int) -> float:
         """What n rows that leave cost: K,V of skipped layers in one product, and a head or jump that judging did not run."""
-        weights = (one.resume - one.leave) * self.shape.kv * self.shape.width
+        maps, width = (one.resume - one.leave) * self.shape.kv, self.shape.width
+        weights = maps * width if one.kv_rank == 0 else (maps + width) * one.kv_rank
         seconds = self.machine.product(weights, n) + self._ops(BACKFILL_OPS, n)
         if one.resume < self.shape.layers or (heads == "B" and not one.words):
             seconds += self.machine.product(one.head, n)
@@ -102,7 +103,7 @@ class Times:
 
 
 def _key(one: Exit) -> tuple[int, ...]:
-    return one.leave, one.resume, one.head, one.words
+    return one.leave, one.resume, one.head, one.words, one.kv_rank
 
 
 def chances(rows: int, share: float) -> np.ndarray:

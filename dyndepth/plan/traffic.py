@@ -113,20 +113,22 @@ def router_score(rows: int, neurons: int, width: int, item: int, *, cosine: bool
 
 def backfill_kv(
     rows: int, layers: int, width: int, kv: int, rotary: int, item: int, *, bias: bool = False, variants: int = 0,
-    stored: int | None = None,
+    stored: int | None = None, rank: int = 0,
 ) -> Traffic:  # fmt: skip
     """K,V of `layers` layers for rows that skip them.
 
     Args:
         variants: rotary tables that the layers use; 0 where there is one.
         stored: rows that have a slot, all if None: the others' keys and values are computed, not turned and written nowhere.
+        rank: of maps that read a product of the residual; 0 where they read the residual itself.
     """
     if rows == 0:
         return Traffic(0)
     stored = rows if stored is None else stored
-    weights = layers * kv * (width + bias) * item + (layers * _INT if variants else 0)
+    maps = layers * kv * (rank or width) + rank * width
+    weights = (maps + layers * kv * bias) * item + (layers * _INT if variants else 0)
     moved = rows * (width * item + 2 * _INT) + stored * (layers * kv * item + max(1, variants) * 2 * rotary * _FLOAT)
-    return Traffic(weights + moved, 2 * rows * layers * kv * width)
+    return Traffic(weights + moved, 2 * rows * maps)
 
 
 def compact_rows(rows: int, payload: int) -> Traffic:

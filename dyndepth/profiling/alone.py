@@ -170,7 +170,7 @@ def _boundary(session: Session, band: Band, rows: Rows, context: Context) -> lis
                 [
                     lambda: backfill_kv(
                         hidden, kv.weight, rows.pos, rows.slots, context.pages, band.leave, bias=kv.bias, cos=context.cos,
-                        sin=context.sin, variant=plan.propagation.variants(band.leave, band.resume),
+                        sin=context.sin, variant=plan.propagation.variants(band.leave, band.resume), down=kv.down,
                     )
                 ],
             )

@@ -103,7 +103,8 @@ class Climb:
         goes_on = kv_policy in _GOES_ON and not rows.carried and cpp_allowed(*REPLACED)  # what rows carry, Python moves
         for stop in self.stops:
             band, kv = stop.band, stop.band.kv
-            maps = (kv.weight, kv.bias, stop.tables) if goes_on and kv_policy == "predict" and kv is not None else ()
+            filled = goes_on and kv_policy == "predict"
+            maps = (kv.weight, kv.bias, stop.tables, kv.down) if filled and kv is not None else ()
             own_tensors, own_facts, own_numbers = stop.judge.parts(maps)
             tensors += own_tensors
             facts += (stop.boundary - begin, *own_facts)

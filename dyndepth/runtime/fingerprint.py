@@ -107,7 +107,9 @@ def _check_widths(band: Band, model: Model) -> None:
     if band.jump is not None:
         wanted["jump"] = [width], [jump_width(band.jump)]
     if band.kv is not None:
-        wanted["K,V maps"] = [band.resume - band.leave, 2, kv_width, width], list(band.kv.weight.shape)
+        rank = width if band.kv.rank is None else band.kv.rank
+        wanted["K,V maps"] = [band.resume - band.leave, 2, kv_width, rank], list(band.kv.weight.shape)
+        wanted["K,V maps' residuals"] = [width], [band.kv.width]
     if band.router is not None:
         wanted["router"] = [width], list(band.router.weight1.shape[1:])
     if isinstance(band.head, TranslatorHead):

@@ -259,7 +259,7 @@ class _Pass:
             backfill_kv(
                 rows.hidden[leaving], band.kv.weight, rows.pos[leaving], rows.slots[leaving], self.context.pages, band.leave,
                 bias=band.kv.bias, cos=self.context.cos, sin=self.context.sin,
-                variant=plan.propagation.variants(band.leave, band.resume),
+                variant=plan.propagation.variants(band.leave, band.resume), down=band.kv.down,
             )  # fmt: skip
 
     def _release(self, band: Band, block: Block | None, leaves: Tensor, ready: Tensor | None) -> None:

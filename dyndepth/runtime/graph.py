@@ -184,7 +184,7 @@ class _GraphPass:
             backfill_kv(
                 self.hidden, band.kv.weight, self.pos, self.slots, self.context.pages, band.leave,
                 bias=band.kv.bias, cos=self.context.cos, sin=self.context.sin,
-                variant=plan.propagation.variants(band.leave, band.resume), section=counts,
+                variant=plan.propagation.variants(band.leave, band.resume), section=counts, down=band.kv.down,
             )  # fmt: skip
 
     def _judge(self, band: Band, block: Block | None) -> tuple[Tensor, Tensor | None]:

@@ -62,7 +62,7 @@ class Judge:
     def parts(self, maps: Sequence[Tensor | None] = ()) -> tuple[list[Tensor], list[int], list[float]]:
         """Tensors, facts and numbers as climb_layers takes them; a bit of the last fact per part that may be missing.
 
-        maps: weight and bias of K,V maps, and the rotary tables of their layers, for rows that leave. Empty: none.
+        maps: weight and bias of K,V maps, the rotary tables of their layers and `down`, for rows that leave. Empty: none.
         """
         t = self.translator
         optional_parts = [*((None, None, None) if t is None else (t.down, t.up, t.bias)), self.head[1]]

@@ -169,5 +169,6 @@ EDGES: dict[str, list[Case]] = {
         *_shapes(lambda p, padding: backfill(p, 24, 2, p.head_dim // 2, padding=padding, variants=2)),
         Case("padding_partial", backfill(Paged(7, 4, 2, 20), 50, 3, 5, padding=True)),
         Case("shifted", shifted(backfill(Paged(11, 4, 2, 20), 50, 3, 10, variants=2, section=(4, 3)))),
+        Case("shifted_low_rank", shifted(backfill(Paged(11, 4, 2, 20), 50, 3, 10, section=(4, 3), rank=7))),
     ],
 }  # fmt: skip

@@ -254,6 +254,7 @@ def backfill(
     variants: int = 1,
     padding: bool = False,
     section: tuple[int, int] | None = None,
+    rank: int = 0,
 ) -> Callable[..., Arguments]:
     def make(dtype: torch.dtype, generator: torch.Generator) -> Arguments:
         seq, pos, table, pages = p.layout(generator)
@@ -261,7 +262,7 @@ def backfill(
         cos, sin = p.tables(generator, rotary, variants) if rotary else (None, None)
         return {
             "residual": _normal(generator, dtype, p.rows, width, scale=3.0),
-            "weight": _normal(generator, dtype, layers, 2, kv, width, scale=width**-0.5),
+            "weight": _normal(generator, dtype, layers, 2, kv, rank or width, scale=(rank or width) ** -0.5),
             "bias": _normal(generator, dtype, layers, 2, kv) if bias else None,
             "norm": norm,
             "eps": 1e-5,
@@ -273,6 +274,7 @@ def backfill(
             "pages": _normal(generator, dtype, layers + 2, 2, pages, p.page_size, p.kv_heads, p.head_dim),
             "first_layer": 1,
             "section": None if section is None else torch.tensor(section, dtype=torch.int32),
+            "down": _normal(generator, dtype, rank, width, scale=width**-0.5) if rank else None,
         }
 
     return make

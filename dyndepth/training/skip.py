@@ -73,6 +73,8 @@ class SkipStudent(nn.Module):
         gone = nn.utils.rnn.pad_sequence(list(away.split(batch.lengths)), batch_first=True)
         cos, sin = model.rotary_tables(left.shape[1])
         x = rms_normalise(left, EPS).to(left.dtype)
+        if maps.kv.down is not None:
+            x = nn.functional.linear(x, maps.kv.down)
         hidden = left
         for at in range(maps.leave, model.depth):
             layer = model.layers[at]
