@@ -54,13 +54,13 @@ def main(folder: Path) -> None:
         texts = sections(encode(prose(), tokenizer), 256)
         text = deal([], text_pieces(texts, 1 << 20, 256), bound.hidden_size, 0)
         fitting = _alternating(own.of(FIT), text.of(FIT))
-        maps = {name: _maps(folder / f"maps-{count}.pt", bound, _first(fitting, count), report)
+        maps = {name: _maps(folder / f"maps-{count}.pt", bound, first_tokens(fitting, count), report)
                 for name, count in (("predict, 16k tokens", FEW), ("predict, 64k tokens", MANY))}  # fmt: skip
-        tuning = _judged(_alternating(own.of(TUNE), text.of(TUNE)), _TEST_ROWS)
-        tuned = _tuned(folder, bound, maps["predict, 64k tokens"], _first(fitting, MANY), tuning, report)
+        tuning = judged_rows(_alternating(own.of(TUNE), text.of(TUNE)), _TEST_ROWS)
+        tuned = _tuned(folder, bound, maps["predict, 64k tokens"], first_tokens(fitting, MANY), tuning, report)
         maps["predict, 64k tokens, tuned"] = tuned
         rows: list[dict[str, Any]] = []
-        tests = {"unseen text": _judged(text.of(TEST), _TEST_ROWS), "own answers": _judged(own.of(TEST), _TEST_ROWS)}
+        tests = {"unseen text": judged_rows(text.of(TEST), _TEST_ROWS), "own answers": judged_rows(own.of(TEST), _TEST_ROWS)}
         total = len(tests) * len(SHARES) * (len(EXITS) * 3 + len(TUNED))
         with report.stage("measuring", total) as advance:
             for kind, pieces in tests.items():
@@ -97,7 +97,7 @@ def _alternating(one: Sequence[Piece], other: Sequence[Piece]) -> list[Piece]:
     return [piece for pair in zip(one, other, strict=False) for piece in pair] + list(one[len(other) :])
 
 
-def _first(pieces: Sequence[Piece], tokens: int) -> list[Piece]:
+def first_tokens(pieces: Sequence[Piece], tokens: int) -> list[Piece]:
     taken, count = [], 0
     for piece in pieces:
         if count >= tokens:
@@ -107,7 +107,7 @@ def _first(pieces: Sequence[Piece], tokens: int) -> list[Piece]:
     return taken
 
 
-def _judged(pieces: Sequence[Piece], rows: int) -> list[Piece]:
+def judged_rows(pieces: Sequence[Piece], rows: int) -> list[Piece]:
     taken, count = [], 0
     for piece in pieces:
         if count >= rows:

@@ -40,7 +40,8 @@ def backfill_kv(
     Args:
         residual: float32, bfloat16 or float16 [n, d], contiguous: what the rows carried when they left.
         weight: same dtype [layers, 2, kv_heads * head_dim, rank], contiguous; rank is d without `down`. Fitted maps
-            (`predict`) or the skipped layers' own W_k, W_v with their norm gains folded in (`propagate`, CALM's state propagation).
+            (`predict`) or the skipped layers' own W_k, W_v with their norm gains folded in (`propagate`, CALM's state
+            propagation).
         bias: same dtype [layers, 2, kv_heads * head_dim].
         norm, eps: `rms` (x / rms(x)), `layer` ((x - mean) / deviation) or `none`; without gain or bias.
         cos, sin: float32 [variants, positions, rotary], contiguous. None: no rotation.
