@@ -29,6 +29,7 @@ class Forced(Criterion):
 
     kind: ClassVar[str] = "forced"
     scored: ClassVar[bool] = False
+    known: ClassVar[bool] = True
     leaving: Tensor | None = None  # bool [steps, sequences]
 
     def leaves(self, view: View, threshold: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from dyndepth.closed_form.ridge import NormalEquations, solve_best
 from dyndepth.data import FIT, TEST, Piece
 from dyndepth.demo.weights import load_model
 from dyndepth.exits import Band, Exits, KVMap
-from dyndepth.exits.maps import EPS
+from dyndepth.exits.products import EPS
 from dyndepth.files import replacing
 from dyndepth.ops._math import rms_normalise
 from dyndepth.ops._paged import rotate

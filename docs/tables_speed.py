@@ -168,12 +168,13 @@ def kv_ranks_zen5(results: Path) -> str:
     for row in found["rows"]:
         times = [[1e6 * each for each in row["seconds"][count]] for count in counts]
         lines.append(
-            f"| {row['exit']} | {'whole' if row['rank'] is None else row['rank']} | {row['numbers'] / 1e6:.2f} | {row['kl']:.4f} "
+            f"| {row['exit']} | {row['rank'] or 'whole'} | {row['numbers'] / 1e6:.2f} | {row['kl']:.4f} "
             f"| {row['agreement']:.1%} | " + " | ".join(f"{m:.0f} ({low:.0f}–{high:.0f})" for m, low, high in times) + " |"
         )
     text = (
-        f"{found['model']}, {found['dtype']}; {found['share']:.0%} of the rows leave by lot; KL(full ‖ dynamic) in nats and agreement "
-        f"with full depth of the {found['rows'][0]['rows']} judged rows that stay; ridge on {found['fitted_on_tokens']} tokens. "
+        f"{found['model']}, {found['dtype']}; {found['share']:.0%} of the rows leave by lot; KL(full ‖ dynamic) in nats and "
+        f"agreement with full depth of the {found['rows'][0]['rows']} judged rows that stay; ridge on "
+        f"{found['fitted_on_tokens']} tokens. "
         f"Seconds of one `backfill_kv` of 20 and 10 layers, caches evicted, median of {found['rounds']} rounds in turn. "
     )
     return "\n".join([*lines, "", text + machine(found), ""])

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -38,3 +39,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def climbs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[int], int]]:
+    """(begin, end, boundaries judged, boundary reached) of every climb."""
+    from dyndepth.runtime.climb import Climb
+
+    seen: list[tuple[int, int, list[int], int]] = []
+    original = Climb.run
+
+    def watched(self: Climb, *given: Any) -> Any:
+        climbed = original(self, *given)
+        seen.append((self.begin, self.end, [stop.boundary for stop in self.stops], climbed.boundary))
+        return climbed
+
+    monkeypatch.setattr(Climb, "run", watched)
+    return seen

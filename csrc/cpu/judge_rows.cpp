@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <memory>
 #include <tuple>
 
 #include "exit_stats.h"
@@ -59,7 +60,7 @@ int64_t leave(const Verdict& verdict, int64_t rows) {
 template <class T>
 Judge<T> judge_of(int64_t width, const Tensor& gain, int64_t style, double eps, const std::optional<Tensor>& down,
                   const std::optional<Tensor>& up, const std::optional<Tensor>& bias, double translator_eps,
-                  const Tensor& head, const std::optional<Tensor>& head_bias, double softcap,
+                  const std::optional<Tensor>& head, const std::optional<Tensor>& head_bias, double softcap,
                   const std::vector<Tensor>& router_weights, bool silu, double router_eps, int64_t kind) {
   Judge<T> made{.width = width,
                 .gain = gain.const_data_ptr<T>(),
@@ -70,30 +71,65 @@ Judge<T> judge_of(int64_t width, const Tensor& gain, int64_t style, double eps, 
                 .bias = data_or_null<T>(bias),
                 .rank = up.has_value() ? up->size(1) : 0,
                 .translator_eps = static_cast<float>(translator_eps),
-                .head = head.const_data_ptr<T>(),
+                .head = data_or_null<T>(head),
                 .head_bias = data_or_null<T>(head_bias),
-                .vocabulary = head.size(0),
+                .vocabulary = head.has_value() ? head->size(0) : 0,
                 .softcap = static_cast<float>(softcap),
                 .router = {},
                 .kind = static_cast<JudgeKind>(kind)};
-  if (made.kind == JudgeKind::router)
+  if (made.kind == JudgeKind::router || made.kind == JudgeKind::residual)
     made.router = {router_weights[0].const_data_ptr<float>(),
                    router_weights[1].const_data_ptr<float>(),
                    router_weights[2].const_data_ptr<float>(),
                    router_weights[3].const_data_ptr<float>(),
                    nullptr,
-                   router_weights[4].const_data_ptr<float>(),
+                   router_weights.size() > 4 ? router_weights[4].const_data_ptr<float>() : nullptr,
                    width,
                    router_weights[0].size(0),
-                   4,
+                   router_weights.size() > 4 ? 4 : 0,
                    static_cast<float>(router_eps),
                    silu};
   return made;
 }
 
+namespace {
+
+// Scores that need no head: what a router makes of residuals, or what has been decided.
+template <class T>
+void score_without_head(const Judge<T>& j, const T* hidden, int64_t rows, const Verdict& verdict) {
+  if (j.kind == JudgeKind::known) {
+    for (int64_t row = 0; row < rows; ++row)
+      verdict.score[row] = static_cast<float>(verdict.known[row] >> verdict.bit & 1);
+    return;
+  }
+  torch::stable::parallel_for(0, rows, 65536 / (j.width * j.router.hidden + 1) + 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(j.width);
+    for (int64_t row = begin; row < end; ++row)
+      verdict.score[row] = score_row<T>(j.router, hidden + row * j.width, nullptr, nullptr, scratch.data());
+  });
+}
+
+// Head-ready rows of those that leave, where judging did not need them.
+template <class T>
+void ready_of_leavers(const Judge<T>& j, const T* hidden, int64_t rows, int64_t left, const int8_t* state, T* ready) {
+  const auto leavers = std::make_unique_for_overwrite<T[]>(left * j.width);
+  T* to = leavers.get();
+  for (int64_t row = 0; row < rows; ++row)
+    if (state[row] == 1) to = std::copy_n(hidden + row * j.width, j.width, to);
+  make_ready(j, leavers.get(), left, ready);
+}
+
+}  // namespace
+
 template <class T>
 int64_t judge(const Judge<T>& j, const T* hidden, int64_t rows, const Verdict& verdict, T* ready,
               const Upcoming& next) {
+  if (!j.reads_head()) {
+    score_without_head(j, hidden, rows, verdict);
+    const int64_t left = leave(verdict, rows);
+    if (ready != nullptr && left > 0) ready_of_leavers(j, hidden, rows, left, verdict.state, ready);
+    return left;
+  }
   if (rows > 0) {
     make_ready(j, hidden, rows, ready);
     Operand<T> operand;
@@ -118,6 +154,8 @@ int64_t judge(const Judge<T>& j, const T* hidden, int64_t rows, const Verdict& v
         case JudgeKind::entropy:
           score = -found.entropy;
           break;
+        default:  // reads no head
+          break;
       }
     }
   }
@@ -128,10 +166,11 @@ int64_t judge(const Judge<T>& j, const T* hidden, int64_t rows, const Verdict& v
   return left;
 }
 
-#define DYN_JUDGE(T)                                                                                                   \
-  template Judge<T> judge_of(int64_t, const Tensor&, int64_t, double, const std::optional<Tensor>&,                    \
-                             const std::optional<Tensor>&, const std::optional<Tensor>&, double, const Tensor&,        \
-                             const std::optional<Tensor>&, double, const std::vector<Tensor>&, bool, double, int64_t); \
+#define DYN_JUDGE(T)                                                                                \
+  template Judge<T> judge_of(int64_t, const Tensor&, int64_t, double, const std::optional<Tensor>&, \
+                             const std::optional<Tensor>&, const std::optional<Tensor>&, double,    \
+                             const std::optional<Tensor>&, const std::optional<Tensor>&, double,    \
+                             const std::vector<Tensor>&, bool, double, int64_t);                    \
   template int64_t judge(const Judge<T>&, const T*, int64_t, const Verdict&, T*, const Upcoming&);
 DYN_JUDGE(float)
 DYN_JUDGE(BFloat16)
@@ -152,6 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> judge_rows(
   STD_TORCH_CHECK(hidden.is_contiguous() && may_leave.is_contiguous() && may_leave.size(0) >= rows && total >= rows &&
                       (!thresholds.has_value() || (thresholds->is_contiguous() && thresholds->size(0) == rows)),
                   "judge_rows: wanted contiguous hidden, thresholds and may_leave of every row");
+  STD_TORCH_CHECK(kind <= static_cast<int64_t>(JudgeKind::entropy), "judge_rows: wanted a judge that reads the head");
   Tensor scores = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
   Tensor state = torch::stable::new_empty(hidden, {total}, ScalarType::Char);
   Tensor ready = torch::stable::new_empty(hidden, hidden.sizes());
@@ -163,6 +203,8 @@ std::tuple<Tensor, Tensor, Tensor> judge_rows(
     const Verdict verdict{.threshold = static_cast<float>(threshold),
                           .thresholds = data_or_null<float>(thresholds),
                           .may_leave = may_leave.const_data_ptr<bool>(),
+                          .known = nullptr,
+                          .bit = 0,
                           .total = total,
                           .score = scores.mutable_data_ptr<float>(),
                           .state = state.mutable_data_ptr<int8_t>()};

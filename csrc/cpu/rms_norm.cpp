@@ -22,12 +22,13 @@ template void rms_norm(const Half*, Half*, int64_t, int64_t, const Half*, NormSt
 
 namespace {
 
-// For the runtime's own norms (dyndepth/runtime/norms.py); x and gain are contiguous and of one dtype.
-Tensor rms_norm_op(const Tensor& x, const Tensor& gain, int64_t style, double eps) {
+// For the runtime's own norms (dyndepth/runtime/norms.py, exits/products.py); x and gain, if there is one, are
+// contiguous and of one dtype.
+Tensor rms_norm_op(const Tensor& x, const std::optional<Tensor>& gain, int64_t style, double eps) {
   Tensor y = torch::stable::new_empty(x, x.sizes());
   dispatch_float(x.scalar_type(), "rms_norm", [&](auto element) {
     using T = decltype(element);
-    rms_norm(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), x.size(0), x.size(1), gain.const_data_ptr<T>(),
+    rms_norm(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), x.size(0), x.size(1), data_or_null<T>(gain),
              static_cast<NormStyle>(style), static_cast<float>(eps));
   });
   return y;
@@ -36,7 +37,7 @@ Tensor rms_norm_op(const Tensor& x, const Tensor& gain, int64_t style, double ep
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dyndepth_cpp, library) {
-  library.def("rms_norm(Tensor x, Tensor gain, int style, float eps) -> Tensor");
+  library.def("rms_norm(Tensor x, Tensor? gain, int style, float eps) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(dyndepth_cpp, CPU, library) { library.impl("rms_norm", TORCH_BOX(&rms_norm_op)); }
 

@@ -12,7 +12,7 @@ from dyndepth.closed_form import low_rank
 from dyndepth.closed_form.ridge import NormalEquations, solve_best
 from dyndepth.closed_form.trace import Chunk
 from dyndepth.exits import Band, JumpMap, KVMap, TranslatorHead
-from dyndepth.exits.maps import EPS
+from dyndepth.exits.products import EPS
 from dyndepth.ops._math import rms_normalise
 from dyndepth.runtime.bind import Model
 

@@ -19,6 +19,7 @@ class Lottery(Criterion):
 
     kind: ClassVar[str] = "lottery"
     scored: ClassVar[bool] = False
+    known: ClassVar[bool] = True
     share: float = 0.3
     number: int = 0
     seed: int = 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.exits import Router
-from dyndepth.exits.maps import EPS
+from dyndepth.exits.products import EPS
 from dyndepth.exits.router import stat_features
 from dyndepth.ops import ExitStats
 from dyndepth.ops._math import rms_normalise

@@ -63,6 +63,8 @@ class Criterion:
     scored: ClassVar[bool] = True
     #: Boundaries below whose bands it wants to know of every row, whether it skipped them (`View.skipped`).
     history: ClassVar[tuple[int, ...]] = ()
+    #: Says who leaves from sequence, step and asked depth alone, so that it can be asked before the pass.
+    known: ClassVar[bool] = False
     #: Leaves something with the rows for later boundaries.
     carries: ClassVar[bool] = False
     #: The highest score there can be: a threshold there closes the band but for perfect scores.
@@ -212,6 +214,7 @@ class FixedDepth(Criterion):
 
     kind: ClassVar[str] = "fixed_depth"
     scored: ClassVar[bool] = False
+    known: ClassVar[bool] = True
 
     def leaves(self, view: View, threshold: Tensor) -> Tensor:
         if view.depth is None:
@@ -228,6 +231,7 @@ class Schedule(Criterion):
 
     kind: ClassVar[str] = "schedule"
     scored: ClassVar[bool] = False
+    known: ClassVar[bool] = True
     first: int = 0
     last: int = 0
     length: int = 1
@@ -250,6 +254,7 @@ class Always(Criterion):
 
     kind: ClassVar[str] = "always"
     scored: ClassVar[bool] = False
+    known: ClassVar[bool] = True
 
     def leaves(self, view: View, threshold: Tensor) -> Tensor:
         return torch.ones_like(view.seq, dtype=torch.bool)

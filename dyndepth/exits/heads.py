@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyndepth.exits.maps import EPS
-from dyndepth.exits.products import linear
-from dyndepth.ops._math import rms_normalise
+from dyndepth.exits.products import linear, normed
 
 Finish = Callable[[Tensor], Tensor]
 
@@ -43,7 +41,7 @@ class TranslatorHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ready), requires_grad=False)
 
     def forward(self, hidden: Tensor, finish: Finish) -> Tensor:
-        x = rms_normalise(hidden, EPS).to(hidden.dtype)
+        x = normed(hidden)
         if self.down is not None:
             x = linear(x, self.down)
         return linear(x, self.up, self.bias, finish(hidden))
@@ -65,7 +63,7 @@ class MlpHead(nn.Module):
 
     def stream(self, hidden: Tensor) -> Tensor:
         """The residual after the feed-forward block."""
-        x = rms_normalise(hidden, EPS).to(hidden.dtype)
+        x = normed(hidden)
         return linear(nn.functional.silu(linear(x, self.up)), self.down, residual=hidden)
 
     def forward(self, hidden: Tensor, finish: Finish) -> Tensor:

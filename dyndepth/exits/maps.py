@@ -6,11 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndepth.errors import ExitsError
-from dyndepth.exits.products import linear
-from dyndepth.ops._math import rms_normalise
-
-#: Epsilon of the gain-free RMSNorm in front of every fitted map.
-EPS = 1e-6
+from dyndepth.exits.products import linear, normed
 
 
 class JumpMap(nn.Module):
@@ -29,10 +25,10 @@ class JumpMap(nn.Module):
 
     def change(self, hidden: Tensor) -> Tensor:
         """What is added to the residual."""
-        return linear(rms_normalise(hidden, EPS).to(hidden.dtype), self.weight, self.bias)
+        return linear(normed(hidden), self.weight, self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.change(hidden)
+        return linear(normed(hidden), self.weight, self.bias, residual=hidden)
 
 
 class MlpJump(nn.Module):
@@ -50,7 +46,7 @@ class MlpJump(nn.Module):
         self.down = nn.Parameter(torch.zeros(width, inner), requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        x = rms_normalise(hidden, EPS).to(hidden.dtype)
+        x = normed(hidden)
         return self.linear(hidden) + linear(nn.functional.silu(linear(x, self.up)), self.down)
 
 
@@ -74,7 +70,7 @@ class AdapterJump(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         stream = hidden
         for gate, up, down in zip(self.gate, self.up, self.down, strict=True):
-            x = rms_normalise(stream, EPS).to(hidden.dtype)
+            x = normed(stream)
             stream = stream + linear(nn.functional.silu(linear(x, gate)) * linear(x, up), down)
         return stream if self.linear is None else stream + self.linear.change(hidden)
 

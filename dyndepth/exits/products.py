@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dyndepth.ops import ragged_linear
+from dyndepth.ops._math import rms_normalise
 from dyndepth.ops.ragged_linear import pays
+
+#: Epsilon of the gain-free RMSNorm in front of every fitted map.
+EPS = 1e-6
+
+
+def normed(hidden: Tensor) -> Tensor:
+    """`hidden / rms(hidden)` in its dtype, what fitted maps read; in one call, with a row's bits its own, where that pays."""
+    if pays(hidden, hidden):
+        return torch.ops.dyndepth_cpp.rms_norm(hidden, None, 0, EPS)
+    return rms_normalise(hidden, EPS).to(hidden.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

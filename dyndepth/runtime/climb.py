@@ -7,17 +7,19 @@ policies that only Python knows, where a row leaves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dyndepth.exits import Band
+from dyndepth.exits import Band, JumpMap
+from dyndepth.exits.criteria import View
 from dyndepth.op import cpp_allowed
+from dyndepth.ops import ExitStats
 from dyndepth.runtime import judge
-from dyndepth.runtime.judge import Judge
+from dyndepth.runtime.judge import KNOWN, Judge
 from dyndepth.runtime.layer import Context
 from dyndepth.runtime.pass_plan import Plan
 from dyndepth.runtime.rows import Rows
@@ -26,6 +28,8 @@ from dyndepth.runtime.stack import Stack
 #: K,V policies under which C++ does all that is to do where rows leave, and the ops that it then stands for.
 _GOES_ON = ("predict", "propagate")
 REPLACED = ("compact_rows", "backfill_kv")
+#: Boundaries that one call judges at most: what is known of a row before the pass is bits of a number.
+_BITS = 62
 
 #: Who wants spans apart now, in any thread: timers time the process.
 _wishes: list[object] = []
@@ -48,12 +52,14 @@ class Climbed:
 
     #: The boundary where the rows are that did not leave.
     boundary: int
-    #: Bands that rows left by, lowest first, with how many did and their head-ready rows in order. Those rows lie where
-    #: `Rows` has them: behind the live ones, the latest first.
+    #: Bands that rows left by, lowest first, with how many did and, in order, their head-ready rows or, where they come back,
+    #: their places in the caller's order. Those rows lie where `Rows` has them: behind the live ones, the latest first; but
+    #: those whose boundary lies below `boundary` have come back, as have those at it, unless that is the end of the call.
     left: list[tuple[Band, int, Tensor]]
     #: States and head-ready rows, as a Judge gives them, where rows want to leave at `boundary` and were not moved.
     decided: tuple[Tensor, Tensor] | None = None
-    #: Head-ready rows of everybody in the caller's order, where the climb took all rows from the first layer to the last.
+    #: Head-ready rows of everybody in the caller's order, where the climb took all rows from the first layer to the last, or
+    #: as high as anybody goes.
     home: Tensor | None = None
 
 
@@ -82,12 +88,12 @@ class Climb:
     #: Gain, style and eps of the final norm, where the climb can end above the last layer and C++ knows the norm.
     final: tuple[Tensor, int, float] | None
 
-    def run(self, rows: Rows, carried: int, context: Context, kv_policy: str) -> Climbed:
+    def run(self, plan: Plan, rows: Rows, carried: int, context: Context) -> Climbed:
         """Rows `[0, live)` go up, rows `[live, carried)` get their K,V.
 
-        Those that leave get theirs and are moved behind the others, which go on, if C++ knows how under `kv_policy`.
+        Those that leave get theirs and are moved behind the others, which go on, if C++ knows how under the K,V policy.
         """
-        stack, begin, end = self.stack, self.begin, self.end
+        stack, begin, end, kv_policy = self.stack, self.begin, self.end, plan.kv_policy
         hidden = rows.hidden if carried == len(rows) else rows.hidden[:carried]
         shared = (
             hidden, context.pages, context.block_table, rows.seq, rows.pos, rows.slots, context.cos, context.sin, self.weights,
@@ -101,28 +107,57 @@ class Climb:
         facts: list[int] = []
         numbers: list[float] = []
         goes_on = kv_policy in _GOES_ON and not rows.carried and cpp_allowed(*REPLACED)  # what rows carry, Python moves
-        for stop in self.stops:
-            band, kv = stop.band, stop.band.kv
+        known = _known(plan, self.stops, rows)
+        for number, stop in enumerate(self.stops):
+            band, kv, jump = stop.band, stop.band.kv, stop.band.jump
             filled = goes_on and kv_policy == "predict"
             maps = (kv.weight, kv.bias, stop.tables, kv.down) if filled and kv is not None else ()
-            own_tensors, own_facts, own_numbers = stop.judge.parts(maps)
+            linear = (jump.weight, jump.bias) if isinstance(jump, JumpMap) else ()
+            own_tensors, own_facts, own_numbers = stop.judge.parts(maps, linear)
             tensors += own_tensors
-            facts += (stop.boundary - begin, *own_facts)
-            numbers += (*own_numbers, float(band.threshold))
-        ran, waiting, state, ready, counts, moved, home = torch.ops.dyndepth_cpp.climb_layers(
-            *shared, tensors, facts, numbers, rows.may_leave, rows.index, [rows.step], goes_on,
-            kv_policy == "propagate", *(final or (None, 0, 0.0)),
+            resume = 0 if band.resume == plan.model.depth else band.resume - begin
+            facts += (stop.boundary - begin, resume, number, *own_facts)
+            numbers += (*own_numbers, 0.5 if stop.judge.kind == KNOWN else float(band.threshold))
+        ran, waiting, live, state, ready, counts, who, moved, home = torch.ops.dyndepth_cpp.climb_layers(
+            *shared, tensors, facts, numbers, rows.may_leave, rows.index,
+            [rows.step] if known is None else [rows.step, known], known is not None, goes_on, kv_policy == "propagate",
+            *(final or (None, 0, 0.0)),
         )  # fmt: skip
         if waiting:
             return Climbed(begin + ran, [], (state, ready))
-        left, at = [], 0
+        left, at, came = [], 0, 0
+        later = False
         for stop, count in zip(self.stops, counts.tolist(), strict=True):
-            if count:
+            if count and stop.band.resume == plan.model.depth:
                 left.append((stop.band, count, ready[at : at + count]))
                 at += count
+            elif count:
+                left.append((stop.band, count, who[came : came + count]))
+                came += count
+                later = later or stop.band.resume > begin + ran
         if left:
-            rows.moved_to(rows.live - at, *moved)
-        return Climbed(begin + ran, left, home=None if final is None else home)
+            rows.moved_to(live, *moved[:6])
+        return Climbed(begin + ran, left, home=None if final is None or later else home)
+
+
+def _known(plan: Plan, stops: Sequence[Stop], rows: Rows) -> Tensor | None:
+    """int64 [n]: bit i of a row that leaves at stop i, by criteria that are known before the pass; None where there is none."""
+    live, found = rows.live, None
+    for number, stop in enumerate(stops):
+        if stop.judge.kind != KNOWN:
+            continue
+        view = View(
+            hidden=rows.hidden[:live], seq=rows.seq[:live], step=rows.step[:live], previous=None, stats=_unread,
+            depth=plan.depth, leave=stop.boundary, layers=plan.model.depth,
+        )  # fmt: skip
+        leaves = stop.band.criterion.leaves(view, stop.band.thresholds(view.step))
+        found = torch.zeros(len(rows), dtype=torch.int64) if found is None else found
+        found[:live] |= plan.named(stop.band, view.seq, leaves).long() << number
+    return found
+
+
+def _unread() -> ExitStats:
+    raise AssertionError("a criterion that is known before the pass asked for the exit head")
 
 
 def allowed(plan: Plan) -> bool:
@@ -161,7 +196,7 @@ def _made(plan: Plan, begin: int, limit: int) -> Climb:
         assert band is not None
         if not plan.open or plan.closed(band):
             continue
-        found = None if plan.depth is not None or band.decay is not None else plan.judge(band)
+        found = plan.judge_in_climb(band) if len(stops) < _BITS else None
         if found is None:
             end = stop
             break

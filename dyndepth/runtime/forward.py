@@ -123,13 +123,19 @@ class _Pass:
         model, rows, context = self.plan.model, self.rows, self.context
         if self.climbs:
             limit = min((group.resume for group in self.away), default=model.depth)
-            live = rows.live
-            climbed = climb.climb_of(self.plan, begin, limit).run(rows, carried, context, self.plan.kv_policy)
+            live, made = rows.live, climb.climb_of(self.plan, begin, limit)
+            climbed = made.run(self.plan, rows, carried, context)
             self.decided, self.home = climbed.decided, climbed.home
-            for band, count, ready in climbed.left:
+            for band, count, said in climbed.left:
+                begin, live = self._came_back(begin, live, band.leave)
                 self.work[begin : band.leave] = [live] * (band.leave - begin)
-                self.away.insert(0, _Away(count, band.leave, band.resume, band, ready))
+                for_good = band.resume == model.depth
+                if not for_good:
+                    self.skips.append((said, band))
+                self.away.insert(0, _Away(count, band.leave, band.resume, band, said if for_good else None))
                 begin, live = band.leave, live - count
+            # At the end of the call, whoever comes back there is ours to bring.
+            begin, live = self._came_back(begin, live, climbed.boundary - (climbed.boundary == made.end))
             self.work[begin : climbed.boundary] = [live] * (climbed.boundary - begin)
             self.lead = live
             return climbed.boundary
@@ -141,6 +147,17 @@ class _Pass:
         for layer in model.layers[begin:end]:
             layer.run(rows.hidden, rows.live, carried, rows.seq, rows.pos, rows.slots, context, counter)
         return end
+
+    def _came_back(self, begin: int, live: int, boundary: int) -> tuple[int, int]:
+        """In a climb with `live` rows at `begin`, rows came back at boundaries up to `boundary`: counts the work between.
+
+        Returns the last of these boundaries and the rows that are live there.
+        """
+        for at in sorted({group.resume for group in self.away if group.resume <= boundary}):
+            self.work[begin:at] = [live] * (at - begin)
+            begin, live = at, live + sum(group.count for group in self.away if group.resume == at)
+            self.away = [group for group in self.away if group.resume != at]
+        return begin, live
 
     def _carried(self) -> int:
         """Rows but those that wait from an earlier pass, which lie last: their K,V below are their own."""

@@ -17,7 +17,7 @@ from dyndepth.ops import ExitStats, exit_stats
 from dyndepth.ops.exit_stats import stats_of_logits
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.block import Block
-from dyndepth.runtime.judge import Judge, judge_of, usable
+from dyndepth.runtime.judge import Judge, headless_judge_of, judge_of, usable
 from dyndepth.runtime.propagate import Propagation
 
 if TYPE_CHECKING:
@@ -148,3 +148,13 @@ class Plan:
         if band.leave not in self.judges:
             self.judges[band.leave] = judge_of(self.model, band, self.head(band))
         return self.judges[band.leave]
+
+    def judge_in_climb(self, band: Band) -> Judge | None:
+        """What judges between layers of a climb: `judge`, or one that reads no head; None: Python has to look."""
+        if self.observed or not usable():
+            return None
+        if band.criterion.known:
+            return headless_judge_of(self.model, band)
+        if self.depth is not None or band.decay is not None:
+            return None
+        return self.judge(band) or headless_judge_of(self.model, band)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import Band
-from dyndepth.exits.maps import EPS
+from dyndepth.exits.products import EPS
 from dyndepth.ops._math import rms_normalise
 from dyndepth.runtime.bind import Model
 from dyndepth.training.batches import Batch

@@ -16,7 +16,8 @@ from dyndepth.closed_form.ridge import NormalEquations, solve_best
 from dyndepth.errors import ArgumentError
 from dyndepth.exits import JUMPS, AdapterJump, Band, JumpMap, MlpHead, MlpJump, NormHead, TranslatorHead
 from dyndepth.exits.heads import HEADS, Head
-from dyndepth.exits.maps import EPS, Jump
+from dyndepth.exits.maps import Jump
+from dyndepth.exits.products import EPS
 from dyndepth.ops._math import rms_normalise
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.bind_layer import optional
