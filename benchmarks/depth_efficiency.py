@@ -48,15 +48,19 @@ Key = tuple[str, Any]
 
 
 def scenarios(depth: int, kv_ranks: Sequence[int | None] = (None,)) -> list[Scenario]:
-    """One exit at two thirds, two exits, one band that resumes; at a quarter and at a half of the live rows each, and with
-    K,V maps of each rank."""
+    """One exit at two thirds and two exits, with judges and by lot, and one band that resumes; at a quarter and at a half of
+    the live rows each, and with K,V maps of each rank."""
     first, second, band = depth // 3, 2 * depth // 3, (depth // 6, depth // 3)
     found = []
     for kv_rank, rate in itertools.product(kv_ranks, (0.25, 0.5)):
         found += [
             Scenario(f"exit at {second}", ((second, depth, rate),), kv_rank),
             Scenario(f"exits at {first} and {second}", ((first, depth, rate), (second, depth, rate)), kv_rank),
-            Scenario(f"band [{band[0]}, {band[1]})", ((*band, rate),), kv_rank),
+            Scenario(f"exit at {second}, by lot", ((second, depth, rate),), kv_rank, by_lot=True),
+            Scenario(
+                f"exits at {first} and {second}, by lot", ((first, depth, rate), (second, depth, rate)), kv_rank, by_lot=True
+            ),
+            Scenario(f"band [{band[0]}, {band[1]}), by lot", ((*band, rate),), kv_rank, by_lot=True),
         ]
     return found
 
@@ -329,6 +333,7 @@ def main() -> None:
     causal_lm, tokenizer, shipped = load(getattr(torch, wish.dtype))
     name = "depth_efficiency" + (f"_{wish.dtype}" if wish.dtype != "bfloat16" else "")
     name += f"_context{wish.context}" if wish.context != 128 else ""
+    name += "" if wish.kv_rank is None else f"_rank{wish.kv_rank}"
     texts = [chat(tokenizer, text) for text in (*SHOWN, *calibrating()[:48])]
     found: dict[str, Any] = {
         "machine": info.collect(),

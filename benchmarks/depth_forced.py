@@ -1,8 +1,8 @@
 """Exits that are taken with known rates, whatever they are worth.
 
-Exits for good are judged by the shipped judges, with thresholds that the wanted share of rows reaches; bands that resume let
-rows go by lot. Tokens are forced and the pages are those of every other block, so that all blocks of a scenario do the same
-and the rows x layers that are removed are counted exactly.
+Exits for good are judged by the shipped judges, with thresholds that the wanted share of rows reaches, or let rows go by lot,
+as bands that resume do. Tokens are forced and the pages are those of every other block, so that all blocks of a scenario do the
+same and the rows x layers that are removed are counted exactly.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ class Scenario:
     """Bands (leave, resume, share of live rows that leaves), ascending and not overlapping; `name` says them to people.
 
     kv_rank: of K,V maps, which are zeros then; None: shipped maps where there are some, of full rank.
+    by_lot: rows leave for good by lot too, and nothing is judged; else the shipped judges say who does.
     """
 
     name: str
     bands: tuple[tuple[int, int, float], ...]
     kv_rank: int | None = None
+    by_lot: bool = False
 
     @property
     def rate(self) -> float:
@@ -130,8 +132,8 @@ def perfect_saving(draw: Draw, layer_s: Mapping[int, float], batch: int) -> floa
 
 
 def forced_exits(model: Model, scenario: Scenario, draw: Draw, shipped: Sequence[Band] = ()) -> tuple[Exits, dict[str, str]]:
-    """Exits for good with shipped judges, closed (`at_rates` opens them); bands that leave as drawn. And per band where its
-    maps come from.
+    """Exits for good with shipped judges, closed (`at_rates` opens them), or by lot; bands that leave as drawn. And per
+    band where its maps come from.
 
     Maps, heads and judges are the shipped ones where a shipped band is the same; elsewhere K,V and jump maps are zeros of the
     right shape, and head and judge are those of another boundary (by lot and the norm alone where nothing is shipped): what
@@ -148,8 +150,9 @@ def forced_exits(model: Model, scenario: Scenario, draw: Draw, shipped: Sequence
             bands.append(Band(leave, resume, Forced(leaving=leaving), jump=JumpMap(model.hidden_size), kv=kv))
             continue
         source = same or next((band for band in shipped if band.resume == model.depth), None)
-        if source is None:
-            bands.append(Band(leave, resume, Forced(leaving=leaving), head=NormHead(), kv=kv))
+        if source is None or scenario.by_lot:
+            head = NormHead() if source is None else source.head_or_norm()
+            bands.append(Band(leave, resume, Forced(leaving=leaving), head=head, kv=kv))
         else:
             head = source.head_or_norm()
             bands.append(Band(leave, resume, source.criterion, head=head, kv=kv, shortlist=source.shortlist))

@@ -102,7 +102,7 @@ def beside(model: Any, **options: Any) -> Exits:
     return tiny_exits.exits_of(
         model,
         tiny_exits.band(model, 1, 4, **options),
-        tiny_exits.band(model, 2, LAYERS, TopProbability(), shortlist=ids, **options | {"threshold": 0.55}),
+        tiny_exits.band(model, 2, LAYERS, TopProbability(), shortlist=ids, **options | {"threshold": 0.95}),
         tiny_exits.band(model, 3, 5, By((2,)), **options),
         tiny_exits.band(model, 5, LAYERS, Always(), **options),
     )

@@ -175,10 +175,11 @@ def test_a_measurement() -> None:
     assert set(found["layer_s"]) >= {"2", "4"}
     assert found["maps"]["[4, 6)"] == "zeros"
     names = [(cell["scenario"], cell["rate"]) for cell in found["cells"]]
-    assert names == [(name, rate) for rate in (0.25, 0.5) for name in ("exit at 4", "exits at 2 and 4", "band [1, 2)")]
+    kinds = ("exit at 4", "exits at 2 and 4", "exit at 4, by lot", "exits at 2 and 4, by lot", "band [1, 2), by lot")
+    assert names == [(name, rate) for rate in (0.25, 0.5) for name in kinds]
     # Twelve rows x steps: at one half 6 leave for two layers; at two exits 6 leave for four layers and 3 of 6 for two.
-    shares = [cell["rows_x_layers"] for cell in found["cells"][3:]]
-    assert shares == pytest.approx([1 - 12 / 72, 1 - 30 / 72, 1 - 6 / 72])
+    shares = [cell["rows_x_layers"] for cell in found["cells"][5:]]
+    assert shares == pytest.approx([1 - 12 / 72, 1 - 30 / 72, 1 - 12 / 72, 1 - 30 / 72, 1 - 6 / 72])
     for cell in found["cells"]:
         assert cell["saved_s"] == pytest.approx(cell["full_s"] - cell["dynamic_s"])
         assert cell["parts_s"]["boundaries: back-fill"] > 0
@@ -186,7 +187,7 @@ def test_a_measurement() -> None:
     assert "boundaries: back-fill" not in found["machinery"]["parts_s"]
     assert found["machinery"]["parts_s"]["boundaries: judging"] > 0
     assert "boundaries: judging" not in found["full_parts_s"]
-    assert found["blocks"] == 2 * (8 + len(found["layer_s"]))
+    assert found["blocks"] == 2 * (12 + len(found["layer_s"]))
 
 
 def test_other_work_than_drawn_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
