@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import resource
 import statistics
 import time
@@ -65,6 +66,12 @@ def scenarios(depth: int, kv_ranks: Sequence[int | None] = (None,)) -> list[Scen
     return found
 
 
+def steps_of(batch: int) -> int:
+    """Steps of a block. Short ones: a machine's speed drifts within seconds, and the shorter the blocks that take turns, the
+    more alike what they meet (docs/notes/boundaries.md); but a quarter of a block's rows must be rows."""
+    return max(4, 8 // batch)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One block: seconds a step (or a layer), and whether something else had a core meanwhile."""
@@ -104,8 +111,13 @@ class Bench:
         session = self.session(exits)
         return [self.step(session, step)[1] for step in range(self.steps)]
 
-    def block(self, session: Session, expected: list[list[int]]) -> Callable[[], float]:
-        """Runs all steps; returns the steps, for seconds a step. Raises if other rows ran than are expected."""
+    def block(self, session: Session, expected: list[list[int]]) -> tuple[Callable[[], object], Callable[[], float]]:
+        """What to do before, and all steps; these return the steps, for seconds a step. Raises if other rows ran than are
+        expected. Before comes the first step once more: decoding goes on from a step of its own, not from another session's.
+        """
+
+        def before() -> object:
+            return self.step(session, 0)
 
         def run() -> float:
             for step in range(self.steps):
@@ -114,7 +126,7 @@ class Bench:
                     raise RuntimeError(f"step {step}: wanted {expected[step]} rows by layer, {work} ran")
             return self.steps
 
-        return run
+        return before, run
 
     def layers(self, count: int) -> tuple[Callable[[], object], Callable[[], float]]:
         """What to do before, and a span of all layers on `count` of the rows; it returns the layers."""
@@ -165,7 +177,7 @@ def measure(
     causal_lm: Any, rows: Sequence[Tensor], shipped: Exits, steps: int, rounds: int, seed: int = 5,
     kv_ranks: Sequence[int | None] = (None,),
 ) -> dict[str, Any]:  # fmt: skip
-    """All scenarios of one batch, in turn, `rounds` times after one round that does not count."""
+    """All scenarios of one batch, in an order by lot, `rounds` times after one round that does not count."""
     bench = Bench(causal_lm, rows, steps)
     model, batch = bench.model, bench.batch
     wanted = scenarios(model.depth, kv_ranks)
@@ -173,8 +185,8 @@ def measure(
     draws = [draw(each, model.depth, steps, batch, seed + number % alike) for number, each in enumerate(wanted)]
     everybody = [[batch] * model.depth] * steps
     runs: dict[Key, tuple[Callable[[], object], Callable[[], float]]] = {
-        ("full", None): (lambda: None, bench.block(bench.full, everybody)),
-        ("configured", None): (lambda: None, bench.block(bench.session(shipped.with_thresholds(NEVER_REACHED)), everybody)),
+        ("full", None): bench.block(bench.full, everybody),
+        ("configured", None): bench.block(bench.session(shipped.with_thresholds(NEVER_REACHED)), everybody),
     }
     maps: dict[str, str] = {}
     read: list[float] = []
@@ -183,12 +195,14 @@ def measure(
         exits, draws[number] = at_rates(exits, scenario, draws[number], bench.work)
         maps |= {span if scenario.kv_rank is None else f"{span} of rank {scenario.kv_rank}": of for span, of in said.items()}
         read.append(boundary_bytes(exits, draws[number], model.hidden_size))
-        runs["forced", number] = (lambda: None, bench.block(bench.session(exits), draws[number].live))
+        runs["forced", number] = bench.block(bench.session(exits), draws[number].live)
     for count in sorted({1, batch, *(count for drawn in draws for count in drawn.counts)}):
         runs["layer", count] = bench.layers(count)
     samples: dict[Key, list[Sample]] = {key: [] for key in runs}
+    shuffling = random.Random(seed)
     for round_number in range(rounds + 1):
-        for key, (before, run) in runs.items():
+        # In another order every round: what a block follows, and when in a round it comes, is nobody's advantage.
+        for key, (before, run) in shuffling.sample(list(runs.items()), len(runs)):
             found = sample(run, before)
             if round_number:
                 samples[key].append(found)
@@ -319,15 +333,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="batches 1, 16, 64 and few rounds: below two minutes")
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--context", type=int, default=128, help="tokens before the first step")
-    parser.add_argument("--steps", type=int, default=8, help="decode steps of a block")
-    parser.add_argument("--rounds", type=int, help="25; 5 with --quick")
+    parser.add_argument("--steps", type=int, help="decode steps of a block: as few as a quarter of their rows can leave in")
+    parser.add_argument("--rounds", type=int, help="60; 12 with --quick")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="float32 has files of its own")
     parser.add_argument("--kv-rank", type=int, help="everything once more with K,V maps of this rank, in the same rounds")
     wish = parser.parse_args()
     require("matplotlib", "the picture needs matplotlib: pip install 'dyndepth[demo]'")
     batches = wish.batches or ([1, 16, 64] if wish.quick else [1, 4, 16, 32, 64])
-    rounds = wish.rounds or (5 if wish.quick else 25)
-    if min(*batches, wish.steps, rounds, wish.context, wish.kv_rank or 1) < 1:
+    rounds = wish.rounds or (12 if wish.quick else 60)
+    if min(*batches, 1 if wish.steps is None else wish.steps, rounds, wish.context, wish.kv_rank or 1) < 1:
         parser.error("batches, context, steps, rounds and kv-rank must be at least 1")
     kv_ranks = (None,) if wish.kv_rank is None else (None, wish.kv_rank)
     causal_lm, tokenizer, shipped = load(getattr(torch, wish.dtype))
@@ -338,15 +352,16 @@ def main() -> None:
     found: dict[str, Any] = {
         "machine": info.collect(),
         "settings": {
-            "model": "SmolLM2-135M-Instruct", "dtype": wish.dtype, "context": wish.context, "steps": wish.steps,
-            "rounds": rounds, "kv": "predict", "threads": torch.get_num_threads(), "resolved_from": RESOLVED,
+            "model": "SmolLM2-135M-Instruct", "dtype": wish.dtype, "context": wish.context, "rounds": rounds, "kv": "predict",
+            "steps": [wish.steps or steps_of(batch) for batch in batches], "threads": torch.get_num_threads(),
+            "resolved_from": RESOLVED,
             "threshold_of_configured": NEVER_REACHED,
         },
         "batches": [],
     }  # fmt: skip
     for batch in batches:
         rows = prompts(tokenizer, texts, calibrating()[112:284], batch, wish.context + 1)
-        found["batches"].append(measure(causal_lm, rows, shipped, wish.steps, rounds, kv_ranks=kv_ranks))
+        found["batches"].append(measure(causal_lm, rows, shipped, wish.steps or steps_of(batch), rounds, kv_ranks=kv_ranks))
         _say(found["batches"][-1])
         with replacing(wish.folder / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")

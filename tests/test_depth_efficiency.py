@@ -196,9 +196,9 @@ def test_other_work_than_drawn_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     scenario = Scenario("one", ((2, 6, 0.5),))
     drawn = draw(scenario, LAYERS, 1, 2, 1)
     session = bench.session(forced_exits(bench.model, scenario, drawn)[0])
-    assert bench.block(session, drawn.live)() == 1
+    assert bench.block(session, drawn.live)[1]() == 1
     with pytest.raises(RuntimeError, match=r"step 0: wanted .* rows by layer"):
-        bench.block(session, [[2] * LAYERS])()
+        bench.block(session, [[2] * LAYERS])[1]()
 
 
 def test_contexts_are_shared_and_text_is_full_depths() -> None:
@@ -214,7 +214,7 @@ def test_contexts_are_shared_and_text_is_full_depths() -> None:
     assert session.pages is bench.full.pages
     prompt_slots = session.pages.slots([0] * 5 + [1] * 5, [*range(5)] * 2).long()
     before = session.pages.kv.flatten(2, 3)[:, :, prompt_slots].clone()
-    bench.block(session, drawn.live)()
+    bench.block(session, drawn.live)[1]()
     assert torch.equal(session.pages.kv.flatten(2, 3)[:, :, prompt_slots], before)
 
 

@@ -140,7 +140,7 @@ class MovingRows {
   // Bits of what has been decided before, where the caller has that: the last tensor.
   const int64_t* known() const { return has_known_ ? tensors_.back().const_data_ptr<int64_t>() : nullptr; }
   int64_t size() const { return tensors_[0].size(0); }
-  // The moved tensors; none where nobody has left.
+  // The moved tensors; none where everybody lies where they lay.
   std::vector<Tensor> moved() const { return moved_ ? tensors_ : std::vector<Tensor>{}; }
 
   // state[i] of the first `live` rows: 0 goes on, 1 leaves. Returns how many go on.
@@ -149,7 +149,8 @@ class MovingRows {
     std::vector<int32_t> order(live);
     int32_t counts[2];
     partition_rows(state, live, order.data(), counts);
-    reorder(order, hidden, width);
+    // Where those that leave are the last ones (one row, or all of them), everybody lies there already.
+    if (!std::is_sorted(order.begin(), order.end())) reorder(order, hidden, width);
     return counts[0];
   }
 

@@ -135,8 +135,10 @@ class Climb:
                 left.append((stop.band, count, who[came : came + count]))
                 came += count
                 later = later or stop.band.resume > begin + ran
-        if left:
+        if moved:
             rows.moved_to(live, *moved[:6])
+        elif left:  # everybody lies where they lay: those that left were the last
+            rows.set_live(live)
         return Climbed(begin + ran, left, home=None if final is None or later else home)
 
 
@@ -151,9 +153,11 @@ def _known(plan: Plan, stops: Sequence[Stop], rows: Rows) -> Tensor | None:
             depth=plan.depth, leave=stop.boundary, layers=plan.model.depth,
         )  # fmt: skip
         leaves = stop.band.criterion.leaves(view, stop.band.thresholds(view.step))
-        found = torch.zeros(len(rows), dtype=torch.int64) if found is None else found
-        found[:live] |= plan.named(stop.band, view.seq, leaves).long() << number
-    return found
+        bits = plan.named(stop.band, view.seq, leaves) * (1 << number)
+        found = bits if found is None else found | bits
+    if found is None or live == len(rows):
+        return found
+    return torch.cat([found, found.new_zeros(len(rows) - live)])
 
 
 def _unread() -> ExitStats:

@@ -376,7 +376,7 @@ class _Pass:
         facts[:2] = model.depth
         exit_layer, layers_run, bands_taken = facts
         held = np.zeros(total, np.bool_)
-        if rows.moved or self.away:
+        if rows.moved or self.away or self.skips:
             if rows.moved and self.home is None:
                 ready = self._home(ready)
             home = rows.index.cpu().numpy()

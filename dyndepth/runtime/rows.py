@@ -32,13 +32,11 @@ class Rows:
     #: Per-row state that criteria carry from boundary to boundary, by name; moved with the rows.
     carried: dict[str, Tensor] = field(init=False)
     live: int = field(init=False)
-    #: `live` as int32 [1] on the device, for ops that read it there; None while every row is live.
-    counter: Tensor | None = field(init=False)
+    _counter: Tensor | None = field(init=False)
     #: Rows may lie in another order than the caller's.
     moved: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.counter = None
         self.set_live(len(self) - sum(count for _, _, count in self.joins))
         self.index = torch.arange(len(self), dtype=torch.int32, device=self.hidden.device)
         self.carried = {}
@@ -79,8 +77,13 @@ class Rows:
         return like.new_full((count, *like.shape[1:]), torch.nan if like.is_floating_point() else -1)
 
     def set_live(self, live: int, counter: Tensor | None = None) -> None:
-        self.live = live
-        if live == len(self):
-            self.counter = None
-        else:
-            self.counter = torch.tensor([live], dtype=torch.int32, device=self.hidden.device) if counter is None else counter
+        self.live, self._counter = live, counter
+
+    @property
+    def counter(self) -> Tensor | None:
+        """`live` as int32 [1] on the device, for ops that read it there; None while every row is live."""
+        if self.live == len(self):
+            return None
+        if self._counter is None:  # made when it is asked for: layers that run in one call of C++ do not
+            self._counter = torch.tensor([self.live], dtype=torch.int32, device=self.hidden.device)
+        return self._counter
