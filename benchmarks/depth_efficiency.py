@@ -19,7 +19,7 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ PREEMPTED = 50.0
 RESOLVED = 0.02
 #: No score of a shipped criterion (a probability) reaches it.
 NEVER_REACHED = 2.0
+#: How often blocks are drawn again to say how sure a median is.
+RESAMPLED = 200
 Key = tuple[str, Any]
 
 
@@ -239,37 +241,42 @@ def middle(samples: Sequence[Sample]) -> float:
     return statistics.median(kept(samples))
 
 
+def resampled(samples: Mapping[Key, Sequence[Sample]], keys: Iterable[Key]) -> Iterator[dict[Key, float]]:
+    """Medians of the blocks of each key, drawn with replacement: how far medians of so many blocks scatter (bootstrap)."""
+    drawing, taken = random.Random(0), {key: kept(samples[key]) for key in keys}
+    for _ in range(RESAMPLED):
+        yield {key: statistics.median(drawing.choices(seconds, k=len(seconds))) for key, seconds in taken.items()}
+
+
 def cell(scenario: Scenario, drawn: Draw, samples: Mapping[Key, Sequence[Sample]], key: Key, batch: int) -> dict[str, Any]:
-    """One scenario: medians over blocks, and the efficiency with its spread over rounds."""
-    layers = {count: taken for (kind, count), taken in samples.items() if kind == "layer"}
+    """One scenario: medians over blocks, and the efficiency with what it would scatter by."""
+    layers: list[Key] = [("layer", count) for count in {*drawn.counts, batch}]
     full, dynamic = middle(samples["full", None]), middle(samples[key])
-    perfect = perfect_saving(drawn, {count: middle(taken) for count, taken in layers.items()}, batch)
+    perfect = perfect_saving(drawn, {layer[1]: middle(samples[layer]) for layer in layers}, batch)
     spread = []
-    for number, (whole, mine) in enumerate(zip(samples["full", None], samples[key], strict=True)):
-        own = {count: taken[number] for count, taken in layers.items() if count in (*drawn.counts, batch)}
-        if not (whole.preempted or mine.preempted or any(one.preempted for one in own.values())):
-            ideal = perfect_saving(drawn, {count: one.seconds for count, one in own.items()}, batch)
-            if ideal > 0:
-                spread.append((whole.seconds - mine.seconds) / ideal)
+    for found in resampled(samples, [("full", None), key, *layers]):
+        ideal = perfect_saving(drawn, {layer[1]: found[layer] for layer in layers}, batch)
+        if ideal > 0:
+            spread.append((found["full", None] - found[key]) / ideal)
     possible = len(drawn.live) * len(drawn.live[0]) * batch
     return {
         "scenario": scenario.name, "bands": [list(band) for band in scenario.bands], "rate": scenario.rate,
-        "kv_rank": scenario.kv_rank,
+        "kv_rank": scenario.kv_rank, "by_lot": scenario.by_lot,
         "rows_x_layers": drawn.run / possible, "full_s": full, "dynamic_s": dynamic, "saved_s": full - dynamic,
         "perfect_s": perfect, "efficiency": (full - dynamic) / perfect if perfect > 0 else None,
         "efficiency_p10": quantile(spread, 0.1), "efficiency_p90": quantile(spread, 0.9),
-        "resolved": perfect >= RESOLVED * full, "rounds_kept": len(spread),
+        "resolved": perfect >= RESOLVED * full, "rounds_kept": len(kept(samples[key])),
     }  # fmt: skip
 
 
 def machinery(samples: Mapping[Key, Sequence[Sample]]) -> dict[str, Any]:
     """What exits cost that nobody takes, as a share of a full step."""
-    pairs = zip(samples["full", None], samples["configured", None], strict=True)
-    costs = [mine.seconds / full.seconds - 1 for full, mine in pairs if not (full.preempted or mine.preempted)]
-    full, configured = middle(samples["full", None]), middle(samples["configured", None])
+    of = ("full", None), ("configured", None)
+    costs = [found[of[1]] / found[of[0]] - 1 for found in resampled(samples, of)]
+    full, configured = (middle(samples[key]) for key in of)
     return {
         "full_s": full, "configured_s": configured, "cost": configured / full - 1,
-        "cost_p10": quantile(costs, 0.1), "cost_p90": quantile(costs, 0.9), "rounds_kept": len(costs),
+        "cost_p10": quantile(costs, 0.1), "cost_p90": quantile(costs, 0.9), "rounds_kept": len(kept(samples[of[1]])),
     }  # fmt: skip
 
 
@@ -354,7 +361,7 @@ def main() -> None:
         "settings": {
             "model": "SmolLM2-135M-Instruct", "dtype": wish.dtype, "context": wish.context, "rounds": rounds, "kv": "predict",
             "steps": [wish.steps or steps_of(batch) for batch in batches], "threads": torch.get_num_threads(),
-            "resolved_from": RESOLVED,
+            "resolved_from": RESOLVED, "resampled": RESAMPLED,
             "threshold_of_configured": NEVER_REACHED,
         },
         "batches": [],

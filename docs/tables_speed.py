@@ -29,7 +29,7 @@ def _depth_efficiency(found: dict[str, Any]) -> str:
     for batch in found["batches"]:
         for cell in batch["cells"]:
             lines.append(
-                f"| {cell['batch']} | {cell['scenario']} | {cell['rate']:.0%} | {cell['rows_x_layers']:.1%} "
+                f"| {cell['batch']} | {_scenario(cell)} | {cell['rate']:.0%} | {cell['rows_x_layers']:.1%} "
                 f"| {cell['full_s'] * 1e3:.2f} | {cell['saved_s'] * 1e3:.2f} | {cell['perfect_s'] * 1e3:.2f} "
                 f"| {cell['boundary_weights_s'] * 1e3:.2f} | {_efficiency(cell)} |"
             )
@@ -44,10 +44,27 @@ def _depth_efficiency(found: dict[str, Any]) -> str:
     blocks = sum(batch["blocks"] for batch in found["batches"])
     text = (
         f"{settings['model']}, {settings['dtype']}, context {settings['context']}, {settings['threads']} threads, "
-        f"{settings['rounds']} rounds of {settings['steps']} steps; {preempted} of {blocks} blocks preempted and left out. "
+        f"{settings['rounds']} rounds of {_steps(settings['steps'])} steps; {preempted} of {blocks} blocks preempted and left "
+        "out. "
+        f"p10–p90: {_resampled(settings)}. "
         f"– : a perfect machine would save less than {settings['resolved_from']:.0%} of a step. {machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])
+
+
+def _scenario(cell: dict[str, Any]) -> str:
+    rank = cell.get("kv_rank")  # older files have none
+    return str(cell["scenario"]) + ("" if rank is None else f", maps of rank {rank}")
+
+
+def _steps(steps: int | list[int]) -> str:
+    counts = [steps] if isinstance(steps, int) else list(dict.fromkeys(steps))
+    return " or ".join(map(str, counts))
+
+
+def _resampled(settings: dict[str, Any]) -> str:
+    times = settings.get("resampled")
+    return "of rounds" if times is None else f"of the median, by drawing the blocks again {times} times"
 
 
 def soak(results: Path) -> str:

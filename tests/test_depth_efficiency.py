@@ -86,8 +86,9 @@ def test_efficiency_by_hand() -> None:
     assert (found["full_s"], found["dynamic_s"], found["saved_s"]) == (100, 91, 9)
     assert found["perfect_s"] == ((18 - 12) + (18 - 0)) / 2 == 12
     assert found["efficiency"] == 0.75
-    assert found["efficiency_p10"] == pytest.approx(8 / 12 + 0.1 * 2 / 12)
-    assert found["efficiency_p90"] == pytest.approx(10 / 12 - 0.1 * 2 / 12)
+    # Of 92 and 90, drawn twice, medians are 92, 91, 91 and 90: a tenth of all draws lies within either quarter.
+    assert found["efficiency_p10"] == pytest.approx(8 / 12)
+    assert found["efficiency_p90"] == pytest.approx(10 / 12)
     assert (found["rounds_kept"], found["resolved"]) == (2, True)
     assert found["rows_x_layers"] == 10 / 16
 
@@ -102,10 +103,11 @@ def test_nothing_to_save_is_not_a_ratio() -> None:
 
 
 def test_machinery_by_hand() -> None:
-    taken = {("full", None): samples(100, 100, 50), ("configured", None): samples(102, 104, 1, preempted=(2,))}
+    taken = {("full", None): samples(100, 100, 50, preempted=(2,)), ("configured", None): samples(102, 104, 1, preempted=(2,))}
     found = de.machinery(taken)
     assert (found["full_s"], found["configured_s"]) == (100, 103)
     assert found["cost"] == pytest.approx(0.03)
+    assert (found["cost_p10"], found["cost_p90"]) == (pytest.approx(0.02), pytest.approx(0.04))
     assert found["rounds_kept"] == 2
 
 
