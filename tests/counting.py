@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyndepth.exits import Saturation, heads, maps
+from dyndepth.exits import Saturation, products
 from dyndepth.op import backend
 from dyndepth.ops._math import rms_normalise
 
@@ -142,8 +142,7 @@ def counting(model: Any, moves: bool = False) -> Iterator[Counting]:
     with pytest.MonkeyPatch.context() as patched, backend("torch"), Counting(moves) as mode:
         for norm in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
             patched.setattr(norm, "forward", _as_one("norm", norm.forward, mode, lambda self, x: [x, self.weight]))
-        for place in (heads, maps):
-            patched.setattr(place, "rms_normalise", _as_one("normalise", rms_normalise, mode, lambda x, eps: [x]))
+        patched.setattr(products, "rms_normalise", _as_one("normalise", rms_normalise, mode, lambda x, eps: [x]))
         patched.setattr(Saturation, "score", _cosine(mode))
         yield mode
 

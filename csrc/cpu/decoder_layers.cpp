@@ -105,14 +105,16 @@ Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_tab
       const Upcoming next = layer + 1 < layers ? decoder.first(read[layer + 1]) : Upcoming{};
       const Gate<T>* gate = number < between.size() && between[number].after == layer + 1 ? &between[number] : nullptr;
       const bool judged_by_head = gate != nullptr && gate->judge.reads_head();
-      decoder.run(read[layer], judged_by_head ? gate->judge.upcoming() : next, attention, table,
-                  kv.keys(first_layer + layer), kv.values(first_layer + layer));
+      if (rows.all > 0)
+        decoder.run(read[layer], judged_by_head ? gate->judge.upcoming() : next, attention, table,
+                    kv.keys(first_layer + layer), kv.values(first_layer + layer));
       if (boundaries.rows != nullptr && layer + 1 < layers) {
         const int64_t came = away.come_back(layer + 1, rows.live, *boundaries.rows, stream, facts.width);
         rows.live += came;
         if (came > 0) look_up();
       }
-      if (gate == nullptr) continue;
+      if (gate != nullptr && rows.live == 0) ++number;  // nobody is there to be judged
+      if (gate == nullptr || rows.live == 0) continue;
       const bool for_good = gate->resume == 0;
       int32_t& count = boundaries.counts[number++];
       const Verdict verdict{.threshold = gate->threshold,
@@ -143,7 +145,9 @@ Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_tab
       if (gate->maps)
         backfill(*gate->maps, stream + rows.live * facts.width, left, first_table, rows.pos + rows.live,
                  rows.slots + rows.live, kv, first_layer + gate->after, rows.live > 0 ? next : Upcoming{});
-      if (rows.live == 0) {
+      // Nobody is live. Rows that come back in this call are waited for; but K,V of rows that ride along are made for
+      // all the layers at once, and that is the caller's to do.
+      if (rows.live == 0 && (boundaries.propagates || !away.comes_back_below(layers))) {
         reached = {layer + 1, 0, 0, reached.ready};
         return;
       }

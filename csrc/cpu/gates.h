@@ -192,6 +192,11 @@ class AwayRows {
  public:
   void leave(const Gate<T>& gate, int64_t count) { groups_.insert(groups_.begin(), {&gate, count}); }
 
+  bool comes_back_below(int64_t boundary) const {
+    return std::any_of(groups_.begin(), groups_.end(),
+                       [&](const Group& group) { return group.gate->resume != 0 && group.gate->resume < boundary; });
+  }
+
   // Those whose boundary this is go behind the `live` rows, and through their jumps. Returns how many came.
   int64_t come_back(int64_t boundary, int64_t live, MovingRows& moving, T* hidden, int64_t width) {
     const auto back = [&](const Group& group) { return group.gate->resume == boundary; };
