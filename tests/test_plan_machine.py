@@ -316,7 +316,7 @@ def test_closed_bands_and_whole_vocabularies() -> None:
         (lambda: occupancy([Exit(3, 9, 0.1)], 6), r"rates: band \[3, 9\) is above the model's 6 layers"),
         (lambda: Exit(3, 3, 0.1), "exit at 3: wanted 1 <= leave < resume, got resume 3"),
         (lambda: Exit(3, 4, -0.1), r"exit at 3: rate must be in \[0, 1\], got -0.1"),
-        (lambda: Exit(3, 4, 0.1, head=-1), "exit at 3: head and words must not be negative, got -1, 0"),
+        (lambda: Exit(3, 4, 0.1, head=-1), "exit at 3: head, words and kv_rank must not be negative, got -1, 0, 0"),
         (lambda: curve(30, 2.0), r"curve: wanted reach in \[0, 1\] and steepness >= 0, got 2.0, 4.0"),
         (lambda: curve(1), "curve: wanted at least two layers and one point, got 1, 6"),
         (
