@@ -23,6 +23,11 @@ def depth_efficiency_context1024(results: Path) -> str:
     return _depth_efficiency(load(results / "depth_efficiency_context1024.json"))
 
 
+def depth_efficiency_rank256(results: Path) -> str:
+    """With whole K,V maps and with maps of rank 256, in the same rounds."""
+    return _depth_efficiency(load(results / "depth_efficiency_rank256.json"))
+
+
 def _depth_efficiency(found: dict[str, Any]) -> str:
     lines = header("batch", "rows leave at", "of live rows", "rows × layers", "full step, ms", "saved, ms", "perfect, ms",
                     "weights of boundaries, ms", "depth efficiency (p10–p90)")  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from table_parts import header, load, machine
 from tables_compare import compare, compare_full_depth
-from tables_speed import depth_efficiency, depth_efficiency_context1024, kernel_ratios
+from tables_speed import depth_efficiency, depth_efficiency_context1024, depth_efficiency_rank256, kernel_ratios
 from tables_vision import encoder_depth
 
 
@@ -44,5 +44,13 @@ def prompt_parts_zen5(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     f"{table.__name__}_zen5": partial(_there, table)
-    for table in (compare, compare_full_depth, depth_efficiency, depth_efficiency_context1024, kernel_ratios, encoder_depth)
+    for table in (
+        compare,
+        compare_full_depth,
+        depth_efficiency,
+        depth_efficiency_context1024,
+        depth_efficiency_rank256,
+        kernel_ratios,
+        encoder_depth,
+    )
 } | {"prompt_parts_zen5": prompt_parts_zen5}
