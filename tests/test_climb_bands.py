@@ -18,7 +18,7 @@ from dyndepth.exits import Always, Criterion, Exits, FixedDepth, MlpJump, Never,
 from dyndepth.exits.criteria import View
 from dyndepth.ops import _cpp
 from dyndepth.runtime.bind import bind
-from dyndepth.runtime.climb import apart
+from dyndepth.runtime.climb import Climb, apart
 from dyndepth.runtime.result import Result
 
 Made = Callable[..., Exits]
@@ -160,10 +160,19 @@ def test_where_groups_go() -> None:
 
 
 @pytest.mark.parametrize("kv", ["predict", "propagate"])
-def test_everybody_is_away(kv: str, climbs: list[Any]) -> None:
+def test_everybody_is_away(kv: str, climbs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """C++ waits for those who come first; under `propagate` Python brings them, and the rest climbs on from there."""
-    model = tiny_models.shared("llama")
+    model, homes = tiny_models.shared("llama"), list[bool]()
+    watched = Climb.run
+
+    def run(self: Climb, *given: Any) -> Any:
+        climbed = watched(self, *given)
+        homes.append(climbed.home is not None)
+        return climbed
+
+    monkeypatch.setattr(Climb, "run", run)
     ((result, _),) = decoded(model, emptied(model), kv, steps=1)
+    assert homes[1:] == {"predict": [True], "propagate": [False] * 3}[kv], "head-ready rows of everybody, or of nobody"
     assert [seen for seen in climbs if seen[2] or seen[0]] == {
         "predict": [(0, 6, [1, 3], 6)], "propagate": [(0, 6, [1, 3], 3), (4, 5, [], 5), (5, 6, [], 6)]
     }[kv]  # fmt: skip
