@@ -37,6 +37,14 @@ class By(Criterion):
         return torch.isin(view.seq, torch.tensor(self.sequences, dtype=torch.int32))
 
 
+@dataclass(frozen=True)
+class Bright(By):
+    """Derived from what is known before the pass, and decides by the residual."""
+
+    def leaves(self, view: View, threshold: Tensor) -> Tensor:
+        return view.hidden[:, 0] > 0
+
+
 def routed(model: Any, **options: Any) -> Exits:
     """Overlapping bands that resume and exits, by routers that see the residual alone."""
     return tiny_exits.exits_of(
@@ -209,6 +217,16 @@ def test_rows_that_may_not_leave() -> None:
         assert len(set(result.bands_taken.tolist())) > 1
     session_rows = decoded(model, tiny_exits.exits_of(model, tiny_exits.band(model, 1, 3, Always())), "predict", steps=1)
     assert session_rows[0][0].layers_run.tolist() == [4] * len(LENGTHS)
+
+
+def test_what_derives_from_known_criteria_is_not_known(climbs: list[Any]) -> None:
+    model = tiny_models.shared("llama")
+    exits = tiny_exits.exits_of(model, tiny_exits.band(model, 2, 4, Bright()), tiny_exits.band(model, 5, LAYERS, By((1,))))
+    together = decoded(model, exits, "predict")
+    assert {stop for _, _, stops, _ in climbs for stop in stops} == {5}
+    assert len(ways(together)) > 2
+    with apart():
+        same(together, decoded(model, exits, "predict"))
 
 
 def test_jumps_that_climbs_do_not_know(climbs: list[Any]) -> None:

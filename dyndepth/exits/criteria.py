@@ -271,6 +271,17 @@ class Never(Criterion):
         return torch.zeros_like(view.seq, dtype=torch.bool)
 
 
+def known_before(criterion: Criterion) -> bool:
+    """Whether it is `known`, said by the class that decides or by one derived from it: who derives from `Schedule` and decides
+    by something else has not said so."""
+    for cls in type(criterion).__mro__:
+        if "known" in vars(cls):
+            return bool(vars(cls)["known"])
+        if "leaves" in vars(cls) or "score" in vars(cls):
+            return False
+    return False
+
+
 CRITERIA: dict[str, type[Criterion]] = {
     c.kind: c
     for c in (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.exits import Band, NormHead, TranslatorHead
-from dyndepth.exits.criteria import Criterion, Entropy, Margin, RouterScore, TopProbability
+from dyndepth.exits.criteria import Criterion, Entropy, Margin, RouterScore, TopProbability, known_before
 from dyndepth.exits.maps import JumpMap
 from dyndepth.exits.products import EPS
 from dyndepth.exits.router import STAT_FEATURES
@@ -99,7 +99,7 @@ def headless_judge_of(model: Model, band: Band) -> Judge | None:
     """
     criterion, router, jump = band.criterion, band.router, band.jump
     residual = type(criterion) is RouterScore and router is not None and router.stats_weight is None
-    if not criterion.known and not residual:
+    if not residual and not known_before(criterion):
         return None
     if jump is not None and (type(jump) is not JumpMap or not _plain(jump, model.dtype) or has_hooks(jump)):
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dyndepth.exits import Band, Exits
+from dyndepth.exits.criteria import known_before
 from dyndepth.exits.products import linear
 from dyndepth.ops import ExitStats, exit_stats
 from dyndepth.ops.exit_stats import stats_of_logits
@@ -153,7 +154,7 @@ class Plan:
         """What judges between layers of a climb: `judge`, or one that reads no head; None: Python has to look."""
         if self.observed or not usable():
             return None
-        if band.criterion.known:
+        if known_before(band.criterion):
             return headless_judge_of(self.model, band)
         if self.depth is not None or band.decay is not None:
             return None
