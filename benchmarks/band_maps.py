@@ -29,20 +29,26 @@ def spans(depth: int, exits: Sequence[int]) -> list[Span]:
     return sorted([*resuming, *((leave, depth) for leave in exits)])
 
 
+def regressed(model: Model, wanted: Sequence[Span], pieces: Sequence[Piece], name: str, report: Progress) -> MapFitter:
+    """Normal equations of the judged rows; one document in eight judges the penalties."""
+    fitter = MapFitter(model, wanted)
+    judged = torch.cat([torch.arange(p.tokens.shape[0]) >= p.start for p in pieces])
+    held = torch.cat([torch.full((p.tokens.shape[0],), i % 8 == 0) for i, p in enumerate(pieces)])
+    with report.stage(f"regressing {name}", len(judged)) as advance:
+        for chunk in trace(model, [p.tokens for p in pieces], *fitter.needs(), advance=advance):
+            part = slice(chunk.begin, chunk.begin + chunk.ready.shape[0])
+            fitter.add(chunk, judged[part] & ~held[part], judged[part] & held[part])
+    return fitter
+
+
 def ridge_bands(
     folder: Path, model: Model, wanted: Sequence[Span], pieces: Sequence[Piece], report: Progress
 ) -> dict[Span, Band]:
-    """Bands with ridge maps; one document in eight judges the penalties. Kept by length, as exits hold one band a boundary."""
+    """Bands with ridge maps. Kept by length, as exits hold one band a boundary."""
     lengths = sorted({resume - leave for leave, resume in wanted})
     done = folder / "done"
     if not done.exists():
-        fitter = MapFitter(model, wanted)
-        judged = torch.cat([torch.arange(p.tokens.shape[0]) >= p.start for p in pieces])
-        held = torch.cat([torch.full((p.tokens.shape[0],), i % 8 == 0) for i, p in enumerate(pieces)])
-        with report.stage("regressing maps", len(judged)) as advance:
-            for chunk in trace(model, [p.tokens for p in pieces], *fitter.needs(), advance=advance):
-                part = slice(chunk.begin, chunk.begin + chunk.ready.shape[0])
-                fitter.add(chunk, judged[part] & ~held[part], judged[part] & held[part])
+        fitter = regressed(model, wanted, pieces, "maps", report)
         for length in lengths:
             bands = [fitter.band(span)[0] for span in wanted if span[1] - span[0] == length]
             Exits(bands, facts_of(model)).save_pretrained(folder / str(length))

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from band_maps import regressed
 from exit_heads import load_or_collect
 from torch import Tensor
 
-from dyndepth.closed_form.candidates import MapFitter
 from dyndepth.closed_form.measure import Lottery
 from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.search import with_criterion
-from dyndepth.closed_form.trace import trace
 from dyndepth.data import FIT, TEST, TUNE, Piece, deal, encode, sections, text_pieces
 from dyndepth.demo.weights import load_model
 from dyndepth.exits import Band, Exits
@@ -118,15 +117,9 @@ def judged_rows(pieces: Sequence[Piece], rows: int) -> list[Piece]:
 
 
 def _maps(path: Path, model: Model, pieces: Sequence[Piece], report: Progress) -> dict[int, Band]:
-    """Ridge maps of all exits; one document in eight judges the penalties."""
+    """Ridge maps of all exits."""
     if not path.exists():
-        fitter = MapFitter(model, [(leave, model.depth) for leave in EXITS])
-        judged = torch.cat([torch.arange(p.tokens.shape[0]) >= p.start for p in pieces])
-        held = torch.cat([torch.full((p.tokens.shape[0],), i % 8 == 0) for i, p in enumerate(pieces)])
-        with report.stage(f"regressing {path.stem}", len(judged)) as advance:
-            for chunk in trace(model, [p.tokens for p in pieces], *fitter.needs(), advance=advance):
-                part = slice(chunk.begin, chunk.begin + chunk.ready.shape[0])
-                fitter.add(chunk, judged[part] & ~held[part], judged[part] & held[part])
+        fitter = regressed(model, [(leave, model.depth) for leave in EXITS], pieces, path.stem, report)
         Exits([fitter.band((leave, model.depth))[0] for leave in EXITS], facts_of(model)).save_pretrained(path.with_suffix(""))
         path.touch()
     return {band.leave: band for band in Exits.from_pretrained(path.with_suffix(""))}

@@ -13,18 +13,17 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from band_maps import regressed
 from kv_maps import compared, first_tokens, judged_rows, prose, ready
 
 from dyndepth import info
-from dyndepth.closed_form.candidates import MapFitter
 from dyndepth.closed_form.measure import Lottery
+from dyndepth.closed_form.progress import Progress
 from dyndepth.closed_form.search import with_criterion
-from dyndepth.closed_form.trace import trace
 from dyndepth.data import FIT, TEST, deal, encode, sections, text_pieces
 from dyndepth.demo.weights import load_model
 from dyndepth.exits import Exits, KVMap
@@ -46,7 +45,9 @@ def main(folder: Path) -> None:
     model, tokenizer = load_model()
     bound = bind(model)
     pieces = deal([], text_pieces(sections(encode(prose(), tokenizer), 256), 1 << 20, 256), bound.hidden_size, 0)
-    fitter = regressed(bound, first_tokens(pieces.of(FIT), _FIT_TOKENS))
+    with Progress(True) as report:
+        spans = [(leave, bound.depth) for leave in EXITS]
+        fitter = regressed(bound, spans, first_tokens(pieces.of(FIT), _FIT_TOKENS), "maps", report)
     test = judged_rows(pieces.of(TEST), _TEST_ROWS)
     full = ready(model, test, None, None)
     rows: list[dict[str, Any]] = []
@@ -69,17 +70,6 @@ def main(folder: Path) -> None:
     }  # fmt: skip
     with replacing(folder / "kv_ranks.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def regressed(model: Model, pieces: Sequence[Any]) -> MapFitter:
-    """Normal equations of both exits; one document in eight judges the penalties."""
-    fitter = MapFitter(model, [(leave, model.depth) for leave in EXITS])
-    judged = torch.cat([torch.arange(piece.tokens.shape[0]) >= piece.start for piece in pieces])
-    held = torch.cat([torch.full((piece.tokens.shape[0],), number % 8 == 0) for number, piece in enumerate(pieces)])
-    for chunk in trace(model, [piece.tokens for piece in pieces], *fitter.needs()):
-        part = slice(chunk.begin, chunk.begin + chunk.ready.shape[0])
-        fitter.add(chunk, judged[part] & ~held[part], judged[part] & held[part])
-    return fitter
 
 
 def timed(model: Model, leave: int, maps: dict[int | None, KVMap]) -> dict[int | None, dict[str, list[float]]]:

@@ -50,8 +50,7 @@ def _depth_efficiency(found: dict[str, Any]) -> str:
     text = (
         f"{settings['model']}, {settings['dtype']}, context {settings['context']}, {settings['threads']} threads, "
         f"{settings['rounds']} rounds of {_steps(settings['steps'])} steps; {preempted} of {blocks} blocks preempted and left "
-        "out. "
-        f"p10–p90: {_resampled(settings)}. "
+        f"out. p10–p90: {_resampled(settings)}. "
         f"– : a perfect machine would save less than {settings['resolved_from']:.0%} of a step. {machine(found)}"
     )
     return "\n".join([*lines, "", text, ""])
@@ -182,28 +181,7 @@ def _policies(found: dict[str, Any]) -> str:
     return f"`make policies`: {asked['model']}, bfloat16, {asked['threads']} threads, in turn, medians. {machine(found)}"
 
 
-def kv_ranks_zen5(results: Path) -> str:
-    """What K,V maps cut to a rank cost the rows that stay, and what back-filling with them takes."""
-    found = load(results / "zen5" / "kv_ranks.json")
-    counts = [str(count) for count in found["leaving"]]
-    lines = header("exit", "rank", "maps, M numbers", "KL", "agreement", *(f"{count} rows, µs (p10–p90)" for count in counts))
-    for row in found["rows"]:
-        times = [[1e6 * each for each in row["seconds"][count]] for count in counts]
-        lines.append(
-            f"| {row['exit']} | {row['rank'] or 'whole'} | {row['numbers'] / 1e6:.2f} | {row['kl']:.4f} "
-            f"| {row['agreement']:.1%} | " + " | ".join(f"{m:.0f} ({low:.0f}–{high:.0f})" for m, low, high in times) + " |"
-        )
-    text = (
-        f"{found['model']}, {found['dtype']}; {found['share']:.0%} of the rows leave by lot; KL(full ‖ dynamic) in nats and "
-        f"agreement with full depth of the {found['rows'][0]['rows']} judged rows that stay; ridge on "
-        f"{found['fitted_on_tokens']} tokens. "
-        f"Seconds of one `backfill_kv` of 20 and 10 layers, caches evicted, median of {found['rounds']} rounds in turn. "
-    )
-    return "\n".join([*lines, "", text + machine(found), ""])
-
-
 TABLES = {
-    "kv_ranks_zen5": kv_ranks_zen5,
     "kernel_ratios": kernel_ratios, "depth_efficiency": depth_efficiency,
     "depth_efficiency_float32": depth_efficiency_float32, "depth_efficiency_context1024": depth_efficiency_context1024,
     "soak": soak,

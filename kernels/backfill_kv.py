@@ -92,7 +92,7 @@ def backfill_kv(
     if rows == 0 or layers == 0:
         return
     if norm == 2:  # subtracting the mean after the product would cancel badly, so it happens before
-        residual = _normed(residual, norm, eps)
+        residual, norm = _normed(residual, norm, eps), 0
     if not fits(head_dim, 0 if cos is None else cos.shape[2]):
         _composed(residual, weight, bias, norm, eps, cos, sin, variant, pos, slots, pages, first_layer, section)
         return
@@ -138,7 +138,7 @@ def _composed(
         begin, count = section.long().unbind()
         inside = (row >= begin) & (row < begin + count)
         slots, pos = torch.where(inside, slots, -1), torch.where(inside, pos, 0)
-    residual = _normed(residual, norm, eps) if norm == 1 else residual
+    residual = _normed(residual, norm, eps)
     flat = torch.nn.functional.linear(residual, weight.flatten(0, 2), None if bias is None else bias.flatten())
     y = flat.view(residual.shape[0], weight.shape[0], 2, *pages.shape[4:])
     nothing = y[:0, 0, 0]

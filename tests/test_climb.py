@@ -64,20 +64,29 @@ def same(one: list[tuple[Result, Tensor]], other: list[tuple[Result, Tensor]]) -
         assert torch.equal(my_pages, their_pages)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("who", ["all", "some", "nobody"])
-@pytest.mark.parametrize("kv", ["predict", "predict, low rank", "propagate", "copy"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
-def test_the_same_bits(family: str, kv: str, who: str, dtype: torch.dtype, climbs: list[Any]) -> None:
-    model = tiny_models.tiny(family, dtype)
-    kv, rank = kv.split(",")[0], 7 if "rank" in kv else None
-    exits = bands(model, *{"all": (-1.0,), "some": SOME[family], "nobody": (2.0,)}[who], kv_rank=rank)
+def both_ways(model: Any, exits: Exits, kv: str, climbs: list[Any]) -> list[tuple[Result, Tensor]]:
+    """What climbs make of it, which is to the bit what calls one by one make of it."""
     together = decoded(model, exits, kv)
     assert climbs
     climbs.clear()
     with apart():
         same(together, decoded(model, exits, kv))
     assert not climbs
+    return together
+
+
+#: K,V policies under which climbs go on or stop, and the rank of the maps.
+POLICIES = [("predict", None), ("predict", 7), ("propagate", None), ("copy", None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("who", ["all", "some", "nobody"])
+@pytest.mark.parametrize(("kv", "rank"), POLICIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_the_same_bits(family: str, kv: str, rank: int | None, who: str, dtype: torch.dtype, climbs: list[Any]) -> None:
+    model = tiny_models.tiny(family, dtype)
+    exits = bands(model, *{"all": (-1.0,), "some": SOME[family], "nobody": (2.0,)}[who], kv_rank=rank)
+    together = both_ways(model, exits, kv, climbs)
     left = [bool((result.exit_layer < LAYERS).any()) for result, _ in together]
     stayed = [bool((result.exit_layer == LAYERS).any()) for result, _ in together]
     assert (any(left), any(stayed)) == {"all": (True, False), "some": (True, True), "nobody": (False, True)}[who]

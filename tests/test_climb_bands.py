@@ -10,7 +10,7 @@ import pytest
 import tiny_exits
 import tiny_models
 import torch
-from test_climb import LAYERS, LENGTHS, decoded, same
+from test_climb import LAYERS, LENGTHS, POLICIES, both_ways, decoded, same
 from torch import Tensor
 
 from dyndepth.closed_form.measure import Lottery
@@ -126,20 +126,13 @@ def ways(found: list[tuple[Result, Tensor]]) -> set[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kv", ["predict", "predict, low rank", "propagate", "copy"])
+@pytest.mark.parametrize(("kv", "rank"), POLICIES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_same_bits(family: str, kind: str, kv: str, dtype: torch.dtype, climbs: list[Any]) -> None:
+def test_the_same_bits(family: str, kind: str, kv: str, rank: int | None, dtype: torch.dtype, climbs: list[Any]) -> None:
     """Head-ready rows, depths, bands, counts of work and every page are those of calls one by one."""
     model = tiny_models.tiny(family, dtype)
-    kv, rank = kv.split(",")[0], 7 if "rank" in kv else None
-    exits = KINDS[kind](model, kv_rank=rank)
-    together = decoded(model, exits, kv)
-    assert climbs
-    climbs.clear()
-    with apart():
-        same(together, decoded(model, exits, kv))
-    assert not climbs
+    together = both_ways(model, KINDS[kind](model, kv_rank=rank), kv, climbs)
     assert len(ways(together)) > 1, "rows must take several ways"
 
 

@@ -113,10 +113,10 @@ Reached climb(const Tensor& hidden, const Tensor& pages, const Tensor& block_tab
         rows.live += came;
         if (came > 0) look_up();
       }
-      if (gate != nullptr && rows.live == 0) ++number;  // nobody is there to be judged
-      if (gate == nullptr || rows.live == 0) continue;
-      const bool for_good = gate->resume == 0;
+      if (gate == nullptr) continue;
       int32_t& count = boundaries.counts[number++];
+      if (rows.live == 0) continue;  // nobody is there to be judged
+      const bool for_good = gate->resume == 0;
       const Verdict verdict{.threshold = gate->threshold,
                             .thresholds = nullptr,
                             .may_leave = boundaries.rows->may_leave(),

@@ -102,11 +102,7 @@ void score_without_head(const Judge<T>& j, const T* hidden, int64_t rows, const 
       verdict.score[row] = static_cast<float>(verdict.known[row] >> verdict.bit & 1);
     return;
   }
-  torch::stable::parallel_for(0, rows, 65536 / (j.width * j.router.hidden + 1) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(j.width);
-    for (int64_t row = begin; row < end; ++row)
-      verdict.score[row] = score_row<T>(j.router, hidden + row * j.width, nullptr, nullptr, scratch.data());
-  });
+  score_rows<T>(j.router, hidden, nullptr, nullptr, rows, verdict.score);
 }
 
 // Head-ready rows of those that leave, where judging did not need them.

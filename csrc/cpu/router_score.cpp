@@ -19,6 +19,22 @@ template float score_row(const Router&, const float*, const float*, const float*
 template float score_row(const Router&, const BFloat16*, const BFloat16*, const float*, float*);
 template float score_row(const Router&, const Half*, const Half*, const float*, float*);
 
+template <class T>
+void score_rows(const Router& router, const T* residual, const T* previous, const float* extra, int64_t rows,
+                float* out) {
+  const int64_t width = router.width, grain = 65536 / (width * router.hidden + 1) + 1;
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> x(width);
+    for (int64_t row = begin; row < end; ++row)
+      out[row] = score_row(router, residual + row * width, previous ? previous + row * width : nullptr,
+                           extra ? extra + row * router.extras : nullptr, x.data());
+  });
+}
+
+template void score_rows(const Router&, const float*, const float*, const float*, int64_t, float*);
+template void score_rows(const Router&, const BFloat16*, const BFloat16*, const float*, int64_t, float*);
+template void score_rows(const Router&, const Half*, const Half*, const float*, int64_t, float*);
+
 namespace {
 
 Tensor router_score(const Tensor& hidden, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
@@ -43,15 +59,7 @@ Tensor router_score(const Tensor& hidden, const Tensor& weight1, const Tensor& b
   float* out = scores.mutable_data_ptr<float>();
   dispatch_float(hidden.scalar_type(), "router_score", [&](auto element) {
     using T = decltype(element);
-    const T* from = hidden.const_data_ptr<T>();
-    const T* before = data_or_null<T>(previous);
-    const int64_t grain = 65536 / (width * router.hidden + 1) + 1;
-    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> x(width);
-      for (int64_t row = begin; row < end; ++row)
-        out[row] = score_row(router, from + row * width, before ? before + row * width : nullptr,
-                             features ? features + row * router.extras : nullptr, x.data());
-    });
+    score_rows(router, hidden.const_data_ptr<T>(), data_or_null<T>(previous), features, rows, out);
   });
   return scores;
 }

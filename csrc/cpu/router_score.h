@@ -17,4 +17,9 @@ struct Router {
 template <class T>
 float score_row(const Router& router, const T* residual, const T* previous, const float* extra, float* x);
 
+// The same for rows of `residual`, `previous` and `extra` (either null if missing), in parallel: out[row].
+template <class T>
+void score_rows(const Router& router, const T* residual, const T* previous, const float* extra, int64_t rows,
+                float* out);
+
 }  // namespace dyndepth

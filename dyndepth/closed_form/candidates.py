@@ -124,21 +124,20 @@ class MapFitter:
         solved, width = boundary.solved(), self.model.hidden_size
         weights = torch.cat([solved["kv", layer][0] for layer in layers], dim=1)
         errors = [solved["kv", layer][1] for layer in layers]
-        kv_width, rank, down = weights.shape[1] // (2 * len(layers)), self.kv_rank, None
+        kv_width, rank, found = weights.shape[1] // (2 * len(layers)), self.kv_rank, None
+        up, bias = weights[:-1].T, weights[-1]
         if rank is not None and low_rank.pays(rank, width, weights.shape[1]):
             places = [boundary.columns["kv", layer] for layer in layers]
             columns = torch.cat([torch.arange(place.start, place.stop) for place in places])
             found = low_rank.cut(weights, boundary.fitting, columns, kv_width, rank)
-            down, up, bias = found.down, found.up, found.bias
+            up, bias = found.up, found.bias
             parts = found.weights.double().split(2 * kv_width, dim=1)
             errors = [boundary.held_out.error(part, place) for part, place in zip(parts, places, strict=True)]
-        else:
-            up, bias = weights[:-1].T, weights[-1]
-        kv = KVMap(len(layers), kv_width, width, None if down is None else rank)
+        kv = KVMap(len(layers), kv_width, width, None if found is None else rank)
         kv.weight.data = up.unflatten(0, (len(layers), 2, kv_width)).contiguous()
         kv.bias.data = bias.unflatten(0, (len(layers), 2, kv_width)).contiguous()
-        if kv.down is not None and down is not None:
-            kv.down.data = down.contiguous()
+        if kv.down is not None and found is not None:
+            kv.down.data = found.down.contiguous()
         return kv, sum(errors) / len(errors)
 
     def _boundary(self, leave: int, resumes: list[int]) -> Boundary:

@@ -23,12 +23,12 @@ class JumpMap(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width, width), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(width), requires_grad=False)
 
-    def change(self, hidden: Tensor) -> Tensor:
-        """What is added to the residual."""
-        return linear(normed(hidden), self.weight, self.bias)
+    def change(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What is added to the residual; with `residual`, their sum."""
+        return linear(normed(hidden), self.weight, self.bias, residual)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return linear(normed(hidden), self.weight, self.bias, residual=hidden)
+        return self.change(hidden, hidden)
 
 
 class MlpJump(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dyndepth.plan import traffic
 from dyndepth.plan.machine import Machine
 from dyndepth.plan.rates import SHORTLIST, Exit
 from dyndepth.plan.shape import Shape
@@ -65,8 +66,7 @@ class Times:
 
     def leave(self, one: Exit, heads: str, n: int) -> float:
         """What n rows that leave cost: K,V of skipped layers in one product, and a head or jump that judging did not run."""
-        maps, width = (one.resume - one.leave) * self.shape.kv, self.shape.width
-        weights = maps * width if one.kv_rank == 0 else (maps + width) * one.kv_rank
+        weights = traffic.kv_maps((one.resume - one.leave) * self.shape.kv, self.shape.width, one.kv_rank)
         seconds = self.machine.product(weights, n) + self._ops(BACKFILL_OPS, n)
         if one.resume < self.shape.layers or (heads == "B" and not one.words):
             seconds += self.machine.product(one.head, n)

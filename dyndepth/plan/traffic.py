@@ -111,6 +111,11 @@ def router_score(rows: int, neurons: int, width: int, item: int, *, cosine: bool
     return Traffic(weights * _FLOAT + moved, 2 * rows * (neurons * (width + extra + 1) + 3 * cosine * width))
 
 
+def kv_maps(outputs: int, width: int, rank: int = 0) -> int:
+    """Numbers of K,V maps with so many outputs; rank 0: they read the whole residual."""
+    return outputs * (rank or width) + rank * width
+
+
 def backfill_kv(
     rows: int, layers: int, width: int, kv: int, rotary: int, item: int, *, bias: bool = False, variants: int = 0,
     stored: int | None = None, rank: int = 0,
@@ -125,7 +130,7 @@ def backfill_kv(
     if rows == 0:
         return Traffic(0)
     stored = rows if stored is None else stored
-    maps = layers * kv * (rank or width) + rank * width
+    maps = kv_maps(layers * kv, width, rank)
     weights = (maps + layers * kv * bias) * item + (layers * _INT if variants else 0)
     moved = rows * (width * item + 2 * _INT) + stored * (layers * kv * item + max(1, variants) * 2 * rotary * _FLOAT)
     return Traffic(weights + moved, 2 * rows * maps)

@@ -154,8 +154,6 @@ class Plan:
         """What judges between layers of a climb: `judge`, or one that reads no head; None: Python has to look."""
         if self.observed or not usable():
             return None
-        if known_before(band.criterion):
-            return headless_judge_of(self.model, band)
-        if self.depth is not None or band.decay is not None:
+        if not known_before(band.criterion) and (self.depth is not None or band.decay is not None):
             return None
         return self.judge(band) or headless_judge_of(self.model, band)
