@@ -14,7 +14,9 @@ import transformers as t
 import dyndepth
 from dyndepth.errors import ArgumentError, ExitsError, PagesFullError
 from dyndepth.exits import Band, FixedDepth
+from dyndepth.runtime.bind import Model
 from dyndepth.runtime.output import DynamicDepthOutput
+from dyndepth.runtime.stops import forbidden_words
 
 
 def characters() -> Any:
@@ -64,6 +66,57 @@ def both(**options: Any) -> tuple[Any, Any]:
 def test_same_tokens_as_transformers(options: dict[str, Any]) -> None:
     ours, theirs = both(**options)
     assert torch.equal(ours, theirs)
+
+
+class Longer(t.MinNewTokensLengthLogitsProcessor):
+    """Forbids a word more than its base does."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return super().__call__(input_ids, scores).index_fill(1, torch.arange(40), -torch.inf)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_only_rows_whose_best_word_is_forbidden_make_logits(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' tokens are the arg max; processors see the forbidden ones' scores alone, and only while they forbid."""
+    free = both(max_new_tokens=9)[1][:, INPUTS["input_ids"].shape[1] :]
+    ends = int(free[2, 3])  # the first row to stop at it will be asked for more
+    words: Any = [ends, int(free[0, 5])] if several else ends
+    rows: list[int] = []
+    logits = Model.logits
+    monkeypatch.setattr(Model, "logits", lambda model, ready: rows.append(len(ready)) or logits(model, ready))
+    for options in (
+        {"min_new_tokens": 7, "eos_token_id": words, "pad_token_id": 1},
+        {"min_length": INPUTS["input_ids"].shape[1] + 7, "eos_token_id": words, "pad_token_id": 1},
+        {"suppress_tokens": [ends], "begin_suppress_tokens": free[:, 0].tolist()},
+    ):
+        rows.clear()
+        ours, theirs = both(max_new_tokens=9, **options)
+        assert torch.equal(ours, theirs)
+        assert 0 < sum(rows) < 0.7 * 9 * len(ours), "somebody's best word was forbidden, and not everybody's in every step"
+
+
+def test_processors_of_a_kind_of_their_own_see_every_row() -> None:
+    """One that derives from a known one may forbid more than it."""
+    longer = t.LogitsProcessorList([Longer(INPUTS["input_ids"].shape[1], 3, 7)])
+    ours, theirs = both(logits_processor=longer)
+    assert torch.equal(ours, theirs)
+    assert not bool((ours[:, INPUTS["input_ids"].shape[1] :] < 40).any())
+    assert forbidden_words([t.MinLengthLogitsProcessor(3, [5, 6]), *longer]) is None
+    assert forbidden_words([]).tolist() == []  # type: ignore[union-attr]
+    assert forbidden_words([t.MinLengthLogitsProcessor(3, [5, 6])]).tolist() == [5, 6]  # type: ignore[union-attr]
+
+
+def test_observers_are_told_the_best_word_whatever_is_forbidden() -> None:
+    """What exits are judged by is what the model says, not what a caller lets it say."""
+    free = both(max_new_tokens=2)[1][:, -2:]
+    seen: list[Any] = []
+    MODEL.generate(
+        **INPUTS, custom_generate=dyndepth.generate, exits=tiny_exits.exits_of(MODEL, tiny_exits.band(MODEL, 3, 6)),
+        observe=seen.append, kv="recompute", max_new_tokens=1, do_sample=False, suppress_tokens=free[:, 0].tolist(),
+    )  # fmt: skip
+    assert sum(len(told.seq) for told in seen) > 0, "somebody reached the top"
+    for told in seen:
+        assert torch.equal(told.full, free[told.seq, 0])
 
 
 def test_scores_and_logits() -> None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dyndepth.runtime.bind import Model
 from dyndepth.runtime.observe import Observer
 from dyndepth.runtime.session import Session, Work
+from dyndepth.runtime.stops import forbidden_words
 
 
 @dataclass
@@ -32,8 +34,8 @@ class Decoding:
         return bool(self.config.return_dict_in_generate)
 
     @property
-    def tokens_only(self) -> bool:
-        """Nobody looks at logits: the most likely token is all that is wanted of them."""
+    def forbidden(self) -> Tensor | None:
+        """int64 [k], where nobody looks at logits: the words that the most likely token may not be, at some length at least."""
         config = self.config
         shown = self.keep and (config.output_scores or config.output_logits)
-        return not (config.do_sample or len(self.processor) or shown)
+        return None if config.do_sample or shown else forbidden_words(self.processor)

@@ -158,7 +158,7 @@ class _Loop(Decoding):
         config, session = self.config, self.session
         batch = input_ids.shape[0]
         pad = config._pad_token_tensor
-        ends = has_eos(self.criteria)
+        ends, forbidden = has_eos(self.criteria), self.forbidden
         unfinished = torch.ones(batch, dtype=torch.long, device=input_ids.device)
         lengths = [rows.shape[0] for rows in prompts]
         content = torch.stack([rows[-1] for rows in prompts]) if batch else input_ids.new_empty(0)
@@ -173,9 +173,10 @@ class _Loop(Decoding):
                 self.went.append(torch.tensor([top, top, 0])[:, None].repeat(1, batch))
             else:
                 ready = self._pass(running, lengths, content, embedded and step == 0, step, batch)
-            if self.tokens_only:
+            if forbidden is not None:
                 best = self.model.argmax(ready)
                 self._observe(best)
+                best = self._allowed(best, forbidden, ready, input_ids, running)
                 tokens = self._everyone(best, running, batch).to(input_ids.device)
             else:
                 logits = self.model.logits(ready)
@@ -260,6 +261,15 @@ class _Loop(Decoding):
             self.went.append(torch.tensor([-1, -1, 0])[:, None].repeat(1, batch))
             self.went[-1][:, running] = went[:, :count]
         return result.ready[:count]
+
+    def _allowed(self, best: Tensor, forbidden: Tensor, ready: Tensor, input_ids: Tensor, running: Tensor) -> Tensor:
+        """Where the best word may be forbidden, what processors make of that row's scores; all others keep theirs."""
+        asked = torch.isin(best.cpu(), forbidden).nonzero()[:, 0] if len(forbidden) else forbidden
+        if len(asked):
+            text, at = input_ids[running[asked].to(input_ids.device)], asked.to(best.device)
+            scores = self.processor(text, self.model.logits(ready[at]).to(text.device))
+            best = best.index_copy(0, at, most_likely(scores).to(best.device))
+        return best
 
     @staticmethod
     def _everyone(found: Tensor, running: Tensor, batch: int) -> Tensor:

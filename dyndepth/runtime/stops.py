@@ -24,6 +24,14 @@ _STATEFUL = {
     "ClassifierFreeGuidanceLogitsProcessor", "DiaClassifierFreeGuidanceLogitsProcessor",
 }  # fmt: skip
 
+#: Those that forbid the same few words whatever the scores are, some at some lengths of the text only: where they keep them.
+_FORBIDDING = {
+    "MinLengthLogitsProcessor": "eos_token_id",
+    "MinNewTokensLengthLogitsProcessor": "eos_token_id",
+    "SuppressTokensLogitsProcessor": "suppress_tokens",
+    "SuppressTokensAtBeginLogitsProcessor": "begin_suppress_tokens",
+}
+
 #: What a request's text is so far: its number -> int64 [t].
 Texts = Callable[[int], Tensor]
 
@@ -163,3 +171,19 @@ class Stops:
             if bool(answer[request if answer.shape[0] == self.requests else 0]):
                 return True
         return False
+
+
+def forbidden_words(processors: Any) -> Tensor | None:
+    """int64 [k]: all that these processors may ever forbid, none without processors; None where one may do anything else.
+
+    A best word that is not among them is the best of the processed scores too: nobody has to make those. (They cost more than a
+    small model's LM head.)
+    """
+    found = [torch.empty(0, dtype=torch.long)]
+    for processor in processors:
+        kind = type(processor)  # itself: what derives from it may do more
+        words = _FORBIDDING.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+        if words is None:
+            return None
+        found.append(torch.as_tensor(getattr(processor, words)).reshape(-1).long().cpu())
+    return torch.cat(found)
